@@ -1,0 +1,1 @@
+"""The queue and the wire: everything that touches NATS, and the message types the services share."""

@@ -1,0 +1,230 @@
+"""The types that travel between the services. Ingress, workers and scheduler meet only here."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from broker import errors, subjects
+
+OUTCOME = Literal["finished", "failed", "cancelled"]
+
+
+class ServiceClass(enum.StrEnum):
+    """Queue classes, most urgent first; iteration order is priority order."""
+
+    INTERACTIVE = "interactive"
+    STANDARD = "standard"
+    BATCH = "batch"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as it lies in the queue.
+
+    Attributes:
+        subject: base, class, tenant and model.
+        request_id: unique for a tenant; last token of `reply_to`.
+        reply_to: subject of the frames, `out.<tenant>.<mailbox>.<request>`.
+        path: of the engine's HTTP API, e.g. `/v1/chat/completions`.
+        body: the caller's JSON, untouched.
+        deadline_ms: unix time in ms after which the request is worth nothing; 0 = none.
+        dedup_key: the caller's idempotency key; the request id where there is none.
+        traceparent: W3C trace context, or "".
+    """
+
+    subject: subjects.RequestSubject
+    request_id: str
+    reply_to: str
+    path: str
+    body: bytes
+    deadline_ms: int = 0
+    dedup_key: str = ""
+    traceparent: str = ""
+
+    def headers(self) -> dict[str, str]:
+        head = {
+            subjects.MSG_ID: subjects.dedup_id(self.subject.tenant, self.dedup_key or self.request_id),
+            subjects.REPLY_TO: self.reply_to,
+            subjects.PATH: self.path,
+            subjects.TENANT: subjects.token(self.subject.tenant),
+            subjects.REQUEST_ID: subjects.token(self.request_id),
+        }
+        if self.deadline_ms:
+            head[subjects.DEADLINE] = str(self.deadline_ms)
+        if self.traceparent:
+            head[subjects.TRACEPARENT] = self.traceparent
+        return head
+
+
+def parse_request(subject: str, headers: dict[str, str] | None, body: bytes) -> Request:
+    """Read a queued message. `Tenant` and `Request-Id` are optional: the subjects carry both.
+
+    Raises errors.MalformedMessage naming the header that is missing or unreadable.
+    """
+    head = headers or {}
+    try:
+        parsed = subjects.parse_request(subject)
+        ServiceClass(parsed.service_class)
+    except ValueError as exc:
+        raise errors.MalformedMessage(str(exc)) from exc
+    reply_to = head.get(subjects.REPLY_TO, "")
+    tokens = reply_to.split(".")
+    if len(tokens) != 4 or tokens[0] != "out" or not all(tokens) or set(reply_to) & set("*> \t\r\n"):
+        raise errors.MalformedMessage(
+            f"header {subjects.REPLY_TO} must be out.<tenant>.<mailbox>.<request>, not {reply_to!r}"
+        )
+    if tokens[1] != subjects.token(parsed.tenant):
+        raise errors.MalformedMessage(
+            f"header {subjects.REPLY_TO} names tenant {tokens[1]!r}, the subject {parsed.tenant!r}"
+        )
+    if not head.get(subjects.MSG_ID):
+        raise errors.MalformedMessage(
+            f"header {subjects.MSG_ID} is missing: set it to <tenant>:<request>, so that a repeat runs once"
+        )
+    path = head.get(subjects.PATH, "")
+    if not path.startswith("/"):
+        raise errors.MalformedMessage(
+            f"header {subjects.PATH} must be an API path such as /v1/chat/completions, not {path!r}"
+        )
+    deadline = head.get(subjects.DEADLINE, "0")
+    if not (deadline.isascii() and deadline.isdigit()):
+        raise errors.MalformedMessage(
+            f"header {subjects.DEADLINE} must be unix time in ms, not {deadline!r}"
+        )
+    return Request(
+        subject=parsed,
+        request_id=subjects.name(tokens[3]),
+        reply_to=reply_to,
+        path=path,
+        body=body,
+        deadline_ms=int(deadline),
+        dedup_key=head[subjects.MSG_ID].partition(":")[2],
+        traceparent=head.get(subjects.TRACEPARENT, ""),
+    )
+
+
+class FrameKind(enum.StrEnum):
+    BEAT = "beat"
+    """A worker has taken the request; no output yet."""
+    HEAD = "head"
+    """HTTP status and headers; the payload is the first body bytes, where they were ready."""
+    DATA = "data"
+    END = "end"
+    ERROR = "error"
+
+
+TERMINAL = frozenset({FrameKind.END, FrameKind.ERROR})
+
+
+@dataclass(slots=True)
+class Frame:
+    """One reply frame: `<one-line JSON meta>\\n<payload>`.
+
+    Attributes:
+        epoch: delivery attempt, from 1; a reader drops frames of an earlier one.
+        seq: frame number within the epoch, from 0.
+        off: output tokens of choice 0 before this frame.
+        ids: output token ids of choice 0 that this frame's payload carries.
+        choices: `[index, off, ids]` for each further choice with tokens in it (`n > 1`).
+        payload: the engine's own response bytes; for `error`, an OpenAI error object.
+        extra: further meta by kind — head: `status`, `headers`, `worker`, `at`; beat: `worker`,
+            `at`; end: `usage`, `at`; error: `status`, `code`, `at`. `at` is unix time in ms.
+    """
+
+    epoch: int
+    seq: int
+    kind: FrameKind
+    off: int = 0
+    ids: list[int] = field(default_factory=list)
+    choices: list[list[Any]] = field(default_factory=list)
+    payload: bytes = b""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Credit(_Wire):
+    """What a worker could take now."""
+
+    requests: int = 0
+    slots_free: int = 0
+    slots_total: int = 0
+    prefill_tokens_free: int = 0
+    step_tokens: int = 0
+    kv_tokens_free: int = 0
+    kv_tokens_total: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+class ModelCard(_Wire):
+    """One model that a worker serves. `base` shares its weights; an adapter names another `id`."""
+
+    id: str
+    base: str
+    context_tokens: int = 0
+    paths: tuple[str, ...] = ()
+
+
+class Heartbeat(_Wire):
+    """`fleet.<worker>`, every 100 ms and on change. `started_ms` tells two lives of one name apart."""
+
+    worker: str
+    engine: str
+    base: str
+    models: tuple[ModelCard, ...]
+    started_ms: int
+    seq: int
+    state: Literal["serving", "draining", "gone"]
+    credit: Credit
+    metrics_url: str = ""
+
+
+class Latency(_Wire):
+    """Seconds spent in each part of a request's life; None where the part was never reached."""
+
+    queue: float | None = None
+    engine_wait: float | None = None
+    prefill: float | None = None
+    ttft: float | None = None
+    decode: float | None = None
+    total: float | None = None
+
+
+class UsageEvent(_Wire):
+    """`usage.<tenant>.<model>`: one a request, whatever its end."""
+
+    request_id: str
+    tenant: str
+    model: str
+    base: str
+    service_class: str
+    path: str
+    worker: str
+    outcome: OUTCOME
+    status: int
+    code: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    gpu_seconds: float = Field(0.0, description="engine time, shared equally by the requests running at once")
+    epoch: int = 1
+    finished_ms: int
+    latency: Latency = Latency()
+
+
+class DeadLetter(_Wire):
+    """`dead.<reason>`: a message that nobody could be told about, or that failed for good."""
+
+    reason: str
+    message: str
+    subject: str
+    headers: dict[str, str]
+    body: str = Field(description="the body, base64")
+    failed_ms: int

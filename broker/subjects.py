@@ -1,0 +1,123 @@
+"""Every subject, stream, consumer, bucket and header name, and nothing else.
+
+    req.<base>.<class>.<tenant>.<model>   requests, durable            (stream REQUESTS)
+    out.<tenant>.<mailbox>.<request>      reply frames, journaled      (stream REPLIES)
+    usage.<tenant>.<model>                one event a request          (stream USAGE)
+    dead.<reason>                         requests that failed for good (stream DEAD)
+    cancel.<tenant>.<request>             stop a request, queued or running (core)
+    fleet.<worker>                        heartbeat and credit         (core)
+
+Each `<...>` is one subject token. Names that are no legal token are percent-encoded by `token`.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
+
+REQUESTS = "REQUESTS"
+REPLIES = "REPLIES"
+USAGE = "USAGE"
+DEAD = "DEAD"
+
+KV_MODELS = "models"
+
+ALL_REQUESTS = "req.>"
+ALL_REPLIES = "out.>"
+ALL_USAGE = "usage.>"
+ALL_DEAD = "dead.>"
+ALL_HEARTBEATS = "fleet.*"
+ALL_CANCELS = "cancel.*.*"
+
+# Header names of a request message.
+MSG_ID = "Nats-Msg-Id"
+REPLY_TO = "Reply-To"
+PATH = "Path"
+TENANT = "Tenant"
+DEADLINE = "Deadline"
+REQUEST_ID = "Request-Id"
+TRACEPARENT = "traceparent"
+
+# Unreserved characters of RFC 3986, less '.', which separates NATS tokens.
+_UNSAFE = re.compile(rb"[^A-Za-z0-9_\-]")
+
+
+@lru_cache(maxsize=4096)
+def token(name: str) -> str:
+    """`name` as one legal NATS subject token: UTF-8, percent-encoded outside `[A-Za-z0-9_-]`.
+
+    Raises ValueError for the empty name, which has no token.
+    """
+    if not name:
+        raise ValueError("an empty name can't be a subject token")
+    raw = name.encode("utf-8", "surrogatepass")
+    return _UNSAFE.sub(lambda m: b"%%%02X" % m[0][0], raw).decode("ascii")
+
+
+def name(tok: str) -> str:
+    """The exact inverse of `token`."""
+    return unquote_to_bytes(tok).decode("utf-8", "surrogatepass")
+
+
+class RequestSubject(NamedTuple):
+    """The decoded tokens of `req.<base>.<class>.<tenant>.<model>`."""
+
+    base: str
+    service_class: str
+    tenant: str
+    model: str
+
+    def __str__(self) -> str:
+        return "req." + ".".join(token(part) for part in self)
+
+
+def parse_request(subject: str) -> RequestSubject:
+    """Raises ValueError when `subject` is no request subject."""
+    parts = subject.split(".")
+    if len(parts) != 5 or parts[0] != "req" or not all(parts):
+        raise ValueError(f"{subject!r} is not req.<base>.<class>.<tenant>.<model>")
+    return RequestSubject(*(name(part) for part in parts[1:]))
+
+
+def request_filter(base: str, service_class: str) -> str:
+    return f"req.{token(base)}.{token(service_class)}.>"
+
+
+def consumer(base: str, service_class: str) -> str:
+    """Durable consumer of one (base, class) queue."""
+    return f"{token(base)}_{token(service_class)}"
+
+
+def reply(tenant: str, mailbox: str, request_id: str) -> str:
+    return f"out.{token(tenant)}.{token(mailbox)}.{token(request_id)}"
+
+
+def mailbox(mailbox: str) -> str:
+    """All frames for one ingress, whatever the tenant."""
+    return f"out.*.{token(mailbox)}.*"
+
+
+def cancel(tenant: str, request_id: str) -> str:
+    return f"cancel.{token(tenant)}.{token(request_id)}"
+
+
+def heartbeat(worker: str) -> str:
+    return f"fleet.{token(worker)}"
+
+
+def usage(tenant: str, model: str) -> str:
+    return f"usage.{token(tenant)}.{token(model)}"
+
+
+def dead(reason: str) -> str:
+    return f"dead.{token(reason)}"
+
+
+def dedup_id(tenant: str, key: str) -> str:
+    """`Nats-Msg-Id`. Dedup is stream-wide, and one tenant's key must never meet another's.
+
+    The tenant is encoded, so that its name can't hold the separator.
+    """
+    return f"{token(tenant)}:{key}"

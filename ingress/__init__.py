@@ -1,0 +1,1 @@
+"""Request handling: OpenAI-compatible HTTP and SSE in front of the queue."""

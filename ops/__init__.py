@@ -1,0 +1,1 @@
+"""Composition root: command line, settings, logs, and the pieces that put a fleet on one machine."""

@@ -1,0 +1,1 @@
+"""Orchestration: the fleet's registry and health."""

@@ -1,0 +1,1 @@
+"""Inference: pull requests by credit, run them on an engine, stream frames back."""

@@ -1,0 +1,103 @@
+"""What an engine is: an ASGI app plus a control handle.
+
+The app is the engine's own OpenAI application: a worker calls it once a request and copies the bytes
+it sends into reply frames. Everything else a worker must know (how full the engine is, which token ids
+a body chunk carries, when prefill began) comes through `Engine.stats` and the request's `Tap`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from broker.messages import ModelCard
+
+Scope = MutableMapping[str, Any]
+ASGIMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[ASGIMessage]]
+Send = Callable[[ASGIMessage], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How full the engine is, as of its last step.
+
+    Attributes:
+        running: sequences in the running batch.
+        waiting: sequences the engine holds but has not scheduled.
+        max_running: slots: the most sequences one step may hold.
+        step_tokens: token budget of one step (`max_num_batched_tokens`).
+        kv_tokens_total, kv_tokens_free: KV-cache room in tokens; 0 total = unknown or unlimited.
+        preemptions: running sequences thrown back for want of KV room, ever.
+        steps: steps done, ever.
+    """
+
+    running: int
+    waiting: int
+    max_running: int
+    step_tokens: int
+    kv_tokens_total: int
+    kv_tokens_free: int
+    preemptions: int = 0
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class Tap:
+    """What a run shows beyond its bytes. The engine writes; `workers.job` reads. One a request.
+
+    Times are `time.monotonic()` seconds, None until reached. `ids` is drained by the job whenever it
+    makes a frame: (choice index, token ids) pairs in the order they were generated.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
+    ids: list[tuple[int, list[int]]] = field(default_factory=list)
+    on_first_token: Callable[[], None] | None = None
+
+    def tokens(self, now: float, index: int, ids: list[int]) -> None:
+        """Record output tokens `ids` of choice `index`, generated at `now`."""
+        self.output_tokens += len(ids)
+        self.ids.append((index, ids))
+        if self.first_token_at is None:
+            self.first_token_at = now
+            if self.on_first_token is not None:
+                self.on_first_token()
+
+
+# Set by the job in the task that calls the app; the engine reads it there, so no endpoint need pass it on.
+current_tap: ContextVar[Tap | None] = ContextVar("headrace_tap", default=None)
+
+
+class Engine(Protocol):
+    """The contract every engine meets; `tests/contract/test_engines.py` runs it over all of them.
+
+    Attributes:
+        name: `vllm`, `sim` or `http`.
+        base: name of the base weights: the queue this engine's worker pulls from.
+        app: the OpenAI application. A `http.disconnect` from `receive` stops the run and frees its
+            KV blocks; the app then returns without sending more.
+        models: what it serves, the base first; each card lists the HTTP paths it answers.
+        on_change: called, when set, after each step that changed `stats()`. Never blocks.
+        died: done when the engine can serve no more, with the reason as its exception.
+    """
+
+    name: str
+    base: str
+    app: ASGIApp
+    models: tuple[ModelCard, ...]
+    on_change: Callable[[], None] | None
+    died: asyncio.Future[None]
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None:
+        """Stop the engine and every process it started. Idempotent."""
+        ...
