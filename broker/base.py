@@ -1,0 +1,176 @@
+"""The transport seam: what Headrace needs of a broker.
+
+`client.NatsBroker` is the real side, `memory.MemoryBroker` the fake; `tests/contract/test_broker.py`
+runs over both. Handlers are plain functions: they run on the event loop, must not block, and what
+they raise is logged, never lost silently. Every method raises `errors.Unavailable` when the broker
+can't be reached in time.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from broker.messages import ServiceClass
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A core message. `reply` is "" where no answer is wanted."""
+
+    subject: str
+    data: bytes
+    headers: Mapping[str, str] | None = None
+    reply: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A message as a stream stores it; `seq` counts from 1 in its stream."""
+
+    seq: int
+    subject: str
+    data: bytes
+    headers: Mapping[str, str] | None = None
+
+
+class Stored(NamedTuple):
+    """A publish acknowledgement. `duplicate`: the dedup id was known, `seq` is the first one's."""
+
+    seq: int
+    duplicate: bool
+
+
+class Delivery(Protocol):
+    """One queued message in a worker's hands, until `ack`, `nak` or the ack wait ends that.
+
+    Attributes:
+        seq: its sequence in REQUESTS.
+        attempt: deliveries so far, from 1: the epoch of the frames this run may publish.
+        pending: messages behind it in the same queue when it was delivered.
+        enqueued_ms: unix time in ms at which the stream stored it.
+    """
+
+    @property
+    def subject(self) -> str: ...
+    @property
+    def headers(self) -> Mapping[str, str] | None: ...
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def seq(self) -> int: ...
+    @property
+    def attempt(self) -> int: ...
+    @property
+    def pending(self) -> int: ...
+    @property
+    def enqueued_ms(self) -> float: ...
+
+    async def ack(self) -> None: ...
+    async def nak(self) -> None: ...
+    async def in_progress(self) -> None: ...
+
+
+class Puller(Protocol):
+    """Standing pulls on one (base, class) queue.
+
+    Attributes:
+        outstanding: messages asked for that have neither come nor been given up by the server.
+    """
+
+    @property
+    def outstanding(self) -> int: ...
+
+    async def ask(self, n: int) -> None:
+        """One more pull request, for `n` messages; each is delivered as it comes, no batch barrier."""
+        ...
+
+    async def close(self) -> None:
+        """Stop taking; what is still delivered goes back by NAK. Idempotent."""
+        ...
+
+
+class Subscription(Protocol):
+    async def close(self) -> None: ...
+
+
+class Broker(abc.ABC):
+    """An async context manager; `close` is idempotent."""
+
+    @property
+    @abc.abstractmethod
+    def connected(self) -> bool: ...
+
+    @property
+    @abc.abstractmethod
+    def max_payload(self) -> int:
+        """Largest message in bytes, headers included."""
+
+    @abc.abstractmethod
+    async def publish(
+        self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
+    ) -> None:
+        """Core publish: no acknowledgement; subjects of a stream are captured by it."""
+
+    @abc.abstractmethod
+    async def request(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> Message: ...
+
+    @abc.abstractmethod
+    async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> Subscription: ...
+
+    @abc.abstractmethod
+    async def enqueue(
+        self, subject: str, data: bytes, headers: dict[str, str] | None = None
+    ) -> asyncio.Future[Stored]:
+        """Publish into a durable stream now; the future is the stream's acknowledgement.
+
+        The future raises errors.Overloaded when the stream is full, errors.Unavailable when no
+        stream answers. Nothing is retried: a repeat is safe under the same `Nats-Msg-Id`.
+        """
+
+    @abc.abstractmethod
+    async def pull(
+        self, base: str, service_class: ServiceClass, handler: Callable[[Delivery], None]
+    ) -> Puller:
+        """Open one queue, making its consumer where there is none. Nothing is asked for yet."""
+
+    @abc.abstractmethod
+    async def delete(self, stream: str, seq: int) -> bool:
+        """Remove one stored message; False when it is no longer there."""
+
+    @abc.abstractmethod
+    async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[Record]:
+        """Up to `limit` stored messages whose subject matches `subject` (wildcards allowed), from
+        sequence `start` on, in order."""
+
+    @abc.abstractmethod
+    async def last(self, stream: str, subject: str) -> Record | None:
+        """The newest stored message under one subject."""
+
+    @abc.abstractmethod
+    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+        """Messages stored under each subject that matches `subject`."""
+
+    @abc.abstractmethod
+    async def put(self, bucket: str, key: str, value: bytes) -> None:
+        """Set `key` (a legal subject token) of a key-value bucket."""
+
+    @abc.abstractmethod
+    async def remove(self, bucket: str, key: str) -> None: ...
+
+    @abc.abstractmethod
+    async def watch(self, bucket: str, handler: Callable[[str, bytes | None], None]) -> Subscription:
+        """Call `handler(key, value)` for all there is, before this returns, then for each change;
+        None = removed."""
+
+    @abc.abstractmethod
+    async def close(self) -> None: ...
+
+    async def __aenter__(self) -> Broker:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()

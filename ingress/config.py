@@ -1,0 +1,29 @@
+"""Settings of one ingress process."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from broker.messages import ServiceClass
+
+
+class IngressConfig(BaseModel):
+    """`[ingress]`. Times in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 picks a free one")
+    name: str = Field("", description="mailbox name; unique in the fleet; made up when empty")
+    max_body: int = Field(4 * 2**20, ge=1024, description="larger bodies are refused (413)")
+    body_timeout: float = Field(30.0, gt=0, description="time for a client to send its body (408)")
+    keepalive: float = Field(5.0, gt=0, description="SSE comment interval while nothing else is sent")
+    publish_timeout: float = Field(2.0, gt=0, description="time for the broker to accept (503)")
+    max_streams: int = Field(10_000, ge=1, description="requests open at once; one more is refused (429)")
+    deadlines: dict[ServiceClass, float] = Field(
+        default={ServiceClass.INTERACTIVE: 600.0, ServiceClass.STANDARD: 600.0, ServiceClass.BATCH: 86400.0},
+        description="default life of a request, by class",
+    )
+    api_keys: dict[str, SecretStr] = Field(
+        default={}, description="tenant -> key, environment only; empty = everyone is anonymous"
+    )
