@@ -109,6 +109,11 @@ class Broker(abc.ABC):
     def max_payload(self) -> int:
         """Largest message in bytes, headers included."""
 
+    @property
+    @abc.abstractmethod
+    def ack_wait(self) -> float:
+        """Seconds that a delivery may go without `in_progress` before another worker gets it."""
+
     @abc.abstractmethod
     async def publish(
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
@@ -133,9 +138,16 @@ class Broker(abc.ABC):
 
     @abc.abstractmethod
     async def pull(
-        self, base: str, service_class: ServiceClass, handler: Callable[[Delivery], None]
+        self,
+        base: str,
+        service_class: ServiceClass,
+        handler: Callable[[Delivery], None],
+        lapsed: Callable[[], None],
     ) -> Puller:
-        """Open one queue, making its consumer where there is none. Nothing is asked for yet."""
+        """Open one queue, making its consumer where there is none. Nothing is asked for yet.
+
+        `lapsed` is called when `outstanding` fell without a delivery: the server gave a pull up.
+        """
 
     @abc.abstractmethod
     async def delete(self, stream: str, seq: int) -> bool:

@@ -92,9 +92,7 @@ def parse_request(subject: str, headers: dict[str, str] | None, body: bytes) -> 
         )
     deadline = head.get(subjects.DEADLINE, "0")
     if not (deadline.isascii() and deadline.isdigit()):
-        raise errors.MalformedMessage(
-            f"header {subjects.DEADLINE} must be unix time in ms, not {deadline!r}"
-        )
+        raise errors.MalformedMessage(f"header {subjects.DEADLINE} must be unix time in ms, not {deadline!r}")
     return Request(
         subject=parsed,
         request_id=subjects.name(tokens[3]),

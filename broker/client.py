@@ -1,0 +1,460 @@
+"""The real broker: NATS with JetStream.
+
+JetStream's request API is spoken directly where nats-py's helpers would cost a barrier or a wait:
+standing pulls (`CONSUMER.MSG.NEXT`), publishing without waiting for the acknowledgement, and reading
+a journal in one round trip (`DIRECT.GET` with `batch`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import nats
+import nats.errors
+import nats.js.errors
+import orjson
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from broker import base, errors, subjects, topology
+from broker.config import BrokerConfig
+from broker.messages import ServiceClass
+
+_log = logging.getLogger(__name__)
+
+_PULL_EXPIRES = 30.0
+_STORE_FAILED = 10077
+_READ_BATCH = 256
+
+
+async def connect(config: BrokerConfig, name: str) -> NatsBroker:
+    """Connect to `config.url`, make the streams, and return a broker that reconnects by itself.
+
+    Raises errors.Unavailable when no server answers within `config.timeout`.
+    """
+    broker = NatsBroker(config, name)
+    await broker.open()
+    return broker
+
+
+class _Translated:
+    """nats-py's errors to ours, in one place. A class, since it stands on the per-token path."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, nats.errors.MaxPayloadError):
+            raise errors.TooLarge("the message is larger than the broker takes") from exc
+        # nats.errors.Error: its timeouts, closed and lost connections, and JetStream's API errors.
+        if isinstance(exc, (nats.errors.Error, TimeoutError, OSError)):
+            raise errors.Unavailable(f"the broker did not answer: {exc or type(exc).__name__}") from exc
+
+
+_translated = _Translated()
+
+
+class NatsBroker(base.Broker):
+    """One connection. See `base.Broker` for the contract."""
+
+    def __init__(self, config: BrokerConfig, name: str) -> None:
+        self._config = config
+        self._name = name
+        self._nc = Client()
+        self._js = self._nc.jetstream(timeout=config.timeout)
+        self._acks: dict[str, asyncio.Future[base.Stored]] = {}
+        self._ack_numbers = itertools.count()
+        self._ack_inbox = ""
+        self._pullers: set[_Puller] = set()
+        self._watches: set[_Watch] = set()
+        self._closing = False
+        self._reconnecting: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        with _translated:
+            # `connect` with endless reconnects would also try for ever at first.
+            await asyncio.wait_for(
+                self._nc.connect(
+                    servers=self._config.url.split(","),
+                    name=self._name,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.1,  # type: ignore[arg-type]  # it is slept: a float will do
+                    connect_timeout=2,
+                    ping_interval=5,
+                    max_outstanding_pings=2,
+                    pending_size=16 * 2**20,
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_disconnected,
+                    reconnected_cb=self._on_reconnected,
+                    # Subjects are built by `subjects`, which makes legal tokens only.
+                    skip_subject_validation=True,
+                ),
+                max(self._config.timeout, 2.0),
+            )
+            inbox = self._nc.new_inbox()
+            self._ack_inbox = inbox + "."
+            await self._nc.subscribe(inbox + ".*", cb=self._on_ack)
+            await topology.ensure(self._js, self._config)
+
+    @property
+    def connected(self) -> bool:
+        return self._nc.is_connected
+
+    @property
+    def max_payload(self) -> int:
+        return self._nc.max_payload
+
+    @property
+    def ack_wait(self) -> float:
+        return self._config.ack_wait
+
+    # Core messages
+
+    async def publish(
+        self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
+    ) -> None:
+        with _translated:
+            await self._nc.publish(subject, data, reply, headers)
+
+    async def request(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> base.Message:
+        with _translated:
+            msg = await self._nc.request(subject, data, timeout)
+        return base.Message(msg.subject, msg.data, msg.headers, msg.reply)
+
+    async def subscribe(self, subject: str, handler: Callable[[base.Message], None]) -> base.Subscription:
+        async def on_message(msg: Msg) -> None:
+            handler(base.Message(msg.subject, msg.data, msg.headers, msg.reply))
+
+        with _translated:
+            return _Subscription(await self._nc.subscribe(subject, cb=on_message))
+
+    # The durable queue
+
+    async def enqueue(
+        self, subject: str, data: bytes, headers: dict[str, str] | None = None
+    ) -> asyncio.Future[base.Stored]:
+        if not self._nc.is_connected:
+            # nats-py would buffer it and send it after the caller has been told 503.
+            raise errors.Unavailable("the broker can't be reached")
+        number = str(next(self._ack_numbers))
+        future: asyncio.Future[base.Stored] = asyncio.get_running_loop().create_future()
+        self._acks[number] = future
+        future.add_done_callback(lambda _: self._acks.pop(number, None))
+        try:
+            await self.publish(subject, data, headers, self._ack_inbox + number)
+        except errors.HeadraceError:
+            future.cancel()
+            raise
+        return future
+
+    async def _on_ack(self, msg: Msg) -> None:
+        future = self._acks.get(msg.subject[len(self._ack_inbox) :])
+        if future is None or future.done():
+            return
+        if msg.headers and msg.headers.get("Status") == "503":
+            future.set_exception(errors.Unavailable("no stream takes the request: JetStream is not ready"))
+            return
+        answer = orjson.loads(msg.data)
+        fault = answer.get("error")
+        if fault is None:
+            future.set_result(base.Stored(answer["seq"], answer.get("duplicate", False)))
+        elif fault.get("err_code") == _STORE_FAILED and fault["description"].startswith("maximum"):
+            future.set_exception(errors.Overloaded("the queue is full: try again later", retry_after=1.0))
+        else:
+            future.set_exception(errors.Unavailable(f"the broker refused it: {fault['description']}"))
+
+    async def pull(
+        self,
+        base_model: str,
+        service_class: ServiceClass,
+        handler: Callable[[base.Delivery], None],
+        lapsed: Callable[[], None],
+    ) -> base.Puller:
+        config = topology.consumer(base_model, service_class, self._config)
+        ensure = functools.partial(self._js.add_consumer, subjects.REQUESTS, config)
+        inbox = self._nc.new_inbox()
+        with _translated:
+            await ensure()
+            puller = _Puller(
+                self, inbox, f"{subjects.REQUESTS}.{config.durable_name}", handler, lapsed, ensure
+            )
+            puller.subscription = await self._nc.subscribe(inbox, cb=puller.on_message)
+        self._pullers.add(puller)
+        return puller
+
+    async def delete(self, stream: str, seq: int) -> bool:
+        # no_erase: the bytes need no overwriting, and the caller waits for this.
+        answer = await self._api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
+        return bool(answer.get("success"))
+
+    # Reading streams
+
+    async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[base.Record]:
+        records: list[base.Record] = []
+        while len(records) < limit:
+            page = {"seq": start, "next_by_subj": subject, "batch": min(_READ_BATCH, limit - len(records))}
+            pending = 0
+            async for msg in self._direct(stream, page):
+                records.append(_record(msg))
+                pending = int((msg.headers or {}).get("Nats-Num-Pending", "0"))
+            if not pending:
+                break
+            start = records[-1].seq + 1
+        return records
+
+    async def _direct(self, stream: str, page: dict[str, Any]) -> AsyncIterator[Msg]:
+        """Messages of one batched direct get; its end is a 204 (or 404 when there is nothing)."""
+        inbox = self._nc.new_inbox()
+        with _translated:
+            subscription = await self._nc.subscribe(inbox)
+            try:
+                await self._nc.publish(f"$JS.API.DIRECT.GET.{stream}", orjson.dumps(page), reply=inbox)
+                while True:
+                    msg = await subscription.next_msg(timeout=self._config.timeout)
+                    status = (msg.headers or {}).get("Status", "")
+                    if status in ("204", "404"):
+                        return
+                    if status:
+                        text = (msg.headers or {}).get("Description", "")
+                        raise errors.Unavailable(f"stream {stream} can't be read: {status} {text}")
+                    yield msg
+            finally:
+                await subscription.unsubscribe()
+
+    async def last(self, stream: str, subject: str) -> base.Record | None:
+        with _translated:
+            msg = await self._nc.request(
+                f"$JS.API.DIRECT.GET.{stream}",
+                orjson.dumps({"last_by_subj": subject}),
+                self._config.timeout,
+            )
+        return None if (msg.headers or {}).get("Status") else _record(msg)
+
+    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        while True:
+            asked = {"subjects_filter": subject, "offset": len(found)}
+            answer = await self._api(f"STREAM.INFO.{stream}", asked)
+            page: dict[str, int] = answer.get("state", {}).get("subjects") or {}
+            found.update(page)
+            if not page or len(found) >= answer.get("total", 0):
+                return found
+
+    async def _api(self, call: str, body: dict[str, Any]) -> dict[str, Any]:
+        with _translated:
+            msg = await self._nc.request(f"$JS.API.{call}", orjson.dumps(body), self._config.timeout)
+        answer: dict[str, Any] = orjson.loads(msg.data)
+        return answer
+
+    # Key-value buckets
+
+    async def put(self, bucket: str, key: str, value: bytes) -> None:
+        with _translated:
+            await self._js.publish(f"$KV.{bucket}.{_kv_key(key)}", value)
+
+    async def remove(self, bucket: str, key: str) -> None:
+        with _translated:
+            await self._js.publish(f"$KV.{bucket}.{_kv_key(key)}", headers={"KV-Operation": "DEL"})
+
+    async def watch(self, bucket: str, handler: Callable[[str, bytes | None], None]) -> base.Subscription:
+        watch = _Watch(self, bucket, handler)
+        # Live changes first, then all there is: a change in between comes twice, never not at all.
+        watch.subscription = await self.subscribe(f"$KV.{bucket}.>", watch.on_message)
+        self._watches.add(watch)
+        await watch.replay()
+        return watch
+
+    # Connection
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+        if self._nc.is_connected:
+            try:
+                await self._nc.flush(timeout=1)
+            except (nats.errors.Error, TimeoutError) as exc:
+                _log.warning("the last messages may not have left: %s", exc)
+        for future in list(self._acks.values()):
+            future.cancel()
+        if not self._nc.is_closed:
+            await self._nc.close()
+
+    async def _on_error(self, exc: Exception) -> None:
+        _log.warning("nats: %s", exc or type(exc).__name__, extra={"error": type(exc).__name__})
+
+    async def _on_disconnected(self) -> None:
+        if self._closing:
+            return
+        _log.warning("the broker connection is lost; reconnecting")
+        for future in list(self._acks.values()):
+            if not future.done():
+                future.set_exception(errors.Unavailable("the broker connection broke before it accepted"))
+
+    async def _on_reconnected(self) -> None:
+        _log.info("the broker is back")
+        self._reconnecting = asyncio.create_task(self._restore())
+
+    async def _restore(self) -> None:
+        """What a restarted server forgot: streams, consumers, standing pulls; what we missed: changes."""
+        try:
+            with _translated:
+                await topology.ensure(self._js, self._config)
+            for puller in list(self._pullers):
+                await puller.restore()
+            for watch in list(self._watches):
+                await watch.replay()
+        except errors.HeadraceError as exc:
+            _log.warning("the broker is back but not ready: %s", exc.message)
+            await asyncio.sleep(0.2)
+            self._reconnecting = asyncio.create_task(self._restore())
+
+
+def _kv_key(token: str) -> str:
+    """KV keys may hold no '%'; tokens hold no '='."""
+    return token.replace("%", "=")
+
+
+def _record(msg: Msg) -> base.Record:
+    head = msg.headers or {}
+    return base.Record(int(head["Nats-Sequence"]), head["Nats-Subject"], msg.data, head)
+
+
+class _Subscription:
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    async def close(self) -> None:
+        try:
+            await self._inner.unsubscribe()
+        except (nats.errors.BadSubscriptionError, nats.errors.ConnectionClosedError):
+            return  # closed before, or together with its connection
+
+
+class _Watch:
+    """One KV watch: live changes by core subscription, the state by reading the stream."""
+
+    def __init__(self, broker: NatsBroker, bucket: str, handler: Callable[[str, bytes | None], None]) -> None:
+        self._broker = broker
+        self._bucket = bucket
+        self._prefix = len(f"$KV.{bucket}.")
+        self._handler = handler
+        self.subscription: base.Subscription | None = None
+
+    def on_message(self, msg: base.Message | base.Record) -> None:
+        key = msg.subject[self._prefix :].replace("=", "%")
+        removed = (msg.headers or {}).get("KV-Operation") in ("DEL", "PURGE")
+        self._handler(key, None if removed else msg.data)
+
+    async def replay(self) -> None:
+        for record in await self._broker.read(f"KV_{self._bucket}", f"$KV.{self._bucket}.>", limit=100_000):
+            self.on_message(record)
+
+    async def close(self) -> None:
+        self._broker._watches.discard(self)
+        if self.subscription is not None:
+            await self.subscription.close()
+
+
+class _Puller:
+    """Standing pulls of one worker on one queue. All state belongs to the event loop's callbacks."""
+
+    def __init__(
+        self,
+        broker: NatsBroker,
+        inbox: str,
+        consumer: str,
+        handler: Callable[[base.Delivery], None],
+        lapsed: Callable[[], None],
+        ensure: Callable[[], Awaitable[Any]],
+    ) -> None:
+        self._broker = broker
+        self._inbox = inbox
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{consumer}"
+        self._handler = handler
+        self._lapsed = lapsed
+        self._ensure = ensure
+        self._closed = False
+        self.subscription: Any = None
+        self.outstanding = 0
+
+    async def ask(self, n: int) -> None:
+        if self._closed or n <= 0:
+            return
+        self.outstanding += n
+        body = orjson.dumps({"batch": n, "expires": int(_PULL_EXPIRES * 1e9)})
+        try:
+            await self._broker.publish(self._subject, body, reply=self._inbox)
+        except errors.HeadraceError:
+            self.outstanding -= n
+            raise
+
+    async def on_message(self, msg: Msg) -> None:
+        head = msg.headers
+        if not msg.reply.startswith("$JS.ACK."):
+            self._on_status(head or {})
+            return
+        self.outstanding = max(0, self.outstanding - 1)
+        delivery = _Delivery(self._broker, msg)
+        if self._closed:
+            await delivery.nak()
+        else:
+            self._handler(delivery)
+
+    def _on_status(self, head: Mapping[str, str]) -> None:
+        """408 = expired, 409 = the consumer moved or went, 503 = nobody answers: asks come back."""
+        if head.get("Status") == "100":
+            return
+        given_up = head.get("Nats-Pending-Messages")
+        self.outstanding = max(0, self.outstanding - int(given_up)) if given_up else 0
+        if not self._closed:
+            self._lapsed()
+
+    async def restore(self) -> None:
+        """After a reconnect the server knows our pulls no more, and perhaps not the consumer."""
+        self.outstanding = 0
+        with _translated:
+            await self._ensure()
+        self._lapsed()
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._broker._pullers.discard(self)
+        # The subscription stays while the connection lives: what the server still delivers against
+        # an old pull is handed back at once instead of lying out its ack wait.
+
+
+class _Delivery:
+    """A message with JetStream's `$JS.ACK...` reply subject; its tokens are the metadata."""
+
+    __slots__ = ("_ack", "_broker", "attempt", "data", "enqueued_ms", "headers", "pending", "seq", "subject")
+
+    def __init__(self, broker: NatsBroker, msg: Msg) -> None:
+        self._broker = broker
+        self._ack = msg.reply
+        # $JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<delivered>.<seq>.<cseq>.<ns>.<pending>[.<token>]
+        tokens = msg.reply.split(".")
+        at = 4 if len(tokens) == 9 else 6
+        self.subject = msg.subject
+        self.headers: Mapping[str, str] | None = msg.headers
+        self.data = msg.data
+        self.attempt = int(tokens[at])
+        self.seq = int(tokens[at + 1])
+        self.enqueued_ms = int(tokens[at + 3]) / 1e6
+        self.pending = int(tokens[at + 4])
+
+    async def ack(self) -> None:
+        await self._broker.publish(self._ack, b"+ACK")
+
+    async def nak(self) -> None:
+        await self._broker.publish(self._ack, b"-NAK")
+
+    async def in_progress(self) -> None:
+        await self._broker.publish(self._ack, b"+WPI")

@@ -1,0 +1,54 @@
+"""Who serves what, as the heartbeats tell it. Pure: the clock is handed in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from pydantic import ValidationError
+
+from broker import base
+from broker.messages import Heartbeat, ModelCard
+
+_log = logging.getLogger(__name__)
+
+
+class Fleet:
+    """The newest heartbeat of each worker. Owned by the process's event loop.
+
+    Args:
+        lost_after: seconds without a heartbeat after which a worker no longer counts.
+    """
+
+    def __init__(self, lost_after: float) -> None:
+        self._lost_after = lost_after
+        self._seen: dict[str, tuple[float, Heartbeat]] = {}
+
+    def observe(self, message: base.Message, now: float) -> Heartbeat | None:
+        """Take one heartbeat in; garbage is logged and left out."""
+        try:
+            beat = Heartbeat.model_validate_json(message.data)
+        except ValidationError as exc:
+            _log.warning("a heartbeat on %s is unreadable: %s", message.subject, exc.errors()[0]["msg"])
+            return None
+        if beat.state == "gone":
+            self._seen.pop(beat.worker, None)
+        else:
+            self._seen[beat.worker] = (now, beat)
+        return beat
+
+    def expire(self, now: float) -> list[Heartbeat]:
+        """Drop the workers that fell silent, and return their last heartbeats."""
+        lost = [beat for at, beat in self._seen.values() if now - at > self._lost_after]
+        for beat in lost:
+            del self._seen[beat.worker]
+        return lost
+
+    def live(self, now: float) -> Iterator[Heartbeat]:
+        for at, beat in self._seen.values():
+            if now - at <= self._lost_after:
+                yield beat
+
+    def models(self, now: float) -> dict[str, ModelCard]:
+        """Every model that a live worker serves, by name."""
+        return {card.id: card for beat in self.live(now) for card in beat.models}

@@ -1,0 +1,272 @@
+"""Reply frames: written once by the worker, read exactly once and in order by whoever asked.
+
+A frame is one core publish. Subscribers get it live; the REPLIES stream keeps it, so that a reader
+who missed some (a slow consumer, a broken connection) reads the gap back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from broker import base, codec, errors, subjects
+from broker.messages import TERMINAL, Frame, FrameKind
+
+_HELD_LIMIT = 4096
+
+
+class Writer:
+    """The frames of one attempt at one request, numbered. Owned by the job that runs it."""
+
+    def __init__(self, broker: base.Broker, reply_to: str, epoch: int) -> None:
+        self._broker = broker
+        self._reply_to = reply_to
+        self._epoch = epoch
+        self._seq = 0
+        self._offs: dict[int, int] = {}
+        self.head_sent = False
+        self.closed = False
+
+    async def beat(self, worker: str) -> None:
+        await self._send(FrameKind.BEAT, extra={"worker": worker, "at": now_ms()})
+
+    async def head(
+        self,
+        status: int,
+        headers: dict[str, str],
+        worker: str,
+        payload: bytes,
+        tokens: list[tuple[int, list[int]]],
+    ) -> None:
+        self.head_sent = True
+        extra = {"status": status, "headers": headers, "worker": worker, "at": now_ms()}
+        await self._send(FrameKind.HEAD, payload, tokens, extra)
+
+    async def data(self, payload: bytes, tokens: list[tuple[int, list[int]]]) -> None:
+        await self._send(FrameKind.DATA, payload, tokens)
+
+    async def end(self, usage: dict[str, int]) -> None:
+        await self._send(FrameKind.END, extra={"usage": usage, "at": now_ms()})
+
+    async def error(self, exc: errors.HeadraceError) -> None:
+        extra: dict[str, Any] = {"status": exc.status, "code": exc.code, "at": now_ms()}
+        if exc.retry_after is not None:
+            extra["retry_after"] = exc.retry_after
+        await self._send(FrameKind.ERROR, exc.body(), extra=extra)
+
+    async def _send(
+        self,
+        kind: FrameKind,
+        payload: bytes = b"",
+        tokens: list[tuple[int, list[int]]] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        frame = Frame(self._epoch, self._seq, kind, self._offs.get(0, 0), payload=payload)
+        if tokens:
+            self._number(frame, tokens)
+        if extra is not None:
+            frame.extra = extra
+        self._seq += 1
+        self.closed = kind in TERMINAL
+        await self._broker.publish(self._reply_to, codec.encode(frame))
+
+    def _number(self, frame: Frame, tokens: list[tuple[int, list[int]]]) -> None:
+        for index, ids in tokens:
+            off = self._offs.get(index, 0)
+            self._offs[index] = off + len(ids)
+            if index == 0:
+                frame.ids = frame.ids + ids if frame.ids else ids
+            else:
+                frame.choices.append([index, off, ids])
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+class Assembler:
+    """Puts frames in order, each once. Pure: no I/O; `gap` says when frames are missing.
+
+    A frame of an older epoch is dropped. A newer epoch starts again at seq 0: its head is dropped
+    if one was passed on, and data is passed on from the first output token not yet seen.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.next_seq = 0
+        self.finished = False
+        self._headed = False
+        self._off = 0
+        self._held: dict[tuple[int, int], Frame] = {}
+
+    @property
+    def gap(self) -> bool:
+        """Frames are held back because an earlier one is missing."""
+        return bool(self._held) and not self.finished
+
+    @property
+    def started(self) -> bool:
+        """The head has been passed on."""
+        return self._headed
+
+    def feed(self, frame: Frame) -> list[Frame]:
+        """The frames that may now be forwarded, in order.
+
+        Raises errors.FramesLost when more is held back than any repair could explain, or when a new
+        attempt starts past what was seen.
+        """
+        if self.finished or (frame.epoch, frame.seq) < (self.epoch, self.next_seq):
+            return []
+        self._held[frame.epoch, frame.seq] = frame
+        if len(self._held) > _HELD_LIMIT:
+            raise errors.FramesLost("reply frames are missing and too many wait behind them")
+        ready: list[Frame] = []
+        while not self.finished:
+            following = self._held.pop((self.epoch, self.next_seq), None)
+            if following is None and not self._advance_epoch():
+                break
+            if following is not None:
+                self.next_seq += 1
+                if self._wanted(following):
+                    ready.append(following)
+        return ready
+
+    def _advance_epoch(self) -> bool:
+        """Move to the newest epoch whose first frame is here."""
+        newest = max((epoch for epoch, seq in self._held if seq == 0), default=self.epoch)
+        if newest <= self.epoch:
+            return False
+        self.epoch, self.next_seq = newest, 0
+        self._held = {key: frame for key, frame in self._held.items() if key[0] >= newest}
+        return True
+
+    def _wanted(self, frame: Frame) -> bool:
+        if frame.kind in TERMINAL:
+            self.finished = True
+            return True
+        if frame.kind is FrameKind.BEAT:
+            return not self._headed
+        if frame.off > self._off:
+            raise errors.FramesLost(f"the reply goes on at token {frame.off}, but {self._off} were seen")
+        if frame.kind is FrameKind.HEAD:
+            if self._headed:
+                return False
+            self._headed = True
+        elif frame.off < self._off:
+            return False
+        self._off = frame.off + len(frame.ids)
+        return True
+
+
+class Stream:
+    """One request's frames as its reader sees them."""
+
+    def __init__(self, broker: base.Broker, subject: str, close: Callable[[str], None]) -> None:
+        self.subject = subject
+        self._broker = broker
+        self._close = close
+        self._waiting: deque[bytes] = deque()
+        self._wake: asyncio.Future[None] | None = None
+        self._assembler = Assembler()
+
+    @property
+    def finished(self) -> bool:
+        return self._assembler.finished
+
+    def push(self, data: bytes) -> None:
+        self._waiting.append(data)
+        self.wake()
+
+    def wake(self) -> None:
+        """Make `next` return, even with nothing to return."""
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def next(self, timeout: float) -> list[Frame]:
+        """Frames in order as soon as there are any; [] after `timeout` seconds or a `wake`.
+
+        Silence is not trusted: the journal is asked whether frames passed us by. Raises
+        errors.FramesLost when a gap can't be filled from it.
+        """
+        if not self._waiting:
+            loop = asyncio.get_running_loop()
+            self._wake = loop.create_future()
+            timer = loop.call_later(timeout, self.wake)
+            try:
+                await self._wake
+            finally:
+                timer.cancel()
+                self._wake = None
+            if not self._waiting:
+                return await self._missed() if loop.time() >= timer.when() else []
+        assembler = self._assembler
+        ready: list[Frame] = []
+        while self._waiting:
+            ready += assembler.feed(codec.decode(self._waiting.popleft()))
+        if assembler.gap:
+            ready += await self.repair()
+            if assembler.gap:
+                raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
+        return ready
+
+    async def _missed(self) -> list[Frame]:
+        try:
+            newest = await self._broker.last(subjects.REPLIES, self.subject)
+        except errors.Unavailable:
+            return []  # asked again after the next silence
+        if newest is None:
+            return []
+        frame = codec.decode(newest.data)
+        seen = self._assembler.epoch, self._assembler.next_seq
+        return [] if (frame.epoch, frame.seq) < seen else await self.repair()
+
+    async def repair(self) -> list[Frame]:
+        """Read the journal and pass on what is new."""
+        ready: list[Frame] = []
+        for record in await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000):
+            ready += self._assembler.feed(codec.decode(record.data))
+        return ready
+
+    def close(self) -> None:
+        self._close(self.subject)
+
+
+class Mailbox:
+    """All replies of one reader process: one wildcard subscription, frames sorted by subject."""
+
+    def __init__(self, broker: base.Broker, name: str) -> None:
+        self.name = name
+        self._broker = broker
+        self._streams: dict[str, Stream] = {}
+        self._subscription: base.Subscription | None = None
+
+    async def __aenter__(self) -> Mailbox:
+        self._subscription = await self._broker.subscribe(subjects.mailbox(self.name), self._on_message)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._subscription is not None:
+            await self._subscription.close()
+
+    def _on_message(self, message: base.Message) -> None:
+        stream = self._streams.get(message.subject)
+        if stream is not None:
+            stream.push(message.data)
+
+    def open(self, tenant: str, request_id: str) -> Stream:
+        """Raises errors.DuplicateRequest while a request with this id is open here."""
+        subject = subjects.reply(tenant, self.name, request_id)
+        if subject in self._streams:
+            raise errors.DuplicateRequest(f"request id {request_id!r} is in use: choose another")
+        stream = Stream(self._broker, subject, self._forget)
+        self._streams[subject] = stream
+        return stream
+
+    def _forget(self, subject: str) -> None:
+        self._streams.pop(subject, None)
+
+    def __len__(self) -> int:
+        return len(self._streams)

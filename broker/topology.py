@@ -1,0 +1,87 @@
+"""The streams and buckets, made or brought up to date; idempotent, so every process may do it."""
+
+from __future__ import annotations
+
+from nats.js import JetStreamContext, api
+from nats.js.errors import BadRequestError
+
+from broker import subjects
+from broker.config import BrokerConfig
+
+_NAME_IN_USE = 10058
+
+
+def streams(config: BrokerConfig) -> list[api.StreamConfig]:
+    return [
+        api.StreamConfig(
+            name=subjects.REQUESTS,
+            subjects=[subjects.ALL_REQUESTS],
+            retention=api.RetentionPolicy.WORK_QUEUE,
+            storage=api.StorageType.FILE,
+            # A full queue refuses the newcomer: what was accepted is never thrown away.
+            discard=api.DiscardPolicy.NEW,
+            max_msgs=config.max_queued,
+            max_bytes=config.max_queued_bytes,
+            duplicate_window=config.dedup_window,
+            num_replicas=config.replicas,
+            allow_direct=True,
+        ),
+        api.StreamConfig(
+            name=subjects.REPLIES,
+            subjects=[subjects.ALL_REPLIES],
+            storage=api.StorageType.MEMORY,
+            discard=api.DiscardPolicy.OLD,
+            # Frames are core publishes that nobody awaits.
+            no_ack=True,
+            max_bytes=config.journal_bytes,
+            max_age=config.journal_age,
+            num_replicas=config.replicas,
+            allow_direct=True,
+        ),
+        api.StreamConfig(
+            name=subjects.USAGE,
+            subjects=[subjects.ALL_USAGE],
+            storage=api.StorageType.FILE,
+            no_ack=True,
+            max_bytes=config.usage_bytes,
+            max_age=config.usage_age,
+            num_replicas=config.replicas,
+            allow_direct=True,
+        ),
+        api.StreamConfig(
+            name=subjects.DEAD,
+            subjects=[subjects.ALL_DEAD],
+            storage=api.StorageType.FILE,
+            max_bytes=config.dead_bytes,
+            max_age=config.dead_age,
+            num_replicas=config.replicas,
+            allow_direct=True,
+        ),
+    ]
+
+
+async def ensure(js: JetStreamContext, config: BrokerConfig) -> None:
+    """Make every stream and bucket of `config`; those that exist take its limits."""
+    for stream in streams(config):
+        try:
+            await js.add_stream(stream)
+        except BadRequestError as exc:
+            if exc.err_code != _NAME_IN_USE:
+                raise
+            await js.update_stream(stream)
+    await js.create_key_value(bucket=subjects.KV_MODELS, history=1, replicas=config.replicas, direct=True)
+
+
+def consumer(base: str, service_class: str, config: BrokerConfig) -> api.ConsumerConfig:
+    """The durable pull consumer that all workers of one (base, class) share."""
+    name = subjects.consumer(base, service_class)
+    return api.ConsumerConfig(
+        durable_name=name,
+        filter_subject=subjects.request_filter(base, service_class),
+        ack_policy=api.AckPolicy.EXPLICIT,
+        ack_wait=config.ack_wait,
+        max_deliver=-1,
+        # Credit bounds what is in flight; the server's default of 1,000 would bound the fleet.
+        max_ack_pending=-1,
+        max_waiting=4096,
+    )
