@@ -8,220 +8,322 @@ as with a real connection.
 from __future__ import annotations
 
 import asyncio
-import itertools
+import functools
 import logging
-import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from broker import base, errors, subjects
-from broker.base import Delivery, Message, Record, Stored
+from broker import base, errors
+from broker.base import Message, Record, Stored
 from broker.config import BrokerConfig
+from broker.memory_hub import Hub, Lease, Pull, Queue, size_of
 from broker.messages import ServiceClass
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-
-def matches(pattern: str, subject: str) -> bool:
-    """NATS subject matching: `*` stands for one token, a last `>` for one or more."""
-    want, have = pattern.split("."), subject.split(".")
-    for place, tok in enumerate(want):
-        if tok == ">":
-            return len(have) > place
-        if place >= len(have) or tok not in ("*", have[place]):
-            return False
-    return len(want) == len(have)
-
-
-def _size(subject: str, data: bytes, headers: Mapping[str, str] | None) -> int:
-    head = sum(len(key) + len(value) + 4 for key, value in headers.items()) + 12 if headers else 0
-    return len(subject) + len(data) + head
+T = TypeVar("T")
 
 
 def _run(handler: Callable[..., None], *args: object) -> None:
     try:
         handler(*args)
     except Exception:
-        log.exception("a handler failed")
+        _log.exception("a handler failed")
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    record: Record
-    at: float
-    size: int
+class _Subscription:
+    """A client's interest in a subject."""
+
+    def __init__(self, client: MemoryBroker, subject: str, handler: Callable[[Message], None]) -> None:
+        self.subject = subject
+        self._client = client
+        self._handler = handler
+        self._closed = False
+        client.subscriptions.append(self)
+        client.hub.listeners.append(self)
+
+    def hand(self, message: Message) -> None:
+        asyncio.get_running_loop().call_soon(self._deliver, message)
+
+    def _deliver(self, message: Message) -> None:
+        if self._client.connected and not self._closed:
+            _run(self._handler, message)
+
+    async def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._client.subscriptions.remove(self)
+            self._client.hub.listeners.remove(self)
 
 
-class _Stream:
-    """Messages in order of arrival. One too many is refused, or pushes out the oldest."""
+class _Watch:
+    """A bucket's state, then its changes."""
 
     def __init__(
-        self, subject: str, *, count: float, size: int, age: float, window: float, refuses: bool
+        self, client: MemoryBroker, bucket: str, handler: Callable[[str, bytes | None], None]
     ) -> None:
-        self.subject = subject
-        self.entries: dict[int, _Entry] = {}
-        self._count, self._size, self._age, self._window = count, size, age, window
-        self._refuses = refuses
-        self._bytes = 0
-        self._last = 0
-        self._ids: dict[str, tuple[int, float]] = {}
+        self._client, self._bucket, self._handler = client, bucket, handler
+        self._subscription = _Subscription(client, f"$KV.{bucket}.*", self._change)
+        client.watches.append(self)
 
-    def add(self, now: float, subject: str, data: bytes, headers: Mapping[str, str] | None) -> Stored:
-        """Raises errors.Overloaded when full and not allowed to forget."""
-        self.age(now)
-        msg_id = (headers or {}).get(subjects.MSG_ID)
-        if msg_id in self._ids:
-            return Stored(self._ids[msg_id][0], True)
-        size = _size(subject, data, headers)
-        while self.entries and (len(self.entries) >= self._count or self._bytes + size > self._size):
-            if self._refuses:
-                raise errors.Overloaded("the request queue is full")
-            self.remove(next(iter(self.entries)))
-        self._last += 1
-        self._bytes += size
-        self.entries[self._last] = _Entry(Record(self._last, subject, data, headers), now, size)
-        if msg_id:
-            self._ids[msg_id] = (self._last, now)
-        return Stored(self._last, False)
+    def _change(self, message: Message) -> None:
+        key = message.subject.rpartition(".")[2]
+        self._handler(key, None if message.headers else message.data)
 
-    def remove(self, seq: int) -> bool:
-        entry = self.entries.pop(seq, None)
-        if entry:
-            self._bytes -= entry.size
-        return entry is not None
+    def replay(self) -> None:
+        for key, value in self._client.hub.bucket(self._bucket).items():
+            _run(self._handler, key, value)
 
-    def age(self, now: float) -> None:
-        """Forget messages and dedup ids that are too old."""
-        while self.entries and now - (first := next(iter(self.entries.values()))).at > self._age:
-            self.remove(first.record.seq)
-        while self._ids and now - self._ids[first_id := next(iter(self._ids))][1] > self._window:
-            del self._ids[first_id]
-
-    def select(self, pattern: str) -> list[Record]:
-        return [entry.record for entry in self.entries.values() if matches(pattern, entry.record.subject)]
+    async def close(self) -> None:
+        if self in self._client.watches:
+            self._client.watches.remove(self)
+        await self._subscription.close()
 
 
-@dataclass(slots=True)
-class _Queue:
-    """A consumer of REQUESTS. `fresh` and `again` are ordered sets of sequences."""
+class _Puller:
+    def __init__(
+        self,
+        client: MemoryBroker,
+        queue: Queue,
+        handler: Callable[[base.Delivery], None],
+        lapsed: Callable[[], None],
+    ) -> None:
+        self.client, self.queue = client, queue
+        self._handler, self._lapsed = handler, lapsed
+        self._closed = False
+        self.outstanding = 0
 
-    subject: str
-    fresh: dict[int, None]
-    again: dict[int, None] = field(default_factory=dict)
-    unacked: dict[int, float] = field(default_factory=dict)  # seq -> when its ack wait ends
-    attempts: dict[int, int] = field(default_factory=dict)
-    pulls: deque[_Puller] = field(default_factory=deque)  # one entry for each message asked for
+    async def ask(self, n: int) -> None:
+        self.client.check()
+        if self._closed or n <= 0:
+            return
+        self.outstanding += n
+        self.queue.pulls.append(Pull(self.client, n, self._hand))
+        self.client.hub.pump(self.queue)
 
-    def forget(self, seq: int) -> None:
-        for place in (self.fresh, self.again, self.unacked, self.attempts):
-            place.pop(seq, None)
+    def _hand(self, lease: Lease) -> None:
+        asyncio.get_running_loop().call_soon(self._deliver, lease)
 
-    def give_back(self, seq: int) -> None:
-        if self.unacked.pop(seq, None) is not None:
-            self.again[seq] = None
+    def _deliver(self, lease: Lease) -> None:
+        if not self.client.connected:
+            return  # lost on the way: its ack wait runs
+        self.outstanding = max(0, self.outstanding - 1)
+        if self._closed:
+            self.client.hub.nak(self.queue, lease.record.seq)
+        else:
+            _run(self._handler, _Delivery(lease, self))
+
+    def lapse(self) -> None:
+        """The server knows our pulls no more."""
+        self.outstanding = 0
+        _run(self._lapsed)
+
+    async def close(self) -> None:
+        """Pulls that stand go on to stand, as they do in a real server, and hand back what comes."""
+        self._closed = True
+        if self in self.client.pullers:
+            self.client.pullers.remove(self)
 
 
-class _Hub:
-    """What the clients of one fleet share: the server."""
+class _Delivery:
+    def __init__(self, lease: Lease, puller: _Puller) -> None:
+        self.subject, self.data, self.headers = lease.record.subject, lease.record.data, lease.record.headers
+        self.seq, self.attempt, self.pending = lease.record.seq, lease.attempt, lease.pending
+        self.enqueued_ms = lease.at * 1000
+        self._puller = puller
 
-    def __init__(self, config: BrokerConfig, clock: Callable[[], float], max_payload: int) -> None:
-        self.config, self.clock, self.max_payload = config, clock, max_payload
+    async def ack(self) -> None:
+        self._send(self._puller.client.hub.ack)
+
+    async def nak(self) -> None:
+        self._send(self._puller.client.hub.nak)
+
+    async def in_progress(self) -> None:
+        self._send(self._puller.client.hub.in_progress)
+
+    def _send(self, verdict: Callable[[Queue, int], None]) -> None:
+        self._puller.client.send(verdict, self._puller.queue, self.seq)
+
+
+class MemoryBroker(base.Broker):
+    """One client. `client()` makes further ones of the same fleet.
+
+    `clock` gives unix time in seconds: dedup window, ack wait and ages are measured by it.
+    """
+
+    def __init__(
+        self,
+        config: BrokerConfig | None = None,
+        clock: Callable[[], float] = time.time,
+        max_payload: int = 2**20,
+        hub: Hub | None = None,
+    ) -> None:
+        self.hub = hub or Hub(config or BrokerConfig(), clock, max_payload)
         self.subscriptions: list[_Subscription] = []
-        self.watches: dict[str, list[_Subscription]] = {}
-        self.buckets: dict[str, dict[str, bytes]] = {}
-        self.queues: dict[str, _Queue] = {}
-        self.inboxes = itertools.count()
-        window, forever = config.dedup_window, math.inf
-        self.streams = {
-            subjects.REQUESTS: _Stream(
-                subjects.ALL_REQUESTS,
-                count=config.max_queued,
-                size=config.max_queued_bytes,
-                age=forever,
-                window=window,
-                refuses=True,
-            )
-        }
-        for name, subject, size, age in (
-            (subjects.REPLIES, subjects.ALL_REPLIES, config.journal_bytes, config.journal_age),
-            (subjects.USAGE, subjects.ALL_USAGE, config.usage_bytes, config.usage_age),
-            (subjects.DEAD, subjects.ALL_DEAD, config.dead_bytes, config.dead_age),
-        ):
-            self.streams[name] = _Stream(
-                subject, count=forever, size=size, age=age, window=window, refuses=False
-            )
+        self.pullers: list[_Puller] = []
+        self.watches: list[_Watch] = []
+        self._held: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._connected = True
+        self._closed = False
 
-    def stream(self, name: str) -> _Stream:
-        stream = self.streams[name]
-        stream.age(self.clock())
-        return stream
+    # For tests
 
-    def route(self, message: Message) -> int:
-        """Hand a message to its subscribers; how many there are."""
-        takers = [sub for sub in self.subscriptions if matches(sub.subject, message.subject)]
-        for taker in takers:
-            taker.hand(message)
-        return len(takers)
-
-    def store(self, subject: str, data: bytes, headers: Mapping[str, str] | None) -> Stored | None:
-        """None where no stream listens to `subject`."""
-        for name, stream in self.streams.items():
-            if matches(stream.subject, subject):
-                stored = stream.add(self.clock(), subject, data, headers)
-                if name == subjects.REQUESTS and not stored.duplicate:
-                    self._line_up(stored.seq, subject)
-                return stored
-        return None
-
-    def _line_up(self, seq: int, subject: str) -> None:
-        for queue in self.queues.values():
-            if matches(queue.subject, subject):
-                queue.fresh[seq] = None
-                self.pump(queue)
-
-    def queue(self, base_name: str, service_class: str) -> _Queue:
-        name = subjects.consumer(base_name, service_class)
-        if name not in self.queues:
-            pattern = subjects.request_filter(base_name, service_class)
-            waiting = self.streams[subjects.REQUESTS].select(pattern)
-            self.queues[name] = _Queue(pattern, {record.seq: None for record in waiting})
-        return self.queues[name]
-
-    def pump(self, queue: _Queue) -> None:
-        """Match what waits with who asked: redeliveries first, pullers in turn."""
-        requests = self.streams[subjects.REQUESTS].entries
-        while queue.pulls and (queue.again or queue.fresh):
-            source = queue.again or queue.fresh
-            seq = next(iter(source))
-            del source[seq]
-            queue.unacked[seq] = self.clock() + self.config.ack_wait
-            queue.attempts[seq] = queue.attempts.get(seq, 0) + 1
-            entry = requests[seq]
-            queue.pulls.popleft().hand(
-                _Delivery(
-                    subject=entry.record.subject,
-                    headers=entry.record.headers,
-                    data=entry.record.data,
-                    seq=seq,
-                    attempt=queue.attempts[seq],
-                    pending=len(queue.fresh),
-                    enqueued_ms=entry.at * 1000,
-                    hub=self,
-                    queue=queue,
-                )
-            )
-
-    def remove(self, stream: str, seq: int) -> bool:
-        if stream == subjects.REQUESTS:
-            for queue in self.queues.values():
-                queue.forget(seq)
-        return self.streams[stream].remove(seq)
+    def client(self) -> MemoryBroker:
+        """Another connection to the same broker."""
+        return MemoryBroker(hub=self.hub)
 
     def expire(self) -> None:
-        for queue in self.queues.values():
-            for seq in [seq for seq, end in queue.unacked.items() if end <= self.clock()]:
-                queue.give_back(seq)
-            self.pump(queue)
+        """Redeliver what was delivered to anyone and whose ack wait is over by the clock."""
+        self.hub.expire()
+
+    def disconnect(self) -> None:
+        """Lose the connection: what others publish is missed, standing pulls are forgotten."""
+        self._connected = False
+        self.hub.hang_up(self)
+
+    def reconnect(self) -> None:
+        """Find it again: what was published meanwhile goes out, watches catch up, pulls lapse."""
+        self._connected = True
+        while self._held:
+            action, arguments = self._held.popleft()
+            action(*arguments)
+        for watch in list(self.watches):
+            watch.replay()
+        for puller in list(self.pullers):
+            puller.lapse()
+
+    # The contract
+
+    @property
+    def ack_wait(self) -> float:
+        return self.hub.config.ack_wait
+
+    @property
+    def connected(self) -> bool:
+        return self._connected and not self._closed
+
+    @property
+    def max_payload(self) -> int:
+        return self.hub.max_payload
+
+    def check(self) -> None:
+        if not self.connected:
+            raise errors.Unavailable("the broker can't be reached")
+
+    def send(self, action: Callable[..., object], *arguments: Any) -> None:
+        """Do what needs no answer; while the connection is down it waits, as in a client's buffer."""
+        if self._closed:
+            self.check()
+        elif self._connected:
+            action(*arguments)
+        else:
+            self._held.append((action, arguments))
+
+    def _fits(self, subject: str, data: bytes, headers: Mapping[str, str] | None) -> None:
+        if size_of(subject, data, headers) - len(subject) > self.hub.max_payload:
+            raise errors.TooLarge("the message is larger than the broker takes")
+
+    async def publish(
+        self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
+    ) -> None:
+        self._fits(subject, data, headers)
+        self.send(self.hub.publish, Message(subject, data, headers, reply))
+
+    async def request(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> Message:
+        self.check()
+        self._fits(subject, data, None)
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        inbox = f"_INBOX.{next(self.hub.inboxes)}"
+        subscription = await self.subscribe(inbox, functools.partial(_settle, answer))
+        try:
+            if not self.hub.publish(Message(subject, data, None, inbox)):
+                raise errors.Unavailable(f"nobody listens to {subject}")
+            return await asyncio.wait_for(answer, timeout)
+        except TimeoutError as exc:
+            raise errors.Unavailable(f"no answer on {subject} in {timeout} s") from exc
+        finally:
+            await subscription.close()
+
+    async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> base.Subscription:
+        self.check()
+        return _Subscription(self, subject, handler)
+
+    async def enqueue(
+        self, subject: str, data: bytes, headers: dict[str, str] | None = None
+    ) -> asyncio.Future[Stored]:
+        self.check()
+        self._fits(subject, data, headers)
+        loop = asyncio.get_running_loop()
+        ack: asyncio.Future[Stored] = loop.create_future()
+        try:
+            stored = self.hub.store(subject, data, headers)
+        except errors.Overloaded as exc:
+            loop.call_soon(_settle, ack, exc)
+        else:
+            loop.call_soon(_settle, ack, stored or errors.Unavailable(f"no stream takes {subject}"))
+            self.hub.route(Message(subject, data, headers))
+        return ack
+
+    async def pull(
+        self,
+        base_model: str,
+        service_class: ServiceClass,
+        handler: Callable[[base.Delivery], None],
+        lapsed: Callable[[], None],
+    ) -> base.Puller:
+        self.check()
+        puller = _Puller(self, self.hub.queue(base_model, service_class), handler, lapsed)
+        self.pullers.append(puller)
+        return puller
+
+    async def delete(self, stream: str, seq: int) -> bool:
+        self.check()
+        return self.hub.remove(stream, seq)
+
+    async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[Record]:
+        self.check()
+        found = self.hub.stream(stream).select(subject)
+        return [record for record in found if record.seq >= start][:limit]
+
+    async def last(self, stream: str, subject: str) -> Record | None:
+        self.check()
+        return next(reversed(self.hub.stream(stream).select(subject)), None)
+
+    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+        self.check()
+        return dict(Counter(record.subject for record in self.hub.stream(stream).select(subject)))
+
+    async def put(self, bucket: str, key: str, value: bytes) -> None:
+        self.check()
+        self.hub.bucket(bucket)[key] = value
+        self.hub.route(Message(f"$KV.{bucket}.{key}", value))
+
+    async def remove(self, bucket: str, key: str) -> None:
+        self.check()
+        self.hub.bucket(bucket).pop(key, None)
+        self.hub.route(Message(f"$KV.{bucket}.{key}", b"", {"KV-Operation": "DEL"}))
+
+    async def watch(self, bucket: str, handler: Callable[[str, bytes | None], None]) -> base.Subscription:
+        self.check()
+        self.hub.bucket(bucket)
+        watch = _Watch(self, bucket, handler)
+        watch.replay()
+        return watch
+
+    async def close(self) -> None:
+        self._closed = True
+        self._held.clear()
+        for subscription in list(self.subscriptions):
+            await subscription.close()
+        self.hub.hang_up(self)
+
+
+def _settle(future: asyncio.Future[T], outcome: T | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
