@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +46,11 @@ class Request:
     dedup_key: str = ""
     traceparent: str = ""
 
+    @property
+    def key(self) -> str:
+        """`<tenant>.<request>` as subject tokens: what a cancel names."""
+        return f"{subjects.token(self.subject.tenant)}.{subjects.token(self.request_id)}"
+
     def headers(self) -> dict[str, str]:
         head = {
             subjects.MSG_ID: subjects.dedup_id(self.subject.tenant, self.dedup_key or self.request_id),
@@ -60,7 +66,7 @@ class Request:
         return head
 
 
-def parse_request(subject: str, headers: dict[str, str] | None, body: bytes) -> Request:
+def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) -> Request:
     """Read a queued message. `Tenant` and `Request-Id` are optional: the subjects carry both.
 
     Raises errors.MalformedMessage naming the header that is missing or unreadable.

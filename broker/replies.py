@@ -87,6 +87,12 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
+async def last_frame(broker: base.Broker, reply_to: str) -> Frame | None:
+    """The newest frame that the journal has for a request; None when nothing was ever said."""
+    record = await broker.last(subjects.REPLIES, reply_to)
+    return None if record is None else codec.decode(record.data)
+
+
 class Assembler:
     """Puts frames in order, each once. Pure: no I/O; `gap` says when frames are missing.
 
@@ -214,14 +220,11 @@ class Stream:
 
     async def _missed(self) -> list[Frame]:
         try:
-            newest = await self._broker.last(subjects.REPLIES, self.subject)
+            newest = await last_frame(self._broker, self.subject)
         except errors.Unavailable:
             return []  # asked again after the next silence
-        if newest is None:
-            return []
-        frame = codec.decode(newest.data)
         seen = self._assembler.epoch, self._assembler.next_seq
-        return [] if (frame.epoch, frame.seq) < seen else await self.repair()
+        return [] if newest is None or (newest.epoch, newest.seq) < seen else await self.repair()
 
     async def repair(self) -> list[Frame]:
         """Read the journal and pass on what is new."""

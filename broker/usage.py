@@ -1,0 +1,52 @@
+"""One usage event a request, whoever ends it: the worker that ran it, or who stopped it in the queue."""
+
+from __future__ import annotations
+
+from broker import base, errors, replies, subjects
+from broker.messages import OUTCOME, Latency, Request, UsageEvent
+
+
+async def publish(broker: base.Broker, event: UsageEvent) -> None:
+    subject = subjects.usage(event.tenant, event.model)
+    await broker.publish(subject, event.model_dump_json().encode())
+
+
+def outcome(fault: errors.HeadraceError | None, status: int) -> OUTCOME:
+    if isinstance(fault, errors.Cancelled):
+        return "cancelled"
+    return "failed" if fault is not None or status >= 400 else "finished"
+
+
+def event(
+    request: Request,
+    fault: errors.HeadraceError | None,
+    worker: str,
+    *,
+    status: int = 0,
+    epoch: int = 1,
+    gpu_seconds: float = 0.0,
+    latency: Latency | None = None,
+    prompt_tokens: int = 0,
+    cached_tokens: int = 0,
+    completion_tokens: int = 0,
+) -> UsageEvent:
+    subject = request.subject
+    return UsageEvent(
+        request_id=request.request_id,
+        tenant=subject.tenant,
+        model=subject.model,
+        base=subject.base,
+        service_class=subject.service_class,
+        path=request.path,
+        worker=worker,
+        outcome=outcome(fault, status),
+        status=fault.status if fault is not None else status,
+        code=fault.code if fault is not None else "",
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        completion_tokens=completion_tokens,
+        gpu_seconds=gpu_seconds,
+        epoch=epoch,
+        finished_ms=replies.now_ms(),
+        latency=latency or Latency(),
+    )

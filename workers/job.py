@@ -1,0 +1,325 @@
+"""One request, from delivery to terminal frame: the ASGI call into the engine and its reply frames."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+
+from broker import base, errors, messages, replies, usage
+from broker.messages import Latency, Request
+from workers import metrics
+from workers.engines.base import ASGIMessage, Engine, Receive, Scope, Tap, current_tap
+
+_log = logging.getLogger(__name__)
+
+_ABORT_GRACE = 2.0
+"""Seconds an engine gets to end its run after a disconnect, before its task is cancelled."""
+
+
+class HandBack(errors.HeadraceError):
+    """Not an outcome: the request leaves this worker unfinished, for another one to run."""
+
+    code = "handed_back"
+
+
+@dataclass(slots=True)
+class Timing:
+    """`time.monotonic()` seconds, but for `queued`, the seconds already spent in the queue."""
+
+    queued: float
+    taken: float = field(default_factory=time.monotonic)
+    last_frame: float = 0.0
+    gpu_seconds: float = 0.0
+
+
+class Share:
+    """Engine time split equally among the requests that run at once: O(1) for each start and end.
+
+    `read` is the time one request has had since ever, if it had always run; a request's own share is
+    the difference between two readings.
+    """
+
+    def __init__(self) -> None:
+        self._running = 0
+        self._value = 0.0
+        self._at = 0.0
+
+    def _read(self) -> float:
+        now = time.monotonic()
+        if self._running:
+            self._value += (now - self._at) / self._running
+        self._at = now
+        return self._value
+
+    def enter(self) -> float:
+        value = self._read()
+        self._running += 1
+        return value
+
+    def leave(self, entered: float) -> float:
+        """Seconds of engine time since `entered`, the reading that `enter` gave."""
+        value = self._read()
+        self._running -= 1
+        return value - entered
+
+
+class Job:
+    """Runs one request. Written by its own task; `stop` may be called from anywhere on the loop."""
+
+    def __init__(
+        self,
+        request: Request,
+        delivery: base.Delivery,
+        broker: base.Broker,
+        engine: Engine,
+        worker: str,
+        share: Share,
+    ) -> None:
+        self.request = request
+        self.delivery = delivery
+        self.tap = Tap()
+        self.timing = Timing(queued=max(0.0, time.time() - delivery.enqueued_ms / 1000))
+        self.prompt_estimate = max(1, len(request.body) // 4)
+        self._engine = engine
+        self._worker = worker
+        self._share = share
+        self._writer = replies.Writer(broker, request.reply_to, delivery.attempt)
+        self._broker = broker
+        self._fault: errors.HeadraceError | None = None
+        self._stopped = asyncio.Event()
+        self._limit: asyncio.Timeout | None = None
+        self._abort_sent_ms = 0
+        self._held_head: ASGIMessage | None = None
+        self._held_body = b""
+        self._status = 0
+        self._complete = False
+        labels = request.subject.model, request.subject.service_class
+        self._itl = metrics.ITL.labels(*labels)
+        self._labels = labels
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Counted by the engine once it has; guessed from the body's length before."""
+        return self.tap.prompt_tokens or self.prompt_estimate
+
+    def stop(self, fault: errors.HeadraceError, asked_ms: int = 0) -> None:
+        """End the run early: with `fault` as its error frame, or, if a HandBack, in another worker.
+
+        Args:
+            asked_ms: unix time in ms at which the caller went away, for the abort metric.
+        """
+        if self._fault is None and not self._complete:
+            self._fault = fault
+            self._abort_sent_ms = asked_ms
+            self._stopped.set()
+            if self._limit is not None:
+                self._limit.reschedule(asyncio.get_running_loop().time() + _ABORT_GRACE)
+
+    async def run(self, verdict: errors.HeadraceError | None = None) -> None:
+        """Run to the terminal frame and the ack; with a `verdict`, refuse without running."""
+        if verdict is not None:
+            self.stop(verdict)
+        timer = None
+        if self.request.deadline_ms:
+            left = self.request.deadline_ms / 1000 - time.time()
+            timer = asyncio.get_running_loop().call_later(left, self._expire)
+        try:
+            if self._fault is None:
+                await self._writer.beat(self._worker)
+                entered = self._share.enter()
+                try:
+                    await self._call_engine()
+                finally:
+                    self.timing.gpu_seconds = self._share.leave(entered)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        await self._finish()
+
+    def _expire(self) -> None:
+        self.stop(errors.DeadlineExceeded("the request's deadline passed while it ran"))
+
+    async def _call_engine(self) -> None:
+        current_tap.set(self.tap)
+        try:
+            # Without limit until `stop` sets one, for an engine deaf to its disconnect.
+            async with asyncio.timeout(None) as self._limit:
+                await self._engine.app(self._scope(), self._receive(), self._send)
+        except errors.HeadraceError as exc:
+            self.stop(exc)
+        except TimeoutError:
+            if self._fault is None:
+                raise
+        except Exception as exc:
+            if self._fault is None:
+                _log.exception("the engine's app failed", extra=self.log_extra())
+            self.stop(errors.EngineFailed(f"the engine failed on this request: {type(exc).__name__}"))
+        finally:
+            self._limit = None
+        if self._abort_sent_ms:
+            metrics.ABORT.observe(max(0.0, time.time() - self._abort_sent_ms / 1000))
+
+    def _scope(self) -> Scope:
+        request = self.request
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(request.body)),
+            (b"x-request-id", request.request_id.encode("utf-8", "replace")),
+        ]
+        if request.traceparent:
+            headers.append((b"traceparent", request.traceparent.encode("latin-1", "replace")))
+        return {
+            "type": "http",
+            # 2.3: Starlette then watches `receive` for the disconnect while it streams.
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": request.path,
+            "raw_path": request.path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": headers,
+            "client": ("127.0.0.1", 0),
+            "server": ("127.0.0.1", 80),
+            "state": {},
+        }
+
+    def _receive(self) -> Receive:
+        bodies = [self.request.body]
+
+        async def receive() -> ASGIMessage:
+            if bodies:
+                return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+            await self._stopped.wait()
+            return {"type": "http.disconnect"}
+
+        return receive
+
+    async def _send(self, message: ASGIMessage) -> None:
+        if self._fault is not None:
+            return  # output past a stop is nobody's
+        if message["type"] == "http.response.start":
+            # Held until the first body bytes: the two make one frame.
+            self._held_head = message
+            self._status = message["status"]
+            return
+        if message["type"] != "http.response.body":
+            return
+        body: bytes = message.get("body", b"")
+        self._complete = not message.get("more_body", False)
+        if self._held_head is not None:
+            if self._status >= 500 or (not body and not self._complete):
+                # A dying engine answers 500: whether that is the caller's answer shows at the end.
+                self._held_body += body
+                return
+            head, self._held_head = self._held_head, None
+            await self._send_head(head, body)
+        elif body:
+            now = time.monotonic()
+            if self.tap.ids:
+                self._itl.observe(now - self.timing.last_frame)
+                self.timing.last_frame = now
+            tokens, self.tap.ids = self.tap.ids, []
+            await self._writer.data(body, tokens)
+
+    async def _send_head(self, head: ASGIMessage, body: bytes) -> None:
+        self.timing.last_frame = time.monotonic()
+        tokens, self.tap.ids = self.tap.ids, []
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1")
+            for name, value in head.get("headers", ())
+            if name.lower() in (b"content-type", b"x-request-id")
+        }
+        await self._writer.head(head["status"], headers, self._worker, body, tokens)
+
+    async def _finish(self) -> None:
+        """The terminal frame, the ack and the usage event, or the way back into the queue."""
+        if self._held_head is not None and self._fault is None:
+            await self._settle_held_head()
+        if self._fault is None and not self._complete:
+            self._fault = errors.EngineFailed("the engine ended without finishing its answer")
+        if isinstance(self._fault, HandBack):
+            if not self._writer.head_sent:
+                metrics.RETURNED.labels(self._fault.code).inc()
+                await self.delivery.nak()
+                return
+            self._fault = errors.WorkerLost("the worker stopped while it was answering")
+        if self._fault is None:
+            await self._writer.end(self._usage_meta())
+        else:
+            await self._writer.error(self._fault)
+        await self.delivery.ack()
+        await usage.publish(self._broker, self._usage_event())
+        self._observe()
+
+    async def _settle_held_head(self) -> None:
+        head, self._held_head = self._held_head, None
+        assert head is not None
+        if self._status >= 500:
+            # Give the engine's watcher a moment to notice a death that this 500 may have announced.
+            with contextlib.suppress(TimeoutError, Exception):
+                await asyncio.wait_for(asyncio.shield(self._engine.died), 0.25)
+            if self._engine.died.done():
+                self._fault = HandBack("the engine died")
+                return
+        await self._send_head(head, self._held_body)
+
+    def _usage_meta(self) -> dict[str, int]:
+        tap = self.tap
+        return {
+            "prompt_tokens": tap.prompt_tokens,
+            "cached_tokens": tap.cached_tokens,
+            "completion_tokens": tap.output_tokens,
+        }
+
+    def latency(self) -> Latency:
+        tap, timing = self.tap, self.timing
+        scheduled, first, now = tap.scheduled_at, tap.first_token_at, time.monotonic()
+        return Latency(
+            queue=timing.queued,
+            engine_wait=None if scheduled is None else max(0.0, scheduled - timing.taken),
+            prefill=None if first is None or scheduled is None else max(0.0, first - scheduled),
+            ttft=None if first is None else timing.queued + first - timing.taken,
+            decode=None if first is None else max(0.0, now - first),
+            total=timing.queued + now - timing.taken,
+        )
+
+    def _usage_event(self) -> messages.UsageEvent:
+        return usage.event(
+            self.request,
+            self._fault,
+            self._worker,
+            status=self._status,
+            epoch=self.delivery.attempt,
+            gpu_seconds=self.timing.gpu_seconds,
+            latency=self.latency(),
+            **self._usage_meta(),
+        )
+
+    def _observe(self) -> None:
+        parts, labels = self.latency(), self._labels
+        metrics.QUEUE_WAIT.labels(*labels).observe(self.timing.queued)
+        for histogram, value in (
+            (metrics.ENGINE_WAIT, parts.engine_wait),
+            (metrics.PREFILL, parts.prefill),
+            (metrics.TTFT, parts.ttft),
+        ):
+            if value is not None:
+                histogram.labels(*labels).observe(value)
+        if parts.total is not None:
+            metrics.TOTAL.labels(*labels, usage.outcome(self._fault, self._status)).observe(parts.total)
+        for kind, count in self._usage_meta().items():
+            metrics.TOKENS.labels(labels[0], kind.removesuffix("_tokens")).inc(count)
+
+    def log_extra(self) -> dict[str, object]:
+        subject = self.request.subject
+        return {
+            "request_id": self.request.request_id,
+            "tenant": subject.tenant,
+            "model": subject.model,
+            "worker": self._worker,
+        }

@@ -1,0 +1,49 @@
+"""What one worker measures. Label children are looked up once a request, never once a token."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from broker.messages import Credit
+from workers.engines.base import EngineStats
+
+_FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_LABELS = ["model", "class"]
+
+QUEUE_WAIT = Histogram(
+    "headrace_queue_wait_seconds", "Stored in the queue until taken", _LABELS, buckets=_FAST
+)
+ENGINE_WAIT = Histogram(
+    "headrace_engine_wait_seconds", "Handed to the engine until its first step", _LABELS, buckets=_FAST
+)
+PREFILL = Histogram("headrace_prefill_seconds", "First step until the first token", _LABELS, buckets=_FAST)
+TTFT = Histogram(
+    "headrace_worker_ttft_seconds", "Stored in the queue until the first token", _LABELS, buckets=_FAST
+)
+ITL = Histogram("headrace_itl_seconds", "Between the frames of one stream", _LABELS, buckets=_FAST)
+TOTAL = Histogram(
+    "headrace_worker_request_seconds",
+    "Stored in the queue until the terminal frame",
+    [*_LABELS, "outcome"],
+    buckets=_FAST,
+)
+ABORT = Histogram(
+    "headrace_abort_seconds", "The caller's cancel (or disconnect) until the engine stopped", buckets=_FAST
+)
+TOKENS = Counter("headrace_tokens_total", "Tokens, by kind: prompt, cached, completion", ["model", "kind"])
+FRAMES = Counter("headrace_frames_total", "Reply frames published")
+RETURNED = Counter("headrace_returned_total", "Deliveries handed back, by reason", ["reason"])
+DEAD = Counter("headrace_dead_letters_total", "Messages nobody could be told about")
+RUNNING = Gauge("headrace_running", "Requests this worker runs")
+CREDIT = Gauge("headrace_credit_requests", "Requests this worker could take now")
+ENGINE = Gauge(
+    "headrace_engine",
+    "The engine's own figures: running, waiting, kv_tokens_free, kv_tokens_total, preemptions, steps",
+    ["figure"],
+)
+
+
+def observe_engine(stats: EngineStats, credit: Credit) -> None:
+    CREDIT.set(credit.requests)
+    for figure in ("running", "waiting", "kv_tokens_free", "kv_tokens_total", "preemptions", "steps"):
+        ENGINE.labels(figure).set(getattr(stats, figure))

@@ -1,0 +1,284 @@
+"""One worker: pulls by credit, runs jobs, tells the fleet, and drains when asked to stop.
+
+Two stops: first no more is fetched while what runs finishes; after `drain_timeout` the rest is
+handed back. All state belongs to the event loop; handlers never block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal
+
+from prometheus_client import start_http_server
+
+from broker import base, errors, replies, subjects
+from broker.messages import Credit, Heartbeat, ServiceClass, parse_request
+from kvstate import budget
+from workers import intake, metrics, screening
+from workers.config import WorkerConfig
+from workers.engines.base import Engine
+from workers.job import HandBack, Job, Share
+
+_log = logging.getLogger(__name__)
+
+_SMOOTHING = 0.05
+"""Weight of the newest request in the running means of prompt and output lengths."""
+
+
+class Worker:
+    """See the module. `run` may be called once."""
+
+    def __init__(self, config: WorkerConfig, broker: base.Broker, engine: Engine) -> None:
+        self.name = config.name or f"{engine.name}-{socket.gethostname()}-{os.getpid()}"
+        self._config = config
+        self._broker = broker
+        self._engine = engine
+        self._state: Literal["serving", "draining", "gone"] = "serving"
+        self._started_ms = replies.now_ms()
+        self._jobs: dict[str, Job] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._queues = [intake.Queue() for _ in ServiceClass]
+        self._pullers: list[base.Puller] = []
+        self._tombstones = screening.Tombstones()
+        self._share = Share()
+        self._mean_prompt = 256.0
+        self._mean_output = 128.0
+        self._starved = False
+        self._topping_up = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._beats = 0
+        self._metrics_url = ""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop`, then drain. Raises errors.EngineFailed when the engine dies."""
+        server, _ = start_http_server(self._config.metrics_port, self._config.metrics_host)
+        self._metrics_url = f"http://{self._config.metrics_host}:{server.server_port}/metrics"
+        cancels = await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel)
+        for number, service_class in enumerate(ServiceClass):
+            receive = self._receiver(number)
+            self._pullers.append(
+                await self._broker.pull(self._engine.base, service_class, receive, self._top_up)
+            )
+        self._engine.on_change = self._on_step
+        died: asyncio.Future[None] = asyncio.shield(self._engine.died)
+        sides: list[Coroutine[Any, Any, Any]] = [stop.wait(), self._beat(), self._hold()]
+        ends: list[asyncio.Future[Any]] = [died, *map(asyncio.create_task, sides)]
+        try:
+            self._top_up()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                _log.error("the engine died: its requests go to other workers", extra={"worker": self.name})
+            await self._drain(0.0 if died.done() else self._config.drain_timeout)
+            for end in ends:
+                if end.done():
+                    end.result()  # the engine's death or a broken side task ends the worker, loudly
+        finally:
+            self._state = "gone"
+            self._engine.on_change = None
+            for end in ends:
+                end.cancel()
+            for puller in self._pullers:
+                await puller.close()
+            await cancels.close()
+            await self._announce()
+            server.shutdown()
+            server.server_close()
+
+    # Taking requests
+
+    def _receiver(self, number: int) -> Callable[[base.Delivery], None]:
+        return lambda delivery: self._take(number, delivery)
+
+    def _take(self, number: int, delivery: base.Delivery) -> None:
+        """Start a delivery, or hand it back when the credit it came against is gone."""
+        if self._state != "serving" or self._credit() < 1:
+            self._queues[number].backlog = delivery.pending + 1
+            metrics.RETURNED.labels("no_credit").inc()
+            self._spawn(delivery.nak())
+            return
+        intake.taken(self._queues, number, delivery.pending)
+        try:
+            request = parse_request(delivery.subject, delivery.headers, delivery.data)
+        except errors.MalformedMessage as exc:
+            self._spawn(screening.reject(self._broker, delivery, exc))
+            self._top_up()
+            return
+        running = self._jobs.get(request.key)
+        if running is not None:
+            # Our `in_progress` came too late, and the broker handed us what we are running.
+            running.delivery = delivery
+            return
+        job = Job(request, delivery, self._broker, self._engine, self.name, self._share)
+        job.tap.on_first_token = self._top_up
+        self._jobs[request.key] = job
+        metrics.RUNNING.set(len(self._jobs))
+        self._idle.clear()
+        self._spawn(self._run(job))
+        self._top_up()
+
+    def _load(self) -> budget.Load:
+        stats = self._engine.stats()
+        held = growth = 0.0
+        for job in self._jobs.values():
+            if job.tap.first_token_at is None:
+                held += job.prompt_tokens
+            growth += max(0.0, self._mean_output - job.tap.output_tokens)
+        return budget.Load(
+            slots_free=stats.max_running - max(len(self._jobs), stats.running + stats.waiting),
+            prefill_limit=self._config.prefill_steps * stats.step_tokens,
+            prefill_held=held,
+            kv_total=stats.kv_tokens_total,
+            kv_free=stats.kv_tokens_free,
+            kv_promised=held + growth,
+            mean_prompt=self._mean_prompt,
+            mean_output=self._mean_output,
+        )
+
+    def _credit(self) -> int:
+        return budget.requests(self._load())
+
+    def _on_step(self) -> None:
+        if self._starved:  # else what ends a request or its prefill has asked already
+            self._top_up()
+
+    def _top_up(self) -> None:
+        """Ask for what the credit allows; several calls within one turn of the loop make one ask."""
+        if not self._topping_up:
+            self._topping_up = True
+            asyncio.get_running_loop().call_soon(self._ask)
+
+    def _ask(self) -> None:
+        self._topping_up = False
+        if self._state != "serving" or not self._broker.connected:
+            return
+        for queue, puller in zip(self._queues, self._pullers, strict=True):
+            queue.outstanding = puller.outstanding
+            if puller.outstanding:
+                queue.backlog = 0  # a pull stands there and nothing answers it
+        credit = self._credit()
+        self._starved = credit == 0
+        for puller, n in zip(self._pullers, intake.asks(credit, self._queues), strict=True):
+            if n:
+                self._spawn(self._pull(puller, n))
+
+    async def _pull(self, puller: base.Puller, n: int) -> None:
+        try:
+            await puller.ask(n)
+        except errors.Unavailable as exc:
+            _log.warning("could not ask for work: %s", exc.message)
+
+    # Running them
+
+    async def _run(self, job: Job) -> None:
+        try:
+            verdict = await screening.screen(job.request, job.delivery, self._engine, self._broker)
+            if self._tombstones.pop(job.request.key):
+                verdict = errors.Cancelled("the caller went away")
+            if verdict is screening.ANSWERED:
+                await job.delivery.ack()
+                return
+            await job.run(verdict)
+            if job.tap.output_tokens:
+                self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
+                self._mean_output += _SMOOTHING * (job.tap.output_tokens - self._mean_output)
+        except errors.Unavailable as exc:
+            # The broker is out of reach: after the ack wait it gives the request to another worker.
+            _log.warning("a request was left to the broker: %s", exc.message, extra=job.log_extra())
+        finally:
+            del self._jobs[job.request.key]
+            metrics.RUNNING.set(len(self._jobs))
+            if not self._jobs:
+                self._idle.set()
+            self._top_up()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            _log.error("a task of the worker failed", exc_info=exc, extra={"worker": self.name})
+
+    def _on_cancel(self, message: base.Message) -> None:
+        """`cancel.<tenant>.<request>`: stop it here, or remember not to start it."""
+        key = message.subject.removeprefix("cancel.")
+        job = self._jobs.get(key)
+        if job is None:
+            self._tombstones.add(key)
+        else:
+            job.stop(errors.Cancelled("the caller went away"), screening.cancelled_at(message))
+
+    # Stopping
+
+    async def _drain(self, timeout: float) -> None:
+        """Fetch no more, let what runs finish for `timeout` seconds, hand the rest back."""
+        self._state = "draining"
+        for puller in self._pullers:
+            await puller.close()
+        await self._announce()
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            for job in list(self._jobs.values()):
+                job.stop(HandBack("drained"))
+            await self._idle.wait()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # Telling the fleet and the broker
+
+    async def _hold(self) -> None:
+        """Tell the broker that our requests are in good hands."""
+        while True:
+            await asyncio.sleep(self._broker.ack_wait / 3)
+            for job in list(self._jobs.values()):
+                try:
+                    await job.delivery.in_progress()
+                except errors.Unavailable:
+                    break  # said again after the next wait; the connection heals itself
+
+    async def _beat(self) -> None:
+        while True:
+            await self._announce()
+            self._top_up()
+            await asyncio.sleep(self._config.heartbeat)
+
+    async def _announce(self) -> None:
+        stats, load = self._engine.stats(), self._load()
+        kv = budget.kv_free(load) if load.kv_total else 0
+        credit = Credit(
+            requests=budget.requests(load) if self._state == "serving" else 0,
+            slots_free=max(0, load.slots_free),
+            slots_total=stats.max_running,
+            prefill_tokens_free=int(budget.prefill_free(load)),
+            step_tokens=stats.step_tokens,
+            kv_tokens_free=int(kv),
+            kv_tokens_total=stats.kv_tokens_total,
+            running=stats.running,
+            waiting=stats.waiting,
+        )
+        beat = Heartbeat(
+            worker=self.name,
+            engine=self._engine.name,
+            base=self._engine.base,
+            models=self._engine.models,
+            started_ms=self._started_ms,
+            seq=self._beats,
+            state=self._state,
+            credit=credit,
+            metrics_url=self._metrics_url,
+        )
+        self._beats += 1
+        metrics.observe_engine(stats, credit)
+        if self._broker.connected:
+            try:
+                await self._broker.publish(subjects.heartbeat(self.name), beat.model_dump_json().encode())
+            except errors.Unavailable as exc:
+                _log.warning("no heartbeat went out: %s", exc.message)

@@ -1,0 +1,99 @@
+"""What is looked at before a request may run: is it one, is it ours, is it still wanted, is it new."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections import OrderedDict
+
+import orjson
+
+from broker import base, errors, replies, subjects
+from broker.messages import TERMINAL, DeadLetter, FrameKind, Request
+from workers import metrics
+from workers.engines.base import Engine
+
+_log = logging.getLogger(__name__)
+
+ANSWERED = errors.DuplicateRequest("the request was answered before; only its ack was lost")
+"""A verdict of its own: nothing is left to do but to ack."""
+
+
+class Tombstones:
+    """Requests cancelled before they came, by key. Bounded: past `limit` the oldest is forgotten,
+    and if it was still queued it runs unread until its deadline."""
+
+    def __init__(self, limit: int = 100_000) -> None:
+        self._limit = limit
+        self._keys: OrderedDict[str, None] = OrderedDict()
+
+    def add(self, key: str) -> None:
+        self._keys[key] = None
+        if len(self._keys) > self._limit:
+            self._keys.popitem(last=False)
+
+    def pop(self, key: str) -> bool:
+        """Whether `key` was cancelled; it is forgotten with that."""
+        if key not in self._keys:
+            return False
+        del self._keys[key]
+        return True
+
+
+def cancelled_at(message: base.Message) -> int:
+    """Unix time in ms at which the caller says it went away; now, when it doesn't say."""
+    try:
+        return int(orjson.loads(message.data)["at"])
+    except (ValueError, KeyError, TypeError):
+        return replies.now_ms()
+
+
+async def screen(
+    request: Request, delivery: base.Delivery, engine: Engine, broker: base.Broker
+) -> errors.HeadraceError | None:
+    """None when the request may run, else why not (`ANSWERED` when there is nobody to tell)."""
+    if request.deadline_ms and request.deadline_ms <= time.time() * 1000:
+        return errors.DeadlineExceeded("the request's deadline passed in the queue")
+    cards = {card.id: card for card in engine.models}
+    card = cards.get(request.subject.model)
+    if card is None:
+        return errors.UnknownModel(
+            f"the workers of {request.subject.base!r} do not serve {request.subject.model!r}; "
+            f"they serve {', '.join(sorted(cards))}"
+        )
+    if request.path not in card.paths:
+        return errors.InvalidRequest(
+            f"model {card.id!r} does not serve {request.path}; it serves {', '.join(card.paths)}"
+        )
+    return await _earlier_attempt(request, broker) if delivery.attempt > 1 else None
+
+
+async def _earlier_attempt(request: Request, broker: base.Broker) -> errors.HeadraceError | None:
+    """A redelivered request runs again only if no output of an earlier attempt reached its caller."""
+    frame = await replies.last_frame(broker, request.reply_to)
+    if frame is None or frame.kind is FrameKind.BEAT:
+        return None
+    if frame.kind in TERMINAL:
+        return ANSWERED
+    return errors.WorkerLost("the worker was lost while it was answering; send the request again")
+
+
+async def reject(broker: base.Broker, delivery: base.Delivery, exc: errors.MalformedMessage) -> None:
+    """Answer what is no request: an `error` frame if it says where, and a letter in DEAD."""
+    head = dict(delivery.headers or {})
+    reply_to = head.get(subjects.REPLY_TO, "")
+    if reply_to.startswith("out.") and not set(reply_to) & set("*> \t\r\n"):
+        await replies.Writer(broker, reply_to, delivery.attempt).error(exc)
+    letter = DeadLetter(
+        reason=exc.code,
+        message=exc.message,
+        subject=delivery.subject,
+        headers=head,
+        body=base64.b64encode(delivery.data).decode(),
+        failed_ms=replies.now_ms(),
+    )
+    await (await broker.enqueue(subjects.dead(exc.code), letter.model_dump_json().encode()))
+    await delivery.ack()
+    metrics.DEAD.inc()
+    _log.warning("a malformed message went to the dead letters: %s", exc.message)
