@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
+_DELETE_FAILED = 10057  # the message is not, or no longer, there
 _READ_BATCH = 256
 
 
@@ -118,6 +119,9 @@ class NatsBroker(base.Broker):
     async def publish(
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
     ) -> None:
+        # nats-py leaves headers out of its check, and the server cuts a connection that sends too much.
+        if headers and len(data) + _header_size(headers) > self._nc.max_payload:
+            raise errors.TooLarge("the message is larger than the broker takes")
         with _translated:
             await self._nc.publish(subject, data, reply, headers)
 
@@ -189,7 +193,9 @@ class NatsBroker(base.Broker):
 
     async def delete(self, stream: str, seq: int) -> bool:
         # no_erase: the bytes need no overwriting, and the caller waits for this.
-        answer = await self._api(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True})
+        answer = await self._api(
+            f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True}, may_fail=_DELETE_FAILED
+        )
         return bool(answer.get("success"))
 
     # Reading streams
@@ -245,10 +251,14 @@ class NatsBroker(base.Broker):
             if not page or len(found) >= answer.get("total", 0):
                 return found
 
-    async def _api(self, call: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _api(self, call: str, body: dict[str, Any], may_fail: int = 0) -> dict[str, Any]:
+        """JetStream's answer. A fault other than `may_fail` raises errors.Unavailable."""
         with _translated:
             msg = await self._nc.request(f"$JS.API.{call}", orjson.dumps(body), self._config.timeout)
         answer: dict[str, Any] = orjson.loads(msg.data)
+        fault = answer.get("error")
+        if fault is not None and fault.get("err_code") != may_fail:
+            raise errors.Unavailable(f"the broker refused {call}: {fault.get('description')}")
         return answer
 
     # Key-value buckets
@@ -282,6 +292,10 @@ class NatsBroker(base.Broker):
                 _log.warning("the last messages may not have left: %s", exc)
         for future in list(self._acks.values()):
             future.cancel()
+        if not (self._nc.is_connected or self._nc.is_closed):
+            # nats-py would write its buffer to the transport that is gone, and stop half closed.
+            self._nc._pending.clear()
+            self._nc._pending_data_size = 0
         if not self._nc.is_closed:
             await self._nc.close()
 
@@ -313,6 +327,11 @@ class NatsBroker(base.Broker):
             _log.warning("the broker is back but not ready: %s", exc.message)
             await asyncio.sleep(0.2)
             self._reconnecting = asyncio.create_task(self._restore())
+
+
+def _header_size(headers: Mapping[str, str]) -> int:
+    """Bytes of `NATS/1.0`, one `key: value` line each, and the empty line."""
+    return 12 + sum(len(key.encode()) + len(value.encode()) + 4 for key, value in headers.items())
 
 
 def _kv_key(token: str) -> str:
@@ -386,6 +405,9 @@ class _Puller:
     async def ask(self, n: int) -> None:
         if self._closed or n <= 0:
             return
+        if not self._broker.connected:
+            # nats-py would buffer it, and `restore` makes the owner ask anew.
+            raise errors.Unavailable("the broker can't be reached")
         self.outstanding += n
         body = orjson.dumps({"batch": n, "expires": int(_PULL_EXPIRES * 1e9)})
         try:

@@ -247,7 +247,8 @@ class MemoryBroker(base.Broker):
             await subscription.close()
 
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> base.Subscription:
-        self.check()
+        if self._closed:
+            self.check()
         return _Subscription(self, subject, handler)
 
     async def enqueue(
