@@ -33,14 +33,15 @@ def decode(data: bytes) -> Frame:
             seq=meta["seq"],
             kind=FrameKind(meta["kind"]),
             off=meta.get("off", 0),
-            ids=meta.get("ids") or [],
-            choices=meta.get("choices") or [],
+            ids=meta.get("ids", []),
+            choices=meta.get("choices", []),
             payload=payload,
+            extra={key: value for key, value in meta.items() if key not in _OWN},
         )
-        if not (newline and type(frame.epoch) is int and type(frame.seq) is int):
-            raise ValueError("epoch and seq must be integers on a line of their own")
+        if not (newline and type(frame.epoch) is type(frame.seq) is type(frame.off) is int):
+            raise ValueError("epoch, seq and off must be integers on a line of their own")
+        if type(frame.ids) is not list or type(frame.choices) is not list:
+            raise ValueError("ids and choices must be lists")
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise errors.MalformedMessage(f"not a reply frame: {exc!r}") from exc
-    if len(meta) > 4:
-        frame.extra = {key: value for key, value in meta.items() if key not in _OWN}
     return frame

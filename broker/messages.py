@@ -66,6 +66,9 @@ class Request:
         return head
 
 
+_DEADLINE_DIGITS = 15  # ms until the year 33,658; int() refuses thousands of digits with an error of its own
+
+
 def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) -> Request:
     """Read a queued message. `Tenant` and `Request-Id` are optional: the subjects carry both.
 
@@ -83,6 +86,10 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         raise errors.MalformedMessage(
             f"header {subjects.REPLY_TO} must be out.<tenant>.<mailbox>.<request>, not {reply_to!r}"
         )
+    try:
+        request_id = subjects.name(tokens[3])
+    except ValueError as exc:
+        raise errors.MalformedMessage(f"header {subjects.REPLY_TO} is no UTF-8: {reply_to!r}") from exc
     if tokens[1] != subjects.token(parsed.tenant):
         raise errors.MalformedMessage(
             f"header {subjects.REPLY_TO} names tenant {tokens[1]!r}, the subject {parsed.tenant!r}"
@@ -97,11 +104,11 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
             f"header {subjects.PATH} must be an API path such as /v1/chat/completions, not {path!r}"
         )
     deadline = head.get(subjects.DEADLINE, "0")
-    if not (deadline.isascii() and deadline.isdigit()):
+    if not (deadline.isascii() and deadline.isdigit() and len(deadline) <= _DEADLINE_DIGITS):
         raise errors.MalformedMessage(f"header {subjects.DEADLINE} must be unix time in ms, not {deadline!r}")
     return Request(
         subject=parsed,
-        request_id=subjects.name(tokens[3]),
+        request_id=request_id,
         reply_to=reply_to,
         path=path,
         body=body,
@@ -136,7 +143,7 @@ class Frame:
         choices: `[index, off, ids]` for each further choice with tokens in it (`n > 1`).
         payload: the engine's own response bytes; for `error`, an OpenAI error object.
         extra: further meta by kind — head: `status`, `headers`, `worker`, `at`; beat: `worker`,
-            `at`; end: `usage`, `at`; error: `status`, `code`, `at`. `at` is unix time in ms.
+            `at`; end: `usage`, `at`; error: `status`, `code`, `at`. `at` is unix time in ms, with fractions.
     """
 
     epoch: int

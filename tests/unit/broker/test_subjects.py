@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker import subjects
+from broker.messages import ServiceClass
+
+# Lone surrogates included: JSON can carry them into a model's name.
+names = st.text(st.characters(), min_size=1)
+LEGAL = re.compile(r"[A-Za-z0-9_%-]+")
+
+
+@given(names)
+def test_any_name_becomes_one_legal_token_and_back(name: str) -> None:
+    token = subjects.token(name)
+    assert LEGAL.fullmatch(token)
+    assert subjects.name(token) == name
+
+
+@given(names, names)
+def test_two_names_never_share_a_token(one: str, other: str) -> None:
+    assert (subjects.token(one) == subjects.token(other)) == (one == other)
+
+
+def test_what_tokens_look_like() -> None:
+    assert subjects.token("llama-3_1B") == "llama-3_1B"
+    assert subjects.token("Qwen/Qwen3.5 *>") == "Qwen%2FQwen3%2E5%20%2A%3E"
+    assert subjects.token("100%") == "100%25"
+    assert subjects.token("é") == "%C3%A9"
+
+
+def test_the_empty_name_has_no_token() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        subjects.token("")
+
+
+@given(names, st.sampled_from(ServiceClass), names, names)
+def test_request_subjects_round_trip(base: str, service_class: str, tenant: str, model: str) -> None:
+    subject = subjects.RequestSubject(base, service_class, tenant, model)
+    assert subjects.parse_request(str(subject)) == subject
+    assert len(str(subject).split(".")) == 5
+    assert str(subject).startswith(subjects.request_filter(base, service_class).removesuffix(">"))
+
+
+@pytest.mark.parametrize(
+    "subject",
+    ["", "req", "req.a.b.c", "req.a.b.c.d.e", "req.a..c.d", "out.a.b.c.d", "req.a.b.c.%FF", ".req.a.b.c.d"],
+)
+def test_other_subjects_are_refused(subject: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        subjects.parse_request(subject)
+
+
+@given(names, names, names)
+def test_reply_subjects_lie_under_their_mailbox(tenant: str, mailbox: str, request: str) -> None:
+    tokens = subjects.reply(tenant, mailbox, request).split(".")
+    pattern = subjects.mailbox(mailbox).split(".")
+    assert len(tokens) == len(pattern)
+    assert all(want in ("*", have) for want, have in zip(pattern, tokens, strict=True))
+
+
+@given(names, names, names, names)
+def test_one_tenants_dedup_key_never_meets_anothers(
+    tenant: str, key: str, other_tenant: str, other_key: str
+) -> None:
+    same = subjects.dedup_id(tenant, key) == subjects.dedup_id(other_tenant, other_key)
+    assert same == ((tenant, key) == (other_tenant, other_key))
+
+
+@given(names, names)
+def test_a_consumer_name_is_legal(base: str, service_class: str) -> None:
+    assert LEGAL.fullmatch(subjects.consumer(base, service_class))
