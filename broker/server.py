@@ -143,7 +143,7 @@ class NatsServer:
         while True:
             if process.returncode is not None:
                 raise errors.Unavailable(
-                    f"nats-server ended at start with status {process.returncode}:\n{processes.tail(self.log)}"
+                    f"nats-server ended with status {process.returncode}:\n{processes.tail(self.log)}"
                 )
             with contextlib.suppress(OSError, ValueError, LookupError):
                 port = int(json.loads(ports.read_text())["nats"][0].rpartition(":")[2])

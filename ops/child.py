@@ -1,0 +1,124 @@
+"""One child process that is kept alive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from broker import processes
+
+logger = logging.getLogger(__name__)
+
+START_TRIES = 3
+"""A part that has ended so often without ever being ready will not get ready."""
+BACKOFF, BACKOFF_MOST = 0.5, 10.0
+"""Seconds before the first restart, doubled each time; and the most."""
+STEADY = 30.0
+"""A process that lived so long is in order: the backoff starts anew."""
+
+
+class StartFailed(Exception):
+    """A fleet that can't be started; the message is for the operator."""
+
+
+class Child:
+    """`headrace <arguments>` as a child process, started again whenever it dies.
+
+    The child leads a session of its own (Ctrl-C reaches it through us, in order) and is killed with us.
+
+    Attributes:
+        ready: done with the first ready line, when the part has been ready once.
+        restarts: how often it was started again.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        self.ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.restarts = 0
+        self._arguments = arguments
+        self._process: asyncio.subprocess.Process | None = None
+        self._stop = asyncio.Event()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def keep_alive(self) -> None:
+        """Run it until `stop`. Raises StartFailed with the end of its log when it never gets ready."""
+        self.log.unlink(missing_ok=True)
+        delay = BACKOFF
+        while not self._stop.is_set():
+            began = time.monotonic()
+            status = await self._run_once()
+            if self._stop.is_set():
+                return
+            if time.monotonic() - began > STEADY:
+                delay = BACKOFF
+            self.restarts += 1
+            if not self.ready.done() and self.restarts == START_TRIES:
+                raise StartFailed(
+                    f"{self.name} ended {START_TRIES} times before it was ready, last with status {status}. "
+                    f"The end of {self.log}:\n{processes.tail(self.log)}"
+                )
+            logger.warning(
+                "%s ended; starting it again",
+                self.name,
+                extra={"status": status, "wait_s": delay, "log": str(self.log)},
+            )
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, BACKOFF_MOST)
+
+    async def stop(self, grace: float) -> None:
+        """SIGTERM, then SIGKILL after `grace` seconds; it is not started again. Idempotent."""
+        self._stop.set()
+        if self._process is not None and self._process.returncode is None:
+            status = await processes.end(self._process, grace)
+            logger.info("%s ended", self.name, extra={"status": status})
+
+    async def _run_once(self) -> int:
+        read, write = os.pipe()
+        with self.log.open("ab") as log, os.fdopen(write, "wb"):
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "ops",
+                *self._arguments,
+                "--ready-fd",
+                str(write),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[write],
+                start_new_session=True,
+                preexec_fn=processes.bound_to_me(),
+            )
+        reading = asyncio.create_task(self._read_ready(read))
+        try:
+            return await self._process.wait()
+        except BaseException:
+            await processes.end(self._process, 0)
+            raise
+        finally:
+            await reading
+
+    async def _read_ready(self, read: int) -> None:
+        stream = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read, "rb")
+        )
+        try:
+            line = await stream.readline()
+        finally:
+            transport.close()
+        if line and not self.ready.done():
+            self.ready.set_result(orjson.loads(line))

@@ -1,0 +1,145 @@
+"""`headrace`: the command line, and where the parts of a fleet are composed.
+
+Only the standard library is imported here at once: each command loads what it runs, so that a sim
+worker never loads torch and `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ops.settings import Settings
+
+# Flags that are settings: (flag, dotted key, help). What has none is set with --set.
+_FLAGS = {
+    "nats": ("broker.url", "URL of the NATS server, or several with commas between"),
+    "data": ("data", "directory of the queue, the demo model and the logs"),
+    "log-level": ("log_level", "debug | info | warning | error"),
+    "host": ("ingress.host", "address to listen on"),
+    "port": ("ingress.port", "HTTP port; 0 = a free one"),
+    "engine": ("worker.engine", "vllm | sim | http"),
+    "model": ("vllm.model", "directory with the weights; none = the demo model"),
+    "url": ("http.url", "the server that the http engine stands before"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0 done, 1 failed, 2 wrong flags or settings."""
+    args = parser().parse_args(argv)
+    flags = dict(args.set)
+    for flag, (key, _) in _FLAGS.items():
+        if (value := getattr(args, flag.replace("-", "_"), None)) is not None:
+            flags[key] = value
+
+    from ops import settings
+
+    try:
+        loaded = settings.load(args.config, flags)
+    except settings.SettingsError as exc:
+        print(f"headrace {args.command}: the settings are wrong\n{exc}", file=sys.stderr)
+        return 2
+    return int(_COMMANDS[args.command](args, loaded, flags) or 0)
+
+
+def _up(args: argparse.Namespace, settings: Settings, flags: dict[str, str]) -> int:
+    from broker import processes
+    from ops import up
+
+    if args.with_parent:
+        processes.die_with_parent(signal.SIGTERM)
+    return up.run(settings, up.Options(args.workers, args.ingresses, args.nats_port, args.config, flags))
+
+
+def _service(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
+    from ops import parts, service
+
+    part = args.command.replace("-", "_")
+    return service.run(args.command, settings, getattr(parts, part), args.ready_fd)
+
+
+def _demo_model(_: argparse.Namespace, settings: Settings, __: dict[str, str]) -> None:
+    from ops import demo_model
+
+    print(demo_model.ensure(settings.data, progress=True))
+
+
+def _config(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> None:
+    from ops import reference
+
+    print(reference.markdown() if args.markdown else settings.model_dump_json(indent=2))
+
+
+_COMMANDS = {
+    "up": _up,
+    "ingress": _service,
+    "worker": _service,
+    "scheduler": _service,
+    "sim-engine": _service,
+    "demo-model": _demo_model,
+    "config": _config,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", type=Path, metavar="FILE", help="settings; default ./headrace.toml")
+    common.add_argument(
+        "--set",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting, by dotted key",
+    )
+    _add(common, "log-level")
+    joins = argparse.ArgumentParser(add_help=False)
+    joins.add_argument("--ready-fd", type=int, metavar="N", help="write one JSON line there when ready")
+
+    top = argparse.ArgumentParser(prog="headrace", description="An LLM inference platform: OpenAI over NATS.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", parents=[common], help="a whole fleet on this machine")
+    _add(up, "engine", "model", "url", "host", "port", "data")
+    up.add_argument("--workers", type=_count, default=1, metavar="N")
+    up.add_argument("--ingresses", type=_count, default=1, metavar="N", help="on --port and those after it")
+    up.add_argument("--nats-port", type=int, default=4222, metavar="PORT", help="0 = a free one")
+    up.add_argument("--with-parent", action="store_true", help="drain when the parent process ends")
+
+    ingress = commands.add_parser("ingress", parents=[common, joins], help="serve HTTP for a fleet")
+    _add(ingress, "nats", "host", "port")
+    worker = commands.add_parser("worker", parents=[common, joins], help="run an engine for a fleet")
+    _add(worker, "nats", "engine", "model", "url", "data")
+    scheduler = commands.add_parser("scheduler", parents=[common, joins], help="look after a fleet")
+    _add(scheduler, "nats")
+    sim = commands.add_parser("sim-engine", parents=[common, joins], help="the sim engine alone, over HTTP")
+    _add(sim, "host", "port")
+    model = commands.add_parser("demo-model", parents=[common], help="fetch and convert the demo model")
+    _add(model, "data")
+    config = commands.add_parser("config", parents=[common], help="check the settings and print them")
+    config.add_argument("--markdown", action="store_true", help="print the reference of all settings instead")
+    return top
+
+
+def _add(to: argparse.ArgumentParser, *flags: str) -> None:
+    for flag in flags:
+        key, text = _FLAGS[flag]
+        to.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text} [{key}]")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, e.g. ingress.port=8001")
+    return key, value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1000")
+    return int(text)

@@ -1,0 +1,191 @@
+"""`headrace up`: a whole fleet on this machine, one process tree that comes and goes together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker import errors
+from broker.server import NatsServer
+from ops import logs, parts, service
+from ops.child import BACKOFF, Child, StartFailed
+from ops.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.02
+_GRACE = 5.0
+"""Seconds beyond the drain limit before a part that does not end is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `up` decides for the whole fleet.
+
+    Attributes:
+        nats_port: 0 picks a free one.
+        config: the settings file, handed on to every part.
+        flags: dotted key -> text, likewise.
+    """
+
+    workers: int = 1
+    ingresses: int = 1
+    nats_port: int = 4222
+    config: Path | None = None
+    flags: Mapping[str, str] | None = None
+
+
+def run(settings: Settings, options: Options) -> int:
+    """Start the fleet and keep it until SIGTERM or SIGINT; the exit status."""
+    logs.configure(settings.log_level, part="up", pid=os.getpid())
+    try:
+        _check_engine(settings)
+        settings = parts.with_model(settings, progress=True)
+        asyncio.run(_Fleet(settings, options).run())
+    except (StartFailed, errors.HeadraceError) as exc:
+        print(f"headrace up: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class _Fleet:
+    """The parts of one `up`, in the order in which they stop: ingress, workers, scheduler, nats."""
+
+    def __init__(self, settings: Settings, options: Options) -> None:
+        self._settings = settings
+        self._options = options
+        self._logs = settings.data / "logs"
+        self._flags = dict(options.flags or {})
+        if settings.vllm.model:
+            self._flags["vllm.model"] = settings.vllm.model
+
+    async def run(self) -> None:
+        stop = asyncio.Event()
+        service.drain_on_signals(stop)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        nats_port = free_port("127.0.0.1", self._options.nats_port, "--nats-port")
+        nats = NatsServer(self._settings.data / "nats", nats_port, log=self._logs / "nats.log")
+        try:
+            async with nats, asyncio.TaskGroup() as group:
+                await self._serve(nats, group, stop)
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _serve(self, nats: NatsServer, group: asyncio.TaskGroup, stop: asyncio.Event) -> None:
+        config, options = self._settings, self._options
+        ports = _ports(config.ingress.host, config.ingress.port, options.ingresses)
+        ingresses = [self._ingress(number, port, nats.url) for number, port in enumerate(ports)]
+        workers = [self._worker(number, nats.url) for number in range(options.workers)]
+        scheduler = self._child("scheduler", nats.url)
+        keepers = [group.create_task(_keep_nats(nats))]
+        for child in (*workers, *ingresses, scheduler):  # workers first: they take longest
+            keepers.append(group.create_task(child.keep_alive()))
+        await _first(stop.wait(), self._announce(ingresses, workers, nats))
+        await stop.wait()
+        for children, drain in (
+            (ingresses, config.ingress.drain_timeout),
+            (workers, config.worker.drain_timeout),
+            ([scheduler], 0.0),
+        ):
+            await asyncio.gather(*(child.stop(drain + _GRACE) for child in children))
+        for keeper in keepers:
+            keeper.cancel()
+
+    async def _announce(self, ingresses: list[Child], workers: list[Child], nats: NatsServer) -> None:
+        """Say that the fleet is ready once every ingress answers so."""
+        print(f"starting  {self._settings.worker.engine}, logs in {self._logs}", file=sys.stderr, flush=True)
+        urls = [(await child.ready)["url"] for child in ingresses]
+        for url in urls:
+            while not await asyncio.to_thread(_answers, f"{url}/health/ready"):  # noqa: ASYNC110
+                await asyncio.sleep(_POLL)  # the state is another process's
+        model = (await workers[0].ready)["base"]
+        print(f"ready  {','.join(urls)}  {nats.url}  model {model}")
+        print(_curl(urls[0], model), flush=True)
+
+    def _ingress(self, number: int, port: int, nats: str) -> Child:
+        return self._child("ingress", nats, number, **{"ingress.port": str(port)})
+
+    def _worker(self, number: int, nats: str) -> Child:
+        port = self._settings.worker.metrics_port
+        own = {"worker.metrics_port": str(port + number)} if port else {}
+        return self._child("worker", nats, number, **own)
+
+    def _child(self, part: str, nats: str, number: int = 0, **own: str) -> Child:
+        name = f"{part}-{number + 1}" if number else part
+        arguments = [part, "--nats", nats]
+        if self._options.config:
+            arguments += ["--config", str(self._options.config)]
+        for key, text in (self._flags | own).items():
+            arguments += ["--set", f"{key}={text}"]
+        return Child(name, arguments, self._logs / f"{name}.log")
+
+
+async def _keep_nats(nats: NatsServer) -> None:
+    """Start the server again, on the same port and data, when it dies."""
+    while True:
+        status = await nats.wait()
+        logger.warning("nats-server ended; starting it again", extra={"status": status})
+        await nats.stop()
+        await asyncio.sleep(BACKOFF)
+        await nats.start()
+
+
+async def _first(*awaitables: Awaitable[object]) -> None:
+    """Until one of them is done; the others are cancelled, and its exception is raised."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def free_port(host: str, port: int, flag: str) -> int:
+    """`port`, or a free one for 0. Raises StartFailed naming the port and `flag` where it is taken."""
+    try:
+        with socket.create_server((host, port)) as listener:
+            return int(listener.getsockname()[1])
+    except OSError as exc:
+        raise StartFailed(
+            f"port {port} on {host} can't be used ({exc.strerror}): name another with {flag}, 0 = a free one"
+        ) from None
+
+
+def _ports(host: str, port: int, count: int) -> Iterator[int]:
+    for number in range(count):
+        yield free_port(host, port + number if port else 0, "--port")
+
+
+def _check_engine(settings: Settings) -> None:
+    if settings.worker.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise StartFailed(
+            "vLLM is not installed: `pip install 'headrace[cpu]'` or `'headrace[gpu]'`, or `--engine sim`"
+        )
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1) as response:
+        return bool(response.status == 200)
+    return False
+
+
+def _curl(url: str, model: str) -> str:
+    body = {"model": model, "stream": True, "messages": [{"role": "user", "content": "What is a head race?"}]}
+    data = shlex.quote(json.dumps(body))
+    return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d {data}"
