@@ -19,6 +19,7 @@ class IngressConfig(BaseModel):
     body_timeout: float = Field(30.0, gt=0, description="time for a client to send its body (408)")
     keepalive: float = Field(5.0, gt=0, description="SSE comment interval while nothing else is sent")
     publish_timeout: float = Field(2.0, gt=0, description="time for the broker to accept (503)")
+    drain_timeout: float = Field(30.0, ge=0, description="time for open streams to finish on SIGTERM")
     max_streams: int = Field(10_000, ge=1, description="requests open at once; one more is refused (429)")
     deadlines: dict[ServiceClass, float] = Field(
         default={ServiceClass.INTERACTIVE: 600.0, ServiceClass.STANDARD: 600.0, ServiceClass.BATCH: 86400.0},

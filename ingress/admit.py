@@ -1,0 +1,151 @@
+"""From an HTTP request to a queued one: who asks, what for, how urgent, until when.
+
+Ingress reads only what routing needs; the body travels untouched and the engine judges the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from broker import errors
+from broker.messages import ServiceClass
+from ingress.config import IngressConfig
+
+ANONYMOUS = "anonymous"
+
+# OpenAI's `service_tier` values onto our classes; ours are understood as well.
+_TIERS = {
+    "auto": ServiceClass.STANDARD,
+    "default": ServiceClass.STANDARD,
+    "scale": ServiceClass.STANDARD,
+    "priority": ServiceClass.INTERACTIVE,
+    "flex": ServiceClass.BATCH,
+}
+_PRIORITIES = {str(c): c for c in ServiceClass}
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_MAX_NAME = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What ingress read of a request."""
+
+    model: str
+    stream: bool
+    service_class: ServiceClass
+
+
+def read_body(body: bytes, priority: str | None) -> Asked:
+    """Pick model, stream flag and class out of the caller's JSON.
+
+    Raises errors.InvalidRequest when it is no JSON object, errors.InvalidType when one of the
+    three has a wrong type or value.
+    """
+    try:
+        parsed: Any = orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise errors.InvalidRequest(f"the body is not valid JSON: {exc}") from exc
+    if not isinstance(parsed, dict):
+        raise errors.InvalidRequest(f"the body must be a JSON object, not {type(parsed).__name__}")
+    model = parsed.get("model")
+    if model is None:
+        raise errors.InvalidRequest("`model` is missing: name one of GET /v1/models", param="model")
+    if not isinstance(model, str) or not 0 < len(model) <= _MAX_NAME:
+        raise errors.InvalidType(f"`model` must be a string of 1 to {_MAX_NAME} characters", param="model")
+    stream = parsed.get("stream")
+    if not isinstance(stream, bool | None):
+        raise errors.InvalidType("`stream` must be true or false", param="stream")
+    return Asked(model, bool(stream), _service_class(parsed.get("service_tier"), priority))
+
+
+def _service_class(tier: Any, priority: str | None) -> ServiceClass:
+    """`X-Priority` decides where both are given: it is Headrace's own."""
+    if priority is not None:
+        found = _PRIORITIES.get(priority.strip().lower())
+        if found is None:
+            raise errors.InvalidType(f"X-Priority must be one of {', '.join(_PRIORITIES)}, not {priority!r}")
+        return found
+    if tier is None:
+        return ServiceClass.STANDARD
+    known = _TIERS | _PRIORITIES
+    if not isinstance(tier, str) or tier not in known:
+        raise errors.InvalidType(f"`service_tier` must be one of {', '.join(known)}", param="service_tier")
+    return known[tier]
+
+
+def request_id(headers: Mapping[bytes, bytes]) -> str:
+    """The caller's `X-Request-Id`, or a new one."""
+    given = headers.get(b"x-request-id")
+    if given is None:
+        return f"req_{uuid.uuid4().hex}"
+    text = given.decode("latin-1")
+    if not _REQUEST_ID.fullmatch(text):
+        raise errors.InvalidRequest("X-Request-Id must be 1 to 128 visible ASCII characters")
+    return text
+
+
+def deadline_ms(headers: Mapping[bytes, bytes], service_class: ServiceClass, config: IngressConfig) -> int:
+    """Unix time in ms: now plus `X-Headrace-Timeout` seconds, or the class's default."""
+    seconds = config.deadlines.get(service_class, 600.0)
+    given = headers.get(b"x-headrace-timeout")
+    if given is not None:
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = -1.0
+        if not 0 < seconds <= 7 * 86400:
+            raise errors.InvalidType(
+                "X-Headrace-Timeout must be seconds, more than 0 and at most a week, "
+                f"not {given.decode('latin-1')!r}"
+            )
+    return int((time.time() + seconds) * 1000)
+
+
+class Tenants:
+    """Who asks. Without configured keys everyone is `anonymous`, and a loopback ingress lets
+    `X-Headrace-Tenant` name another; with keys, the key names the tenant."""
+
+    def __init__(self, config: IngressConfig) -> None:
+        # By digest: a lookup then tells an attacker's clock nothing about the keys.
+        self._by_key = {_digest(key.get_secret_value()): tenant for tenant, key in config.api_keys.items()}
+        self._loopback = _is_loopback(config.host)
+
+    def of(self, headers: Mapping[bytes, bytes]) -> str:
+        """Raises errors.Unauthorized or, for a tenant header where none may be, errors.InvalidRequest."""
+        named = headers.get(b"x-headrace-tenant")
+        if self._by_key:
+            key = headers.get(b"x-api-key") or headers.get(b"authorization", b"")[7:]
+            tenant = self._by_key.get(_digest(key.decode("latin-1").strip()))
+            if tenant is None:
+                raise errors.Unauthorized("the API key is missing or wrong: send Authorization: Bearer <key>")
+            return tenant
+        if named is None:
+            return ANONYMOUS
+        if not self._loopback:
+            raise errors.InvalidRequest(
+                "X-Headrace-Tenant is taken only by an ingress that listens on a loopback address"
+            )
+        name = named.decode("utf-8", "replace").strip()
+        if not 0 < len(name) <= _MAX_NAME:
+            raise errors.InvalidRequest(f"X-Headrace-Tenant must be 1 to {_MAX_NAME} characters")
+        return name
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,216 @@
+"""The HTTP face: routing, the life of one request from its first byte to its metrics, the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from broker import base, errors, replies, subjects, usage
+from broker.messages import Request
+from ingress import admit, metrics, pages
+from ingress import errors as wording
+from ingress.catalogue import Catalogue
+from ingress.config import IngressConfig
+from ingress.exchange import Exchange
+from ingress.http import ClientGone, Receive, Scope, Send, answer, read_body
+from ingress.relay import Relay
+
+_log = logging.getLogger(__name__)
+
+INFERENCE_PATHS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/embeddings",
+        "/tokenize",
+        "/detokenize",
+    }
+)
+_HEADER_ROOM = 4096
+"""Bytes of a message kept free for its headers."""
+
+
+class Ingress:
+    """The ASGI app. `mailbox` and `catalogue` are open while it serves."""
+
+    def __init__(
+        self, config: IngressConfig, broker: base.Broker, mailbox: replies.Mailbox, catalogue: Catalogue
+    ) -> None:
+        self._config = config
+        self._broker = broker
+        self._mailbox = mailbox
+        self._catalogue = catalogue
+        self._tenants = admit.Tenants(config)
+        self._pages = pages.app(broker, catalogue)
+        self._cancels: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in INFERENCE_PATHS:
+            await self._infer(scope, receive, send)
+        else:
+            await self._pages(scope, receive, send)
+
+    async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.monotonic()
+        path: str = scope["path"]
+        headers = dict(scope["headers"])
+        status = 499
+        try:
+            request, streaming = await self._admit(path, headers, receive)
+            stream = self._mailbox.open(request.subject.tenant, request.request_id)
+            metrics.STREAMS.inc()
+            relay = Relay(send, path, request.request_id, streaming)
+            exchange = Exchange(self._config, self._broker, request, stream, relay)
+            try:
+                await exchange.publish()
+                metrics.ADMIT.observe(time.monotonic() - started)
+                fault = await exchange.follow(receive)
+            except BaseException:
+                stream.close()
+                metrics.STREAMS.dec()
+                raise
+            status = 499 if isinstance(fault, errors.Cancelled) else relay.status
+            self._observe(request, relay, fault, started)
+            if fault is not None and exchange.cancellable:
+                self._cancel(exchange, stream, fault)
+            else:
+                stream.close()
+            metrics.STREAMS.dec()
+        except ClientGone:
+            return
+        except errors.HeadraceError as exc:
+            status = exc.status
+            body = wording.body(exc.body(), path)
+            await answer(send, exc.status, wording.headers(exc), body)
+        finally:
+            metrics.REQUESTS.labels(path, str(status)).inc()
+
+    async def _admit(self, path: str, headers: dict[bytes, bytes], receive: Receive) -> tuple[Request, bool]:
+        """Everything that can be refused before the queue is touched."""
+        config = self._config
+        limit = min(config.max_body, self._broker.max_payload - _HEADER_ROOM)
+        body = await read_body(headers, receive, limit, config.body_timeout)
+        tenant = self._tenants.of(headers)
+        request_id = admit.request_id(headers)
+        priority = headers.get(b"x-priority")
+        asked = admit.read_body(body, None if priority is None else priority.decode("latin-1"))
+        card = self._catalogue.find(asked.model)
+        if len(self._mailbox) >= config.max_streams:
+            raise errors.Overloaded(f"this ingress has its {config.max_streams} streams open", retry_after=1)
+        return (
+            Request(
+                subject=subjects.RequestSubject(card.base, asked.service_class, tenant, asked.model),
+                request_id=request_id,
+                reply_to=subjects.reply(tenant, self._mailbox.name, request_id),
+                path=path,
+                body=body,
+                deadline_ms=admit.deadline_ms(headers, asked.service_class, config),
+                traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
+            ),
+            asked.stream,
+        )
+
+    def _cancel(self, exchange: Exchange, stream: replies.Stream, fault: errors.HeadraceError) -> None:
+        """In the background: the client is gone or answered, and the connection is free again."""
+
+        async def cancel() -> None:
+            try:
+                await exchange.cancel(fault)
+            finally:
+                stream.close()
+
+        task = asyncio.create_task(cancel())
+        self._cancels.add(task)
+        task.add_done_callback(self._cancels.discard)
+
+    async def drain(self) -> None:
+        """Wait for the cancels under way; each is bounded in time."""
+        while self._cancels:
+            await asyncio.wait(self._cancels)
+
+    def _observe(
+        self, request: Request, relay: Relay, fault: errors.HeadraceError | None, started: float
+    ) -> None:
+        labels = request.subject.model, request.subject.service_class
+        now = time.monotonic()
+        if relay.first_payload_at is not None:
+            metrics.TTFT.labels(*labels).observe(relay.first_payload_at - started)
+        metrics.TOTAL.labels(*labels, usage.outcome(fault, relay.status)).observe(now - started)
+        if fault is not None and not isinstance(fault, errors.Cancelled):
+            _log.warning(
+                "a request failed: %s",
+                fault.message,
+                extra={
+                    "request_id": request.request_id,
+                    "model": request.subject.model,
+                    "worker": relay.worker,
+                    "code": fault.code,
+                },
+            )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that tells when it accepts, and leaves signals to whoever composes the process."""
+
+    def __init__(self, config: uvicorn.Config, accepting: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._accepting = accepting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._accepting()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    config: IngressConfig,
+    broker: base.Broker,
+    stop: asyncio.Event,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve HTTP until `stop`; then finish the open streams, bounded by `drain_timeout`.
+
+    `ready` gets the address once connections are accepted. Raises OSError when the port is taken.
+    """
+    listener = socket.create_server((config.host, config.port), backlog=2048)
+    name = config.name or f"ingress-{replies.now_ms():x}-{listener.getsockname()[1]}"
+    async with replies.Mailbox(broker, name) as mailbox, Catalogue(broker) as catalogue:
+        ingress = Ingress(config, broker, mailbox, catalogue)
+        server = _Server(
+            uvicorn.Config(
+                ingress,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                date_header=False,
+                backlog=2048,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=int(config.drain_timeout),
+            ),
+            lambda: ready("http://{}:{}".format(*listener.getsockname()[:2])),
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            server.should_exit = True
+            await serving
+            await ingress.drain()
+        finally:
+            stopping.cancel()

@@ -1,0 +1,164 @@
+"""One HTTP request through the queue: publish, follow its frames, cancel when the client goes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import orjson
+
+from broker import base, errors, replies, subjects, usage
+from broker.messages import Request
+from ingress import metrics
+from ingress.config import IngressConfig
+from ingress.http import Receive
+from ingress.relay import Relay
+
+_log = logging.getLogger(__name__)
+
+_CONFIRM_TIMEOUT = 5.0
+"""Seconds to wait for a worker's word that a cancelled request stopped."""
+
+
+class Exchange:
+    """Owned by the task that handles the HTTP request."""
+
+    def __init__(
+        self,
+        config: IngressConfig,
+        broker: base.Broker,
+        request: Request,
+        stream: replies.Stream,
+        relay: Relay,
+    ) -> None:
+        self._config = config
+        self._broker = broker
+        self._request = request
+        self._stream = stream
+        self._relay = relay
+        self._ack: asyncio.Future[base.Stored] | None = None
+        self._published_at = 0.0
+        self._taken = False
+
+    async def publish(self) -> None:
+        """Put the request into the queue; its acknowledgement is awaited beside the first frame.
+
+        Raises errors.Unavailable, errors.TooLarge.
+        """
+        request = self._request
+        self._published_at = time.monotonic()
+        ack = await self._broker.enqueue(str(request.subject), request.body, request.headers())
+        ack.add_done_callback(self._on_ack)
+        self._ack = ack
+
+    def _on_ack(self, ack: asyncio.Future[base.Stored]) -> None:
+        metrics.PUBLISH.observe(time.monotonic() - self._published_at)
+        if ack.cancelled() or ack.exception() is not None or ack.result().duplicate:
+            self._stream.wake()
+
+    @property
+    def cancellable(self) -> bool:
+        """False when the queue refused the request, or holds another one under its id."""
+        ack = self._ack
+        if ack is None or not ack.done():
+            return ack is not None
+        return not (ack.cancelled() or ack.exception() or ack.result().duplicate)
+
+    async def follow(self, receive: Receive) -> errors.HeadraceError | None:
+        """Relay frames until the answer is complete. Returns the fault that ended it, if one did."""
+        gone = asyncio.create_task(_disconnected(receive))
+        gone.add_done_callback(lambda _: self._stream.wake())
+        quiet_since = time.monotonic()
+        try:
+            while True:
+                frames = await self._stream.next(self._patience())
+                if gone.done():
+                    return errors.Cancelled("the client went away")
+                if frames:
+                    self._taken = True
+                    quiet_since = time.monotonic()
+                    if await self._relay.frames(frames):
+                        return self._relay.fault
+                    continue
+                fault = self._overdue()
+                if fault is not None:
+                    await self._relay.fail(fault)
+                    return fault
+                if time.monotonic() - quiet_since >= self._config.keepalive:
+                    quiet_since = time.monotonic()
+                    await self._relay.keepalive()
+        except errors.FramesLost as exc:
+            await self._relay.fail(exc)
+            return exc
+        finally:
+            gone.cancel()
+
+    def _patience(self) -> float:
+        """Seconds until something is due: a keep-alive, the deadline, the broker's acknowledgement."""
+        left = self._request.deadline_ms / 1000 - time.time()
+        if self._ack is not None and not self._ack.done():
+            left = min(left, self._published_at + self._config.publish_timeout - time.monotonic())
+        return max(0.0, min(left, self._config.keepalive))
+
+    def _overdue(self) -> errors.HeadraceError | None:
+        """Why to give up now, if so. Called when no frame came within the patience."""
+        assert self._ack is not None
+        if self._ack.done():
+            if self._ack.cancelled():
+                return errors.Unavailable("the broker connection broke before it accepted the request")
+            exc = self._ack.exception()
+            if exc is not None and not self._taken:
+                return exc if isinstance(exc, errors.HeadraceError) else errors.Unavailable(str(exc))
+            if exc is None and self._ack.result().duplicate:
+                return errors.DuplicateRequest(
+                    f"request id {self._request.request_id!r} was used within the dedup window"
+                )
+        elif time.monotonic() - self._published_at >= self._config.publish_timeout:
+            return errors.Unavailable("the broker did not accept the request in time")
+        if time.time() * 1000 >= self._request.deadline_ms:
+            return errors.DeadlineExceeded("the request's deadline passed")
+        return None
+
+    async def cancel(self, fault: errors.HeadraceError) -> None:
+        """Stop the request wherever it is, and see to it that its usage event is written once.
+
+        The running one is told first; then the queued message is deleted by its sequence, so that
+        it never runs. A worker that had it confirms with its terminal frame.
+        """
+        started = time.monotonic()
+        request, seq = self._request, await self._sequence()
+        body = orjson.dumps({"at": replies.now_ms(), "seq": seq})
+        try:
+            await self._broker.publish(f"cancel.{request.key}", body)
+            deleted = (
+                seq is not None and not self._taken and await self._broker.delete(subjects.REQUESTS, seq)
+            )
+            while not self._stream.finished and time.monotonic() - started < _CONFIRM_TIMEOUT:
+                self._taken = bool(await self._stream.next(0.25)) or self._taken
+                if deleted and not self._taken:
+                    break
+            if self._stream.finished:
+                metrics.CANCEL.observe(time.monotonic() - started)
+            elif deleted and not self._taken:
+                metrics.CANCEL.observe(time.monotonic() - started)
+                await usage.publish(self._broker, usage.event(request, fault, ""))
+        except (errors.Unavailable, errors.FramesLost) as exc:
+            _log.warning(
+                "a cancel may not have arrived: %s", exc.message, extra={"request_id": request.request_id}
+            )
+
+    async def _sequence(self) -> int | None:
+        """Where the request lies in the queue; None if it was never accepted."""
+        if self._ack is None:
+            return None
+        try:
+            stored = await asyncio.wait_for(asyncio.shield(self._ack), self._config.publish_timeout)
+        except (errors.HeadraceError, TimeoutError, asyncio.CancelledError):
+            return None
+        return stored.seq
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,81 @@
+"""Everything that is no inference: models, health, metrics, and "no such path"."""
+
+from __future__ import annotations
+
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from broker import base, errors
+from broker.messages import ModelCard
+from ingress import errors as wording
+from ingress.catalogue import Catalogue
+
+
+def app(broker: base.Broker, catalogue: Catalogue) -> Starlette:
+    async def models(_: Request) -> Response:
+        cards = sorted(catalogue.cards().values(), key=lambda card: card.id)
+        return _json(200, {"object": "list", "data": [_model(card) for card in cards]})
+
+    async def model(request: Request) -> Response:
+        return _json(200, _model(catalogue.find(request.path_params["model"])))
+
+    async def live(_: Request) -> Response:
+        return _json(200, {"status": "live"})
+
+    async def ready(_: Request) -> Response:
+        """Ready = the broker answers and a worker takes requests."""
+        state = {"broker": broker.connected, "worker": catalogue.serving}
+        ok = all(state.values())
+        return _json(200 if ok else 503, {"status": "ready" if ok else "not ready", **state})
+
+    async def metrics(_: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+    return Starlette(
+        routes=[
+            Route("/v1/models", models),
+            Route("/v1/models/{model:path}", model),
+            Route("/health/live", live),
+            Route("/health/ready", ready),
+            Route("/metrics", metrics),
+        ],
+        exception_handlers={HTTPException: _http_error, errors.HeadraceError: _our_error},
+    )
+
+
+def _json(status: int, value: object) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+def _model(card: ModelCard) -> dict[str, object]:
+    """OpenAI's model object, and what Headrace knows beyond it."""
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "headrace",
+        "parent": None if card.id == card.base else card.base,
+        "max_model_len": card.context_tokens,
+        "paths": list(card.paths),
+    }
+
+
+async def _http_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    path = request.url.path
+    message = f"{request.method} {path} is not served here" if exc.status_code in (404, 405) else exc.detail
+    body = errors.error_body(
+        message, "invalid_request_error", "not_found" if exc.status_code == 404 else "bad"
+    )
+    return Response(body, exc.status_code, dict(exc.headers or {}), media_type="application/json")
+
+
+async def _our_error(_: Request, exc: Exception) -> Response:
+    assert isinstance(exc, errors.HeadraceError)
+    head = {name.decode(): value.decode() for name, value in wording.headers(exc)}
+    return Response(exc.body(), exc.status, head)

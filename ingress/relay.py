@@ -1,0 +1,172 @@
+"""Frames out of the mailbox into one HTTP answer. The engine's bytes pass through unparsed."""
+
+from __future__ import annotations
+
+import time
+
+from broker import errors
+from broker.messages import Frame, FrameKind
+from ingress import errors as wording
+from ingress import metrics
+from ingress.http import Send, answer
+
+_SSE = b"text/event-stream"
+_QUEUED = b": queued\n\n"
+_ALIVE = b": keep-alive\n\n"
+
+
+class Relay:
+    """Writes one answer: SSE as it comes, anything else whole, so that a late error still gets its
+    status. Owned by the task that handles the request.
+
+    Attributes:
+        status: as sent to the client; 0 before anything was.
+        worker: who answers, once known.
+        first_payload_at: `time.monotonic()` of the first payload byte sent.
+    """
+
+    def __init__(self, send: Send, path: str, request_id: str, streaming: bool) -> None:
+        self._send = send
+        self._path = path
+        self._streaming = streaming
+        self._common = [(b"x-request-id", request_id.encode("latin-1"))]
+        self._buffer: list[bytes] = []
+        self._head: Frame | None = None
+        self._sse = False
+        self._at_boundary = True
+        self.status = 0
+        self.worker = ""
+        self.first_payload_at: float | None = None
+        self.fault: errors.HeadraceError | None = None
+
+    async def frames(self, frames: list[Frame]) -> bool:
+        """Pass on what came, joined into one send; True when the answer is complete."""
+        payload = b""
+        for frame in frames:
+            if frame.kind is FrameKind.DATA:
+                payload += frame.payload
+            elif frame.kind is FrameKind.HEAD:
+                payload += await self._begin(frame)
+            elif frame.kind is FrameKind.BEAT:
+                self.worker = frame.extra.get("worker", "")
+            elif frame.kind is FrameKind.END:
+                _observe_transit(frame)
+                await self._finish(payload)
+                return True
+            elif frame.kind is FrameKind.ERROR:
+                _observe_transit(frame)
+                await self._pass_on(payload)
+                await self._break(
+                    frame.extra.get("status", 500), frame.payload, frame.extra.get("retry_after")
+                )
+                return True
+        await self._pass_on(payload)
+        return False
+
+    async def keepalive(self) -> None:
+        """An SSE comment, so that proxies and clients keep a silent connection.
+
+        Before the head has come this commits to an SSE answer; what goes wrong after that is told
+        as an event.
+        """
+        if not self._streaming or not self._at_boundary or (self._head is not None and not self._sse):
+            return
+        if not self.status:
+            await self._start_sse(200, [])
+        metrics.KEEPALIVES.inc()
+        await self._write(_QUEUED if self._head is None else _ALIVE)
+
+    async def fail(self, fault: errors.HeadraceError) -> None:
+        """End the answer with an error of our own."""
+        self.fault = fault
+        await self._break(fault.status, fault.body(), fault.retry_after)
+
+    # Head
+
+    async def _begin(self, frame: Frame) -> bytes:
+        _observe_transit(frame)
+        self._head = frame
+        self.worker = frame.extra.get("worker", self.worker)
+        content_type = frame.extra.get("headers", {}).get("content-type", "").encode("latin-1")
+        if content_type.startswith(_SSE):
+            self._sse = True
+            if not self.status:
+                await self._start_sse(frame.extra.get("status", 200), [])
+        return frame.payload
+
+    async def _start_sse(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        head = [
+            *self._common,
+            *headers,
+            (b"content-type", _SSE + b"; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        if self.worker:
+            head.append((b"x-headrace-worker", self.worker.encode("latin-1", "replace")))
+        await self._send({"type": "http.response.start", "status": status, "headers": head})
+
+    # Payload
+
+    async def _pass_on(self, payload: bytes) -> None:
+        if not payload:
+            return
+        if self.first_payload_at is None:
+            self.first_payload_at = time.monotonic()
+        if self._sse:
+            await self._write(payload)
+        else:
+            self._buffer.append(payload)
+
+    async def _write(self, payload: bytes) -> None:
+        self._at_boundary = payload.endswith(b"\n\n")
+        await self._send({"type": "http.response.body", "body": payload, "more_body": True})
+
+    # End
+
+    async def _finish(self, payload: bytes) -> None:
+        if self._sse:
+            await self._pass_on(payload)
+            await self._send({"type": "http.response.body", "body": b""})
+            return
+        body = b"".join(self._buffer) + payload
+        head = self._head.extra if self._head is not None else {}
+        status = head.get("status", 500)
+        if self.status:
+            # A keep-alive had already promised an event stream.
+            await self._end_sse(body, status)
+            return
+        self.status = status
+        if self.first_payload_at is None and body:
+            self.first_payload_at = time.monotonic()
+        headers = [*self._common]
+        for name, value in head.get("headers", {}).items():
+            if name.lower() == "content-type":
+                headers.append((b"content-type", value.encode("latin-1")))
+        if self.worker:
+            headers.append((b"x-headrace-worker", self.worker.encode("latin-1", "replace")))
+        await answer(self._send, status, headers, body)
+
+    async def _break(self, status: int, body: bytes, retry_after: float | None) -> None:
+        if self.status:
+            await self._end_sse(body, status)
+            return
+        self.status = status
+        headers = [*self._common, (b"content-type", b"application/json")]
+        if retry_after is not None or status in (429, 503):
+            headers.append((b"retry-after", b"%d" % max(1, round(retry_after or 1))))
+        await answer(self._send, status, headers, wording.body(body, self._path))
+
+    async def _end_sse(self, body: bytes, status: int) -> None:
+        self.status = status
+        event = wording.sse_event(body, self._path)
+        if not self._at_boundary:
+            event = b"\n\n" + event
+        await self._send({"type": "http.response.body", "body": event})
+
+
+def _observe_transit(frame: Frame) -> None:
+    at = frame.extra.get("at")
+    if isinstance(at, (int, float)):
+        metrics.FRAME.observe(max(0.0, time.time() - at / 1000))
