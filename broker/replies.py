@@ -7,13 +7,17 @@ who missed some (a slow consumer, a broken connection) reads the gap back.
 from __future__ import annotations
 
 import asyncio
+import base64
+import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from broker import base, codec, errors, subjects
-from broker.messages import TERMINAL, Frame, FrameKind
+from broker.messages import TERMINAL, DeadLetter, Frame, FrameKind
+
+_log = logging.getLogger(__name__)
 
 _HELD_LIMIT = 4096
 
@@ -90,6 +94,31 @@ def now_ms() -> int:
 def _stamp() -> float:
     """Unix time in ms to the microsecond: frames take less than a millisecond on their way."""
     return round(time.time() * 1000, 3)
+
+
+async def dead_letter(
+    broker: base.Broker,
+    subject: str,
+    headers: Mapping[str, str] | None,
+    body: bytes,
+    exc: errors.HeadraceError,
+    epoch: int = 0,
+) -> None:
+    """Keep a message that can't be run in DEAD, and answer it with an `error` frame if it says where."""
+    head = dict(headers or {})
+    reply_to = head.get(subjects.REPLY_TO, "")
+    if subjects.is_reply(reply_to):
+        await Writer(broker, reply_to, epoch).error(exc)
+    letter = DeadLetter(
+        reason=exc.code,
+        message=exc.message,
+        subject=subject,
+        headers=head,
+        body=base64.b64encode(body).decode(),
+        failed_ms=now_ms(),
+    )
+    await (await broker.enqueue(subjects.dead(exc.code), letter.model_dump_json().encode()))
+    _log.warning("a message went to the dead letters: %s", exc.message, extra={"code": exc.code})
 
 
 async def last_frame(broker: base.Broker, reply_to: str) -> Frame | None:

@@ -94,6 +94,12 @@ def reply(tenant: str, mailbox: str, request_id: str) -> str:
     return f"out.{token(tenant)}.{token(mailbox)}.{token(request_id)}"
 
 
+def is_reply(subject: str) -> bool:
+    """Whether `subject` is a literal `out.<tenant>.<mailbox>.<request>`."""
+    parts = subject.split(".")
+    return len(parts) == 4 and parts[0] == "out" and all(parts) and not set(subject) & set("*> \t\r\n")
+
+
 def mailbox(mailbox: str) -> str:
     """All frames for one ingress, whatever the tenant."""
     return f"out.*.{token(mailbox)}.*"

@@ -128,7 +128,8 @@ class Exchange:
         """
         started = time.monotonic()
         request, seq = self._request, await self._sequence()
-        body = orjson.dumps({"at": replies.now_ms(), "seq": seq})
+        # Without the sequence: deleting the queued message is ours, not the scheduler's.
+        body = orjson.dumps({"at": replies.now_ms()})
         try:
             await self._broker.publish(f"cancel.{request.key}", body)
             deleted = (

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import logging
 import time
 from collections import OrderedDict
 
 import orjson
 
-from broker import base, errors, replies, subjects
-from broker.messages import TERMINAL, DeadLetter, FrameKind, Request
+from broker import base, errors, replies
+from broker.messages import TERMINAL, FrameKind, Request
 from workers import metrics
 from workers.engines.base import Engine
-
-_log = logging.getLogger(__name__)
 
 ANSWERED = errors.DuplicateRequest("the request was answered before; only its ack was lost")
 """A verdict of its own: nothing is left to do but to ack."""
@@ -80,20 +76,9 @@ async def _earlier_attempt(request: Request, broker: base.Broker) -> errors.Head
 
 
 async def reject(broker: base.Broker, delivery: base.Delivery, exc: errors.MalformedMessage) -> None:
-    """Answer what is no request: an `error` frame if it says where, and a letter in DEAD."""
-    head = dict(delivery.headers or {})
-    reply_to = head.get(subjects.REPLY_TO, "")
-    if reply_to.startswith("out.") and not set(reply_to) & set("*> \t\r\n"):
-        await replies.Writer(broker, reply_to, delivery.attempt).error(exc)
-    letter = DeadLetter(
-        reason=exc.code,
-        message=exc.message,
-        subject=delivery.subject,
-        headers=head,
-        body=base64.b64encode(delivery.data).decode(),
-        failed_ms=replies.now_ms(),
+    """Take what is no request out of the queue, telling whoever can be told."""
+    await replies.dead_letter(
+        broker, delivery.subject, delivery.headers, delivery.data, exc, epoch=delivery.attempt
     )
-    await (await broker.enqueue(subjects.dead(exc.code), letter.model_dump_json().encode()))
     await delivery.ack()
     metrics.DEAD.inc()
-    _log.warning("a malformed message went to the dead letters: %s", exc.message)

@@ -1,0 +1,204 @@
+"""The scheduler process: the fleet's registry and health, and the last resort of queued requests.
+
+It is not on the path of a request: without it workers pull first come, first served. What only it
+does: it remembers models in the registry after their workers have gone, ends requests that nobody
+will ever pull, and deletes what a direct publisher cancels while it is still queued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any
+
+import orjson
+from prometheus_client import start_http_server
+
+from broker import base, errors, fleet, replies, subjects, usage
+from broker.messages import ModelCard, Request, parse_request
+from scheduler import metrics
+from scheduler.config import SchedulerConfig
+
+_log = logging.getLogger(__name__)
+
+_SWEEP_PAGE = 256
+
+
+class Scheduler:
+    """See the module. `run` may be called once. All state belongs to the event loop."""
+
+    def __init__(self, config: SchedulerConfig, broker: base.Broker) -> None:
+        self.name = config.name or f"scheduler-{socket.gethostname()}-{os.getpid()}"
+        self._config = config
+        self._broker = broker
+        self._fleet = fleet.Fleet(config.lost_after)
+        self._registered: dict[str, ModelCard] = {}
+        self._orphans: dict[str, float] = {}  # subject -> when it was first seen with nobody to serve it
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop`."""
+        server, _ = start_http_server(self._config.metrics_port, self._config.metrics_host)
+        subscriptions = [
+            await self._broker.subscribe(subjects.ALL_HEARTBEATS, self._on_heartbeat),
+            await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
+            await self._broker.watch(subjects.KV_MODELS, self._on_registered),
+        ]
+        ends = [asyncio.create_task(stop.wait()), asyncio.create_task(self._watch())]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in ends:
+                if end.done():
+                    end.result()  # a side task never ends by itself: raise what ended it
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+        finally:
+            for end in ends:
+                end.cancel()
+            for subscription in subscriptions:
+                await subscription.close()
+            server.shutdown()
+            server.server_close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except errors.HeadraceError as exc:
+                _log.warning("put off: %s", exc.message)
+
+        task = asyncio.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # The registry
+
+    def _on_heartbeat(self, message: base.Message) -> None:
+        beat = self._fleet.observe(message, time.monotonic())
+        if beat is None:
+            return
+        for card in beat.models:
+            if self._registered.get(card.id) != card:
+                self._registered[card.id] = card
+                self._spawn(
+                    self._broker.put(
+                        subjects.KV_MODELS, subjects.token(card.id), card.model_dump_json().encode()
+                    )
+                )
+
+    def _on_registered(self, key: str, value: bytes | None) -> None:
+        name = subjects.name(key)
+        self._registered.pop(name, None)
+        if value is not None:
+            try:
+                self._registered[name] = ModelCard.model_validate_json(value)
+            except ValueError:
+                _log.warning("the registry's entry for %s is unreadable", name)
+
+    async def _watch(self) -> None:
+        swept = time.monotonic()
+        while True:
+            await asyncio.sleep(self._config.lost_after / 3)
+            now = time.monotonic()
+            for beat in self._fleet.expire(now):
+                metrics.LOST.inc()
+                _log.warning("worker %s fell silent", beat.worker, extra={"worker": beat.worker})
+            self._count_workers(now)
+            if now - swept >= self._config.sweep:
+                swept = now
+                try:
+                    await self._sweep()
+                except errors.HeadraceError as exc:
+                    _log.warning("no sweep: %s", exc.message)
+
+    def _count_workers(self, now: float) -> None:
+        metrics.WORKERS.clear()
+        for (base_model, state), n in Counter((b.base, b.state) for b in self._fleet.live(now)).items():
+            metrics.WORKERS.labels(base_model, state).set(n)
+
+    # The last resort
+
+    async def _sweep(self) -> None:
+        """End what nobody will ever pull: requests for a base that never was (a direct publisher's
+        typo), and those whose deadline passed while their base had no worker."""
+        counts = await self._broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS)
+        now = time.monotonic()
+        known = {card.base for card in self._registered.values()}
+        served = {beat.base for beat in self._fleet.live(now)}
+        orphans: dict[str, float] = {}
+        queued: Counter[tuple[str, str]] = Counter()
+        for subject, count in counts.items():
+            try:
+                parsed = subjects.parse_request(subject)
+            except ValueError:
+                orphans[subject] = -math.inf  # no queue has such a name: no use in waiting for one
+                continue
+            queued[parsed.base, parsed.service_class] += count
+            if parsed.base not in known:
+                orphans[subject] = self._orphans.get(subject, now)
+            elif parsed.base not in served:
+                await self._expire(subject)
+        self._orphans = orphans
+        metrics.QUEUED.clear()
+        for (base_model, service_class), count in queued.items():
+            metrics.QUEUED.labels(base_model, service_class).set(count)
+        for subject, since in orphans.items():
+            if now - since >= self._config.orphan_after:
+                bases = ", ".join(sorted(known)) or "none yet"
+                fault = errors.UnknownModel(f"no worker serves {subject}; bases served: {bases}")
+                for record in await self._broker.read(subjects.REQUESTS, subject, limit=_SWEEP_PAGE):
+                    await self._end(record, fault, "orphan")
+
+    async def _expire(self, subject: str) -> None:
+        now_ms = replies.now_ms()
+        for record in await self._broker.read(subjects.REQUESTS, subject, limit=_SWEEP_PAGE):
+            deadline = (record.headers or {}).get(subjects.DEADLINE, "")
+            if deadline.isdigit() and int(deadline) <= now_ms:
+                fault = errors.DeadlineExceeded("the request's deadline passed in the queue")
+                await self._end(record, fault, "expired")
+
+    async def _end(self, record: base.Record, fault: errors.HeadraceError, reason: str) -> None:
+        """Take one message out of the queue and tell whoever published it why."""
+        if not await self._broker.delete(subjects.REQUESTS, record.seq):
+            return
+        metrics.SWEPT.labels(reason).inc()
+        try:
+            request = parse_request(record.subject, record.headers, record.data)
+        except errors.MalformedMessage as exc:
+            await replies.dead_letter(self._broker, record.subject, record.headers, record.data, exc)
+            return
+        # Epoch 0: a worker's first attempt would be 1, and none there was.
+        await replies.Writer(self._broker, request.reply_to, 0).error(fault)
+        await usage.publish(self._broker, usage.event(request, fault, ""))
+
+    def _on_cancel(self, message: base.Message) -> None:
+        """A direct publisher's cancel that names the sequence; an ingress deletes its own."""
+        try:
+            seq = orjson.loads(message.data)["seq"]
+        except (ValueError, KeyError, TypeError):
+            return  # without a sequence the worker that meets it refuses it
+        if isinstance(seq, int) and seq > 0:
+            self._spawn(self._cancel_queued(message.subject.removeprefix("cancel."), seq))
+
+    async def _cancel_queued(self, key: str, seq: int) -> None:
+        """Delete a queued request; one that a worker has is that worker's to end."""
+        found = await self._broker.read(subjects.REQUESTS, subjects.ALL_REQUESTS, start=seq, limit=1)
+        if not found or found[0].seq != seq or _key(found[0]) != key:
+            return
+        request = parse_request(found[0].subject, found[0].headers, found[0].data)
+        if await replies.last_frame(self._broker, request.reply_to) is None:
+            await self._end(found[0], errors.Cancelled("the caller cancelled it in the queue"), "cancelled")
+
+
+def _key(record: base.Record) -> str:
+    try:
+        request: Request = parse_request(record.subject, record.headers, record.data)
+    except errors.MalformedMessage:
+        return ""
+    return request.key
