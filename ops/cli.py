@@ -32,10 +32,7 @@ _FLAGS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0 done, 1 failed, 2 wrong flags or settings."""
     args = parser().parse_args(argv)
-    flags = dict(args.set)
-    for flag, (key, _) in _FLAGS.items():
-        if (value := getattr(args, flag.replace("-", "_"), None)) is not None:
-            flags[key] = value
+    flags = flags_of(args)
 
     from ops import settings
 
@@ -45,6 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"headrace {args.command}: the settings are wrong\n{exc}", file=sys.stderr)
         return 2
     return int(_COMMANDS[args.command](args, loaded, flags) or 0)
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, str]:
+    """The settings among the flags: dotted key -> text."""
+    flags = dict(args.set)
+    for flag, (key, _) in _FLAGS.items():
+        if (value := getattr(args, flag.replace("-", "_"), None)) is not None:
+            flags[key] = value
+    return flags
 
 
 def _up(args: argparse.Namespace, settings: Settings, flags: dict[str, str]) -> int:

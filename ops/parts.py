@@ -41,9 +41,8 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
 
 
 async def scheduler(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
-    from scheduler.service import Scheduler
-
     from broker import client
+    from scheduler.service import Scheduler
 
     async with await client.connect(settings.broker, _name("scheduler", settings.scheduler.name)) as broker:
         ready({})
@@ -67,6 +66,8 @@ async def sim_engine(settings: Settings, stop: asyncio.Event, ready: Ready) -> N
         engine.app,
         loop="none",
         http="httptools",
+        interface="asgi3",
+        proxy_headers=False,
         lifespan="off",
         access_log=False,
         log_config=None,

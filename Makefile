@@ -1,0 +1,77 @@
+# make up      set up what is missing and serve on this machine (GPU=1: with the CUDA engine)
+# make test    run every test
+# make lint    static checks of code, settings reference, workflow and deployment files
+# make bench   measure; writes docs/benchmarks.md
+# make docs    write docs/configuration.md from the settings models
+# make clean   remove what was installed and built; `make clean-data` removes the queue and the model
+#
+# PYTHON=python3.12   the interpreter to make .venv with
+# ARGS='--port 0'     more flags for `headrace up`
+# TORCH_INDEX=URL     where PyTorch's CPU wheels are, for when the configured package index has none
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: up test lint bench docs clean clean-data
+
+VENV := .venv
+BIN := $(VENV)/bin
+ENGINE := $(if $(GPU),gpu,cpu)
+PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
+
+up: $(VENV)/.$(ENGINE)
+	@exec $(BIN)/headrace up --with-parent $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/yamllint --strict .
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/hadolint Dockerfile
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(VENV)/.dev
+	$(BIN)/headrace config --markdown > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+clean-data:
+	rm -rf .data
+
+# An install is done when its stamp is newer than pyproject.toml.
+$(VENV)/.cpu $(VENV)/.gpu: $(VENV)/.%: pyproject.toml | $(VENV)/.made
+	$(call install,$*)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.made
+	$(call install,cpu$(comma)dev)
+	@touch $@ $(VENV)/.cpu
+
+$(VENV)/.made:
+	@for python in $(PYTHONS); do \
+	  "$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  echo "$$python -m venv $(VENV)"; "$$python" -m venv $(VENV); touch $@; exit 0; \
+	done; \
+	echo "Headrace needs Python 3.11 or newer with its venv module; looked for: $(PYTHONS)." >&2; \
+	echo "Install one (Debian: python3-venv) or name it: make PYTHON=/path/to/python3" >&2; exit 1
+
+comma := ,
+
+# The second try is for machines whose index has no CPU build of torch. Asked for at once, an index that
+# does not answer would cost minutes. torchvision and its like are of no use here, and beside a CPU
+# build of torch the index's builds of them break the import of transformers.
+define install
+@if $(BIN)/pip install -e '.[$(1)]'; then :; \
+elif [ -n "$(TORCH_INDEX)" ]; then $(BIN)/pip install --extra-index-url "$(TORCH_INDEX)" -e '.[$(1)]'; \
+else echo "If it is torch's CPU build that was not found: make TORCH_INDEX=<PyTorch's CPU wheel index>" >&2; exit 1; fi
+@if $(BIN)/pip freeze | grep -q '^torch==.*+cpu'; then \
+  $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
+endef

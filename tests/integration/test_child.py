@@ -1,0 +1,55 @@
+"""A part as a child process: kept alive, given up, stopped, never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ops.child import Child, StartFailed
+
+
+def sim(log: Path) -> Child:
+    return Child("sim-engine", ["sim-engine", "--port", "0"], log)
+
+
+async def test_is_started_again_when_it_dies_and_ends_when_stopped(tmp_path: Path) -> None:
+    child = sim(tmp_path / "log")
+    keeper = asyncio.create_task(child.keep_alive())
+    async with asyncio.timeout(60):
+        assert (await child.ready)["url"].startswith("http://127.0.0.1:")
+        first = child.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        while child.pid == first:  # noqa: ASYNC110  # the state is another process's
+            await asyncio.sleep(0.01)
+        second = psutil.Process(child.pid)
+        assert child.restarts == 1
+        await child.stop(grace=30)
+        await keeper
+    assert not second.is_running()
+
+
+async def test_one_that_never_gets_ready_is_given_up_with_the_end_of_its_log(tmp_path: Path) -> None:
+    child = Child("worker", ["worker", "--set", "worker.colour=red"], tmp_path / "log")
+    async with asyncio.timeout(60):
+        with pytest.raises(
+            StartFailed, match=r"worker ended 3 times.*status 2(.|\n)*worker\.colour = \"red\""
+        ):
+            await child.keep_alive()
+
+
+async def test_leaves_no_process_when_cancelled(tmp_path: Path) -> None:
+    child = sim(tmp_path / "log")
+    keeper = asyncio.create_task(child.keep_alive())
+    async with asyncio.timeout(60):
+        await child.ready
+        process = psutil.Process(child.pid)
+        keeper.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await keeper
+    assert not process.is_running()
