@@ -23,6 +23,7 @@ class Fleet:
     def __init__(self, lost_after: float) -> None:
         self._lost_after = lost_after
         self._seen: dict[str, tuple[float, Heartbeat]] = {}
+        self._cards: dict[str, tuple[float, ModelCard]] = {}
 
     def observe(self, message: base.Message, now: float) -> Heartbeat | None:
         """Take one heartbeat in; garbage is logged and left out."""
@@ -35,6 +36,8 @@ class Fleet:
             self._seen.pop(beat.worker, None)
         else:
             self._seen[beat.worker] = (now, beat)
+            for card in beat.models:
+                self._cards[card.id] = (now, card)
         return beat
 
     def expire(self, now: float) -> list[Heartbeat]:
@@ -42,6 +45,7 @@ class Fleet:
         lost = [beat for at, beat in self._seen.values() if now - at > self._lost_after]
         for beat in lost:
             del self._seen[beat.worker]
+        self._cards = {name: seen for name, seen in self._cards.items() if now - seen[0] <= self._lost_after}
         return lost
 
     def live(self, now: float) -> Iterator[Heartbeat]:
@@ -49,6 +53,11 @@ class Fleet:
             if now - at <= self._lost_after:
                 yield beat
 
+    def card(self, model: str, now: float) -> ModelCard | None:
+        """The card of one model, if a worker announced it lately; O(1), since every request asks."""
+        seen = self._cards.get(model)
+        return seen[1] if seen is not None and now - seen[0] <= self._lost_after else None
+
     def models(self, now: float) -> dict[str, ModelCard]:
-        """Every model that a live worker serves, by name."""
-        return {card.id: card for beat in self.live(now) for card in beat.models}
+        """Every model that a worker announced lately, by name."""
+        return {name: card for name, (at, card) in self._cards.items() if now - at <= self._lost_after}

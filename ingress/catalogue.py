@@ -60,12 +60,7 @@ class Catalogue:
 
     def find(self, model: str) -> ModelCard:
         """Raises errors.UnknownModel, which lists the models there are."""
-        # The live ones first, card by card: this stands on every request's path.
-        for beat in self._fleet.live(time.monotonic()):
-            for card in beat.models:
-                if card.id == model:
-                    return card
-        found = self._registered.get(model)
+        found = self._fleet.card(model, time.monotonic()) or self._registered.get(model)
         if found is None:
             known = ", ".join(sorted(self.cards())) or "none yet: no worker has announced itself"
             raise errors.UnknownModel(
