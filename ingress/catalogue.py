@@ -39,7 +39,10 @@ class Catalogue:
             await subscription.close()
 
     def _on_heartbeat(self, message: base.Message) -> None:
-        self._fleet.observe(message, time.monotonic())
+        now = time.monotonic()
+        beat = self._fleet.observe(message, now)
+        if beat is not None and beat.seq % 100 == 0:
+            self._fleet.expire(now)  # now and then, so that names of workers long gone are let go
 
     def _on_registered(self, key: str, value: bytes | None) -> None:
         name = subjects.name(key)
