@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from broker import client
+from broker.config import BrokerConfig
 from broker.server import NatsServer
+from workers.config import SimConfig, WorkerConfig
+from workers.engines import sim
+from workers.runner import Worker
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +40,19 @@ def unused_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+@pytest.fixture
+async def sim_worker(nats_url: str) -> AsyncIterator[Worker]:
+    """A worker with a quick simulated engine, model `sim`, serving from the test's nats-server."""
+    stop = asyncio.Event()
+    async with await client.connect(BrokerConfig(url=nats_url), "worker") as broker:
+        engine = await sim.start(SimConfig(ttft_ms=2, itl_ms=1))
+        worker = Worker(WorkerConfig(name="w1", drain_timeout=1), broker, engine)
+        serving = asyncio.create_task(worker.run(stop))
+        try:
+            yield worker
+        finally:
+            stop.set()
+            await serving
+            await engine.close()
