@@ -1,0 +1,133 @@
+"""`examples/publish_nats.py` as a user runs it: a process of its own against a real fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import orjson
+import pytest
+
+from broker import client, codec
+from broker.config import BrokerConfig
+from broker.messages import Frame, FrameKind
+from workers.runner import Worker
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "publish_nats.py"
+
+
+async def run(nats_url: str, *arguments: str, model: str = "sim") -> tuple[int, str, str]:
+    """Exit status, standard output, standard error."""
+    # -I: the example must run without this repository on its path.
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-I",
+        str(EXAMPLE),
+        "Why is the sky blue?",
+        *("--nats", nats_url, "--model", model, "--timeout", "20", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 40)
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_it_streams_an_answer(nats_url: str, sim_worker: Worker) -> None:
+    status, out, err = await run(nats_url, "--max-tokens", "12")
+    assert status == 0, err
+    assert out.strip()
+    assert "stored in REQUESTS as message 1" in err
+    assert "taken by worker w1" in err
+    assert orjson.loads(err.splitlines()[-1])["completion_tokens"] == 12
+
+
+async def test_the_same_prompt_gives_the_same_text(nats_url: str, sim_worker: Worker) -> None:
+    """The sim engine is deterministic: a lost, doubled or reordered piece would show."""
+    first, second = await asyncio.gather(run(nats_url), run(nats_url))
+    assert first[0] == second[0] == 0
+    assert first[1] == second[1]
+
+
+async def test_it_cancels(nats_url: str, sim_worker: Worker) -> None:
+    status, out, err = await run(nats_url, "--max-tokens", "8000", "--cancel-after", "5")
+    assert status == 0, err
+    assert "499 cancelled" in err
+    assert out.strip()
+
+
+async def test_it_shows_what_the_engine_refuses(nats_url: str, sim_worker: Worker) -> None:
+    status, out, err = await run(nats_url, "--max-tokens", "-1")
+    assert (status, out) == (1, "")
+    assert "max_tokens" in err
+
+
+async def test_it_shows_what_the_worker_refuses(nats_url: str, sim_worker: Worker) -> None:
+    status, out, err = await run(nats_url, "--base", "sim", model="org/no such.model")
+    assert (status, out) == (1, "")
+    assert "404 model_not_found" in err
+    assert "org/no such.model" in err
+
+
+async def test_it_ends_where_nobody_listens(nats_url: str, unused_port: int) -> None:
+    status, _, err = await run(nats_url)  # a server without streams
+    assert status == 1, err
+    assert "NoStreamResponse" in err
+    status, _, err = await run(f"nats://127.0.0.1:{unused_port}")
+    assert status == 1
+    assert "NoServers" in err
+
+
+async def test_a_full_queue_is_told(nats_url: str) -> None:
+    async with await client.connect(BrokerConfig(url=nats_url, max_queued=1), "setup") as broker:
+        await (await broker.enqueue("req.sim.interactive.acme.sim", b"{}"))
+        status, _, err = await run(nats_url)
+    assert status == 1
+    assert "maximum messages exceeded" in err
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("publish_nats", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_orders_frames_and_drops_what_is_repeated(example: ModuleType) -> None:
+    def frame(epoch: int, seq: int, kind: FrameKind, off: int, text: bytes) -> bytes:
+        return codec.encode(Frame(epoch, seq, kind, off, [7] if text else [], payload=text))
+
+    frames = example.Frames()
+    passed: list[bytes] = []
+    for data in (
+        frame(1, 0, FrameKind.HEAD, 0, b"a"),
+        frame(1, 2, FrameKind.DATA, 2, b"c"),
+        frame(1, 1, FrameKind.DATA, 1, b"b"),
+        frame(1, 1, FrameKind.DATA, 1, b"b"),
+        frame(2, 0, FrameKind.HEAD, 0, b"a"),
+        frame(1, 3, FrameKind.DATA, 3, b"late"),
+        frame(2, 1, FrameKind.DATA, 2, b"c"),
+        frame(2, 2, FrameKind.DATA, 3, b"d"),
+        frame(2, 3, FrameKind.END, 4, b""),
+    ):
+        passed += [payload for _, payload in frames.add(data)]
+    assert passed == [b"a", b"b", b"c", b"d", b""]
+
+
+def test_it_finds_text_however_the_stream_is_cut(example: ModuleType) -> None:
+    events = (
+        'data: {"choices":[{"delta":{"content":"hé"}}]}',
+        ": ping",
+        'data: {"choices":[]}',
+        "data: [DONE]",
+    )
+    stream = "".join(event + "\n\n" for event in events).encode()
+    for cut in range(len(stream)):
+        text = example.Text()
+        assert text.feed(stream[:cut]) + text.feed(stream[cut:]) == ["hé"]
