@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class WorkerConfig(BaseModel):
@@ -47,7 +47,7 @@ class SimConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = "sim"
-    context_tokens: int = Field(8192, ge=16)
+    context_tokens: int = Field(8192, ge=16, le=2**18)
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(2048, ge=16)
     kv_blocks: int = Field(8192, ge=1)
@@ -60,14 +60,27 @@ class SimConfig(BaseModel):
     ttft_ms: float = Field(0.0, ge=0, description="with itl_ms: each request on its own clock, no step model")
     itl_ms: float = Field(0.0, ge=0)
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        room = self.kv_blocks * self.block_size
+        if self.context_tokens > room:
+            raise ValueError(
+                f"context_tokens={self.context_tokens} must fit into kv_blocks * block_size = {room}"
+            )
+        return self
+
 
 class HttpConfig(BaseModel):
     """`[http]`: an OpenAI-compatible server to stand before."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: str = Field("", description="e.g. http://127.0.0.1:30000")
+    url: str = Field("", pattern=r"^(https?://\S+)?$", description="e.g. http://127.0.0.1:30000")
     base: str = Field("", description="queue name; empty = the server's first model")
     concurrency: int = Field(64, ge=1, description="requests in flight at once")
     connect_timeout: float = Field(5.0, gt=0)
-    read_timeout: float = Field(600.0, gt=0)
+    read_timeout: float = Field(600.0, gt=0, description="silence of the server that ends a request")
+    health_interval: float = Field(1.0, gt=0)
+    health_failures: int = Field(
+        5, ge=1, description="health checks failed in a row after which the server counts as dead"
+    )

@@ -64,8 +64,12 @@ class Tap:
 
     def tokens(self, now: float, index: int, ids: list[int]) -> None:
         """Record output tokens `ids` of choice `index`, generated at `now`."""
-        self.output_tokens += len(ids)
         self.ids.append((index, ids))
+        self.count(now, len(ids))
+
+    def count(self, now: float, tokens: int) -> None:
+        """Record output tokens whose ids the engine doesn't know."""
+        self.output_tokens += tokens
         if self.first_token_at is None:
             self.first_token_at = now
             if self.on_first_token is not None:

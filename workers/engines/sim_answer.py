@@ -1,0 +1,157 @@
+"""One request's answer: its tokens as they fall due, their text, their stops."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from workers.config import SimConfig
+from workers.engines.sim_formats import Choice, Usage
+from workers.engines.sim_pace import Output, Pacer, Reader
+from workers.engines.sim_request import CHAT_TOKENS, Generation
+from workers.engines.sim_tokens import Continuation, text_of
+from workers.engines.step_model import block_hashes
+
+
+class Piece(NamedTuple):
+    """One token of a choice. `reason` is "" until the choice's last one."""
+
+    choice: int
+    text: str
+    ids: list[int]
+    reason: str
+
+
+class StopScan:
+    """Looks for stop strings across tokens, holding back what may be the start of one."""
+
+    def __init__(self, stops: tuple[str, ...], min_tokens: int) -> None:
+        self._stops = stops
+        self._min_tokens = min_tokens
+        self._hold = max(map(len, stops)) - 1
+        self._tail = ""
+        self._seen = 0
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """The text of one more token in, (text to show, stopped) out."""
+        self._seen += 1
+        if self._seen <= self._min_tokens:
+            return text, False
+        text = self._tail + text
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            return text[: min(found)], True
+        shown = max(len(text) - self._hold, 0)
+        self._tail = text[shown:]
+        return text[:shown], False
+
+    def flush(self) -> str:
+        """What is still held back when the end has come without a stop string."""
+        return self._tail
+
+
+class _Lane:
+    """A choice that is being generated."""
+
+    __slots__ = ("choice", "index", "output", "scan", "tokens")
+
+    def __init__(self, index: int, output: Output, tokens: Continuation, choice: Choice) -> None:
+        self.index, self.output, self.tokens, self.choice = index, output, tokens, choice
+        self.scan: StopScan | None = None
+
+
+class Answer:
+    """All choices of a request. `close` frees what they hold."""
+
+    def __init__(self, generation: Generation, config: SimConfig, pacer: Pacer, reader: Reader) -> None:
+        self._generation = generation
+        self._pacer = pacer
+        self._reader = reader
+        self._first: list[Output] = []
+        self._all: list[_Lane] = []
+        for prompt, limit in zip(generation.prompts, generation.limits, strict=True):
+            hashes = block_hashes(prompt, config.block_size, generation.salt)
+            for number in range(generation.n):
+                output = Output(len(prompt), limit, hashes, reader=reader)
+                lane = _Lane(len(self._all), output, Continuation(prompt, number), Choice(prompt))
+                if generation.stops:
+                    lane.scan = StopScan(generation.stops, generation.min_tokens)
+                self._all.append(lane)
+                if not number:
+                    self._first.append(output)
+        self._live = list(self._all)
+        if reader.tap is not None:
+            reader.tap.prompt_tokens = self.usage.prompt
+        for lane in self._all:
+            pacer.add(lane.output)
+
+    @property
+    def choices(self) -> list[Choice]:
+        return [lane.choice for lane in self._all]
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt=sum(output.prompt_tokens for output in self._first),
+            cached=sum(output.cached or 0 for output in self._first),
+            output=sum(len(lane.choice.ids) for lane in self._all),
+        )
+
+    @property
+    def done(self) -> bool:
+        return not self._live
+
+    async def take(self) -> list[Piece]:
+        """Wait for tokens, then all that are due. [] = the client is gone.
+
+        Raises what broke the engine.
+        """
+        reader = self._reader
+        while not reader.closed:
+            pieces: list[Piece] = []
+            for lane in self._live:
+                if lane.output.due:
+                    self._advance(lane, pieces)
+            if pieces:
+                if any(piece.reason for piece in pieces):
+                    self._live = [lane for lane in self._live if not lane.choice.reason]
+                return pieces
+            await reader.wait()
+        if reader.error is not None:
+            raise reader.error
+        return []
+
+    def close(self) -> None:
+        for lane in self._all:
+            self._pacer.abort(lane.output)
+
+    def _advance(self, lane: _Lane, pieces: list[Piece]) -> None:
+        """Add the tokens of one choice that are due to `pieces`, and to the tap."""
+        output, choice, tap = lane.output, lane.choice, self._reader.tap
+        due, output.due = output.due, 0
+        before = len(choice.ids)
+        for token in lane.tokens.take(due):
+            ids = [token]
+            choice.ids.append(token)
+            text = text_of(ids)
+            ended = len(choice.ids) == output.max_tokens
+            if lane.scan is not None:
+                text, stopped = lane.scan.feed(text)
+                if stopped:
+                    choice.reason = "stop"
+                    self._pacer.abort(output)
+                elif ended:
+                    text += lane.scan.flush()
+            if ended and not choice.reason:
+                choice.reason = self._reason(lane)
+            choice.text.append(text)
+            pieces.append(Piece(lane.index, text, ids, choice.reason))
+            if choice.reason:
+                break
+        if tap is not None:
+            if not before:
+                tap.cached_tokens = sum(first.cached or 0 for first in self._first)
+            tap.tokens(time.monotonic(), lane.index, choice.ids[before:])
+
+    def _reason(self, lane: _Lane) -> str:
+        return "stop" if self._generation.ends and lane.tokens.number >= CHAT_TOKENS else "length"
