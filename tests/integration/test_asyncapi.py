@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from referencing.jsonschema import DRAFT7
 from broker import client, codec, errors, messages, subjects
 from broker.config import BrokerConfig
 from broker.messages import TERMINAL, Frame, FrameKind
+from scheduler.config import SchedulerConfig
+from scheduler.service import Scheduler
 from workers.runner import Worker
 
 LIMIT = 20.0
@@ -268,6 +271,18 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
         await connection.close()
 
 
+@asynccontextmanager
+async def scheduling(nats_url: str, **settings: float) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    async with await client.connect(BrokerConfig(url=nats_url), "scheduler") as broker:
+        serving = asyncio.create_task(Scheduler(SchedulerConfig(**settings), broker).run(stop))
+        try:
+            yield
+        finally:
+            stop.set()
+            await serving
+
+
 def _name_of(message: Msg) -> str:
     root = message.subject.partition(".")[0]
     if root == "out":
@@ -282,7 +297,9 @@ def _name_of(message: Msg) -> str:
     return names[root]
 
 
-async def test_what_goes_over_the_wire_is_what_is_documented(wire: Wire, sim_worker: Worker) -> None:
+async def test_what_goes_over_the_wire_is_what_is_documented(
+    wire: Wire, nats_url: str, sim_worker: Worker
+) -> None:
     acks = [
         await wire.publish(_chat(), _headers("streamed")),
         await wire.publish(_chat(), _headers("streamed")),
@@ -307,6 +324,11 @@ async def test_what_goes_over_the_wire_is_what_is_documented(wire: Wire, sim_wor
     await wire.connection.publish("cancel.acme.endless", orjson.dumps({"at": time.time() * 1000}))
     assert (await wire.ended("endless")).extra["code"] == "cancelled"
 
+    async with scheduling(nats_url, sweep=0.05, orphan_after=0):
+        acks.append(await wire.publish(_chat(), _headers("orphan"), "req.typo.batch.acme.sim"))
+        orphaned = await wire.ended("orphan")
+        assert (orphaned.epoch, orphaned.extra["code"]) == (0, "model_not_found")
+
     requests = [msg for msg in wire.heard if msg.subject.startswith("req.")]
     await wire.publish(b"garbage", {"Reply-To": "out.acme.box.malformed"})
     assert (await wire.ended("malformed")).extra["code"] == "malformed_message"
@@ -320,6 +342,18 @@ async def test_what_goes_over_the_wire_is_what_is_documented(wire: Wire, sim_wor
     for ack in acks:
         check_message("Acknowledgement", ack.data)
     assert [orjson.loads(ack.data).get("duplicate", False) for ack in acks[:2]] == [False, True]
+
+
+async def test_a_cancel_that_names_the_sequence_takes_a_request_from_the_queue(
+    wire: Wire, nats_url: str
+) -> None:
+    async with scheduling(nats_url, orphan_after=3600):
+        ack = orjson.loads((await wire.publish(_chat(), _headers("queued"))).data)
+        cancel = orjson.dumps({"at": time.time() * 1000, "seq": ack["seq"]})
+        await wire.connection.publish("cancel.acme.queued", cancel)
+        assert (await wire.ended("queued")).extra["code"] == "cancelled"
+    for message in wire.heard:
+        check_message(_name_of(message), message.data, message.headers)
 
 
 async def test_a_refused_publish_is_acknowledged_as_documented(wire: Wire, nats_url: str) -> None:
