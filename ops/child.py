@@ -18,7 +18,7 @@ from broker import processes
 logger = logging.getLogger(__name__)
 
 START_TRIES = 3
-"""A part that has ended so often without ever being ready will not get ready."""
+"""A part that has ended so often before the fleet was ready will not get ready."""
 BACKOFF, BACKOFF_MOST = 0.5, 10.0
 """Seconds before the first restart, doubled each time; and the most."""
 STEADY = 30.0
@@ -36,7 +36,8 @@ class Child:
 
     Attributes:
         ready: done with the first ready line, when the part has been ready once.
-        restarts: how often it was started again.
+        restarts: how often it has ended by itself.
+        settled: set by the owner when the fleet is ready: from then on it is started again for ever.
     """
 
     def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
@@ -44,6 +45,7 @@ class Child:
         self.log = log
         self.ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.restarts = 0
+        self.settled = False
         self._arguments = arguments
         self._process: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
@@ -53,7 +55,7 @@ class Child:
         return self._process.pid if self._process else None
 
     async def keep_alive(self) -> None:
-        """Run it until `stop`. Raises StartFailed with the end of its log when it never gets ready."""
+        """Run it until `stop`. Raises StartFailed with the end of its log when it can't be started."""
         self.log.unlink(missing_ok=True)
         delay = BACKOFF
         while not self._stop.is_set():
@@ -64,10 +66,10 @@ class Child:
             if time.monotonic() - began > STEADY:
                 delay = BACKOFF
             self.restarts += 1
-            if not self.ready.done() and self.restarts == START_TRIES:
+            if not self.settled and self.restarts == START_TRIES:
                 raise StartFailed(
-                    f"{self.name} ended {START_TRIES} times before it was ready, last with status {status}. "
-                    f"The end of {self.log}:\n{processes.tail(self.log)}"
+                    f"{self.name} ended {START_TRIES} times before the fleet was ready, last with status "
+                    f"{status}. The end of {self.log}:\n{processes.tail(self.log)}"
                 )
             logger.warning(
                 "%s ended; starting it again",

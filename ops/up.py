@@ -95,6 +95,8 @@ class _Fleet:
         for child in (*workers, *ingresses, scheduler):  # workers first: they take longest
             keepers.append(group.create_task(child.keep_alive()))
         await _first(stop.wait(), self._announce(ingresses, workers, nats))
+        for child in (*workers, *ingresses, scheduler):
+            child.settled = True
         await stop.wait()
         for children, drain in (
             (ingresses, config.ingress.drain_timeout),

@@ -22,6 +22,7 @@ async def test_is_started_again_when_it_dies_and_ends_when_stopped(tmp_path: Pat
     keeper = asyncio.create_task(child.keep_alive())
     async with asyncio.timeout(60):
         assert (await child.ready)["url"].startswith("http://127.0.0.1:")
+        child.settled = True
         first = child.pid
         assert first is not None
         os.kill(first, signal.SIGKILL)

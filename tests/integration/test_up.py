@@ -1,0 +1,252 @@
+"""`headrace up` with sim workers: one command, one tree of processes, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+READY = re.compile(r"ready  (\S+)  (nats://127\.0\.0\.1:\d+)  model (\S+)\n")
+LIMIT = 60.0
+
+
+@dataclass
+class Up:
+    process: subprocess.Popen[str]
+    urls: list[str]
+    nats: str
+    model: str
+    curl: str
+
+    def tree(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def part(self, name: str) -> psutil.Process:
+        return next(p for p in self.tree() if f" {name} " in " ".join([*p.cmdline(), ""]))
+
+
+def command(data: Path, *arguments: str) -> list[str]:
+    own = ["--engine", "sim", "--port", "0", "--nats-port", "0", "--data", str(data)]
+    return [sys.executable, "-m", "ops", "up", *own, *arguments]
+
+
+@contextlib.contextmanager
+def running(data: Path, *arguments: str) -> Iterator[Up]:
+    data.mkdir(exist_ok=True)
+    with (data / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            command(data, *arguments), stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+    assert process.stdout is not None
+    tree: list[psutil.Process] = []
+    try:
+        line = process.stdout.readline()
+        ready = READY.fullmatch(line)
+        assert ready, f"no ready line but {line!r}: {(data / 'stderr').read_text()}"
+        up = Up(process, ready[1].split(","), ready[2], ready[3], process.stdout.readline())
+        tree = up.tree()
+        yield up
+    finally:
+        process.kill()
+        process.wait(LIMIT)
+        process.stdout.close()
+    assert gone(tree), "processes outlived `up`"
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    """Whether all end within the limit. A zombie has ended; who must reap it is gone."""
+    limit = time.monotonic() + LIMIT
+    while time.monotonic() < limit:
+        if not any(alive(process) for process in processes):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def complete(url: str, model: str, tokens: int = 3, timeout: float = LIMIT) -> dict[str, Any]:
+    body = {"model": model, "max_tokens": tokens, "messages": [{"role": "user", "content": "hello"}]}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        answer = json.load(response)
+    assert isinstance(answer, dict)
+    return answer
+
+
+def test_one_command_serves_and_tells_how_to_call_it(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as up:
+        assert up.model == "sim"
+        assert complete(up.urls[0], up.model)["usage"]["completion_tokens"] == 3
+        curl = shlex.split(up.curl)
+        assert curl[:3] == ["curl", "-N", f"{up.urls[0]}/v1/chat/completions"]
+        assert json.loads(curl[-1])["model"] == "sim"
+        assert {p.cmdline()[4] for p in up.tree() if "ops" in p.cmdline()} == {
+            "ingress",
+            "worker",
+            "scheduler",
+        }
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drains_and_leaves_nothing(tmp_path: Path, sig: signal.Signals) -> None:
+    with running(tmp_path / "data", "--log-level", "info") as up:
+        tree = up.tree()
+        up.process.send_signal(sig)
+        assert up.process.wait(LIMIT) == 0
+        assert not any(alive(process) for process in tree)
+    log = [json.loads(line) for line in (tmp_path / "data/stderr").read_text().splitlines()[1:]]
+    ended = [line["msg"].split()[0] for line in log if line["msg"].endswith(" ended")]
+    assert ended == ["ingress", "worker", "scheduler"]
+
+
+def test_sigkill_leaves_nothing(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as up:
+        tree = up.tree()
+        up.process.kill()
+        assert gone(tree)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    slow = ["--set", "sim.ttft_ms=20000", "--set", "sim.itl_ms=20000", "--set", "ingress.keepalive=0.1"]
+    with running(tmp_path / "data", *slow) as up:
+        host, port = up.urls[0].removeprefix("http://").split(":")
+        body = b'{"model": "sim", "stream": true, "prompt": "x"}'
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert client.recv(12) == b"HTTP/1.1 200"
+            tree = up.tree()
+            up.process.send_signal(signal.SIGTERM)
+            told(tmp_path / "data/stderr", "draining; a second signal ends it at once")
+            up.process.send_signal(signal.SIGTERM)
+            assert up.process.wait(LIMIT) == 128 + signal.SIGTERM
+            assert gone(tree)
+
+
+def told(log: Path, text: str) -> None:
+    limit = time.monotonic() + LIMIT
+    while text not in log.read_text():
+        assert time.monotonic() < limit, f"never said: {text}"
+        time.sleep(0.01)
+
+
+def test_open_streams_finish_before_it_ends(tmp_path: Path) -> None:
+    pace = ["--set", "sim.ttft_ms=50", "--set", "sim.itl_ms=50"]
+    with running(tmp_path / "data", *pace) as up:
+        body = {"model": "sim", "stream": True, "max_tokens": 30, "prompt": "x"}
+        request = urllib.request.Request(
+            f"{up.urls[0]}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=LIMIT) as stream:
+            assert stream.readline().startswith(b"data: ")
+            up.process.send_signal(signal.SIGTERM)
+            assert b"data: [DONE]" in stream.read()
+        assert up.process.wait(LIMIT) == 0
+
+
+@pytest.mark.parametrize("part", ["worker", "ingress", "nats-server"])
+def test_a_part_that_dies_is_started_again(tmp_path: Path, part: str) -> None:
+    with running(tmp_path / "data") as up:
+        if part == "nats-server":
+            victim = next(p for p in up.tree() if p.name() == "nats-server")
+        else:
+            victim = up.part(part)
+        victim.kill()
+        limit = time.monotonic() + LIMIT
+        while True:
+            try:
+                complete(up.urls[0], up.model, timeout=5)
+                break
+            except OSError:
+                assert time.monotonic() < limit
+                time.sleep(0.05)
+        assert up.process.poll() is None
+        assert "ended; starting it again" in (tmp_path / "data/stderr").read_text()
+
+
+def test_several_workers_and_ingresses(tmp_path: Path) -> None:
+    with running(tmp_path / "data", "--workers", "2", "--ingresses", "2") as up:
+        assert len(up.urls) == 2
+        for url in up.urls:
+            complete(url, up.model)
+        assert sum(" worker " in " ".join(p.cmdline()) for p in up.tree()) == 2
+
+
+def test_a_second_start_uses_what_is_there(tmp_path: Path) -> None:
+    for _ in range(2):
+        with running(tmp_path / "data") as up:
+            complete(up.urls[0], up.model)
+            up.process.send_signal(signal.SIGTERM)
+            assert up.process.wait(LIMIT) == 0
+
+
+def failing(data: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        command(data, *arguments), capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    said, _, _log = done.stderr.partition("The end of ")
+    assert "Traceback" not in said
+    return done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--port", "--nats-port"])
+def test_a_taken_port_is_named_with_its_flag(tmp_path: Path, flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        error = failing(tmp_path, flag, port)
+        assert f"port {port} on 127.0.0.1 can't be used" in error
+        assert f"name another with {flag}," in error
+
+
+def test_a_data_directory_in_use_is_told(tmp_path: Path) -> None:
+    with running(tmp_path / "data"):
+        assert "in use by a live nats-server" in failing(tmp_path / "data")
+
+
+def test_a_part_that_cannot_start_shows_why(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        error = failing(tmp_path, "--set", f"worker.metrics_port={taken.getsockname()[1]}")
+    assert "worker ended 3 times before the fleet was ready" in error
+    assert "Address already in use" in error
+
+
+def test_drains_with_its_parent(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    code = (
+        "import subprocess, sys\n"
+        "up = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)\n"
+        "print(up.pid, up.stdout.readline().decode(), flush=True)\n"
+        "up.wait()\n"
+    )
+    arguments = [sys.executable, "-c", code, *command(data, "--with-parent")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        up = psutil.Process(int(parent.stdout.readline().split()[0]))
+        tree = [up, *up.children(recursive=True)]
+        assert len(tree) >= 5
+        os.kill(parent.pid, signal.SIGKILL)
+    assert gone(tree)
