@@ -37,11 +37,13 @@ async def http_engine() -> AsyncIterator[base.Engine]:
     stop = asyncio.Event()
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     server = asyncio.create_task(sim.serve(FAST, "127.0.0.1", 0, stop, url.set_result))
-    engine = await http.start(HttpConfig(url=await url, concurrency=8))
-    yield engine
-    await engine.close()
-    stop.set()
-    await server
+    try:
+        engine = await http.start(HttpConfig(url=await url, concurrency=8))
+        yield engine
+        await engine.close()
+    finally:
+        stop.set()
+        await server
 
 
 ENGINES = {"sim": sim_engine, "http": http_engine}
@@ -56,14 +58,6 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[base.Engine]:
 def chat(engine: base.Engine, text: str = "Say something.", **more: Any) -> dict[str, Any]:
     body = {"model": engine.base, "messages": [{"role": "user", "content": text}]}
     return body | {"max_tokens": 12, "temperature": 0} | more
-
-
-async def until(condition: Any, limit: float = 10.0) -> None:
-    """Poll `condition` until it holds."""
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, "the condition never came true"
-        await asyncio.sleep(0.005)
 
 
 def idle(engine: base.Engine) -> bool:
@@ -169,7 +163,7 @@ async def test_requests_at_once_do_not_mix(engine: base.Engine) -> None:
     together = await asyncio.gather(*(asgi.ask(engine.app, CHAT, body) for body in bodies))
     for one, other in zip(alone, together[:3], strict=True):
         assert one["choices"][0]["message"] == other["choices"][0]["message"]
-    await until(lambda: idle(engine))
+    await asgi.until(lambda: idle(engine))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -178,12 +172,12 @@ async def test_a_disconnect_stops_the_run_and_frees_the_engine(engine: base.Engi
     engine.on_change = lambda: seen.append(engine.stats())
     try:
         async with asgi.request(engine.app, CHAT, chat(engine, stream=stream, max_tokens=1500)) as call:
-            await until(lambda: engine.stats().running == 1)
+            await asgi.until(lambda: engine.stats().running == 1)
             if stream:
                 await anext(call.chunks())
             call.disconnect()
             await call.ended()
-        await until(lambda: idle(engine))
+        await asgi.until(lambda: idle(engine))
     finally:
         engine.on_change = None
     assert any(stats.running == 1 for stats in seen)
@@ -194,16 +188,16 @@ async def test_a_disconnect_of_a_request_that_waits_frees_it_too(engine: base.En
     slots = engine.stats().max_running
     long = chat(engine, max_tokens=1500, ignore_eos=True)
     running = [asgi.Call(engine.app, "POST", CHAT, orjson.dumps(long)) for _ in range(slots)]
-    await until(lambda: engine.stats().running == slots)
+    await asgi.until(lambda: engine.stats().running == slots)
     async with asgi.request(engine.app, CHAT, long) as last:
-        await until(lambda: engine.stats().waiting == 1)
+        await asgi.until(lambda: engine.stats().waiting == 1)
         last.disconnect()
         await last.ended()
         assert last.status == 0
     for call in running:
         call.disconnect()
         await call.ended()
-    await until(lambda: idle(engine))
+    await asgi.until(lambda: idle(engine))
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,14 @@ async def serve(
     with socket.create_server((host, port), family=_family(host), backlog=2048) as listener:
         engine = await start(config)
         options = uvicorn.Config(
-            engine.app, http="httptools", ws="none", lifespan="off", access_log=False, log_level="warning"
+            engine.app,
+            interface="asgi3",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,
+            access_log=False,
+            log_level="warning",
         )
         server = _Server(options)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
