@@ -110,11 +110,13 @@ class _Fleet:
     async def _announce(self, ingresses: list[Child], workers: list[Child], nats: NatsServer) -> None:
         """Say that the fleet is ready once every ingress answers so."""
         print(f"starting  {self._settings.worker.engine}, logs in {self._logs}", file=sys.stderr, flush=True)
+        # A worker first: until one is there, asking would only take processor time from its engine's start.
+        await asyncio.wait([child.ready for child in workers], return_when=asyncio.FIRST_COMPLETED)
         urls = [(await child.ready)["url"] for child in ingresses]
         for url in urls:
             while not await asyncio.to_thread(_answers, f"{url}/health/ready"):  # noqa: ASYNC110
                 await asyncio.sleep(_POLL)  # the state is another process's
-        model = (await workers[0].ready)["base"]
+        model = next(child.ready.result()["base"] for child in workers if child.ready.done())
         print(f"ready  {','.join(urls)}  {nats.url}  model {model}")
         print(_curl(urls[0], model), flush=True)
 
