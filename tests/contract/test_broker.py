@@ -586,6 +586,24 @@ async def test_a_closed_puller_hands_back_what_still_comes(fleet: Fleet) -> None
     assert len(box) == 0
 
 
+async def test_a_pull_that_the_server_gives_up_lapses(nats_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real broker alone: the fake's pulls stand for ever."""
+    monkeypatch.setattr(client, "_PULL_EXPIRES", 0.3)
+    lapsed = asyncio.Event()
+    box: Box[Delivery] = Box()
+    async with await client.connect(BrokerConfig(url=nats_url), "client") as broker:
+        puller = await broker.pull("llama", ServiceClass.STANDARD, box, lapsed.set)
+        await puller.ask(2)
+        await enqueue(broker, b"a")
+        await box.next()
+        assert puller.outstanding == 1
+        await asyncio.wait_for(lapsed.wait(), LIMIT)
+        assert puller.outstanding == 0
+        await puller.ask(1)
+        await enqueue(broker, b"b")
+        assert (await box.next()).data == b"b"
+
+
 # Reading streams
 
 

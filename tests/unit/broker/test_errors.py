@@ -13,6 +13,7 @@ WIRE = {
     "Unauthorized": ("invalid_api_key", 401, "authentication_error", False),
     "UnknownModel": ("model_not_found", 404, "invalid_request_error", False),
     "NotFound": ("not_found", 404, "invalid_request_error", False),
+    "MethodNotAllowed": ("method_not_allowed", 405, "invalid_request_error", False),
     "BodyTimeout": ("request_timeout", 408, "invalid_request_error", True),
     "DuplicateRequest": ("duplicate_request", 409, "invalid_request_error", False),
     "TooLarge": ("request_too_large", 413, "invalid_request_error", False),

@@ -63,6 +63,34 @@ def test_reply_subjects_lie_under_their_mailbox(tenant: str, mailbox: str, reque
     assert all(want in ("*", have) for want, have in zip(pattern, tokens, strict=True))
 
 
+@given(names, names)
+def test_a_cancel_names_its_request(tenant: str, request: str) -> None:
+    key = f"{subjects.token(tenant)}.{subjects.token(request)}"
+    assert subjects.cancelled(subjects.cancel(tenant, request)) == key
+
+
+def test_a_cancel_may_encode_less_than_a_token_does() -> None:
+    assert subjects.cancelled("cancel.a@b.r:1") == "a%40b.r%3A1"
+    with pytest.raises(ValueError, match=r"."):
+        subjects.cancelled("cancel.acme.%FF")
+
+
+@pytest.mark.parametrize(
+    ("request_subject", "reply", "may"),
+    [
+        ("req.m.batch.acme.m", "out.acme.box.r1", True),
+        ("req.m.batch.acme.m", "out.other.box.r1", False),
+        ("req.m.batch", "out.acme.box.r1", False),
+        ("req.m.batch.acme.m", "out.acme.box", False),
+        ("req.m.batch.acme.m", "out.acme.box.*", False),
+        ("req.m.batch.acme.m", "dead.acme.box.r1", False),
+        ("req.m.batch.acme.m", "", False),
+    ],
+)
+def test_a_reply_goes_to_the_tenant_that_asked(request_subject: str, reply: str, may: bool) -> None:
+    assert subjects.may_answer(request_subject, reply) is may
+
+
 @given(names, names, names, names)
 def test_one_tenants_dedup_key_never_meets_anothers(
     tenant: str, key: str, other_tenant: str, other_key: str
