@@ -63,6 +63,10 @@ class NotFound(HeadraceError):
     code, status, kind = "not_found", 404, "invalid_request_error"
 
 
+class MethodNotAllowed(HeadraceError):
+    code, status, kind = "method_not_allowed", 405, "invalid_request_error"
+
+
 class BodyTimeout(HeadraceError):
     """The client did not deliver its request body in time."""
 

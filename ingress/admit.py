@@ -31,8 +31,12 @@ _TIERS = {
     "flex": ServiceClass.BATCH,
 }
 _PRIORITIES = {str(c): c for c in ServiceClass}
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _MAX_NAME = 256
+"""Bytes of a model's or a tenant's name: both go into subjects, percent-encoded, and a broker's line
+holds 4,096."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,13 @@ def read_body(body: bytes, priority: str | None) -> Asked:
         raise errors.InvalidRequest(f"the body is not valid JSON: {exc}") from exc
     if not isinstance(parsed, dict):
         raise errors.InvalidRequest(f"the body must be a JSON object, not {type(parsed).__name__}")
+    if b"\\u0000" in body and _NUL.search(body):  # the first is far quicker and almost always enough
+        raise errors.InvalidRequest("the body holds a NUL character (\\u0000), which no prompt or name may")
     model = parsed.get("model")
     if model is None:
         raise errors.InvalidRequest("`model` is missing: name one of GET /v1/models", param="model")
-    if not isinstance(model, str) or not 0 < len(model) <= _MAX_NAME:
-        raise errors.InvalidType(f"`model` must be a string of 1 to {_MAX_NAME} characters", param="model")
+    if not isinstance(model, str) or not 0 < len(model.encode()) <= _MAX_NAME:
+        raise errors.InvalidType(f"`model` must be a string of 1 to {_MAX_NAME} bytes", param="model")
     stream = parsed.get("stream")
     if not isinstance(stream, bool | None):
         raise errors.InvalidType("`stream` must be true or false", param="stream")
@@ -83,14 +89,22 @@ def _service_class(tier: Any, priority: str | None) -> ServiceClass:
 
 
 def request_id(headers: Mapping[bytes, bytes]) -> str:
-    """The caller's `X-Request-Id`, or a new one."""
+    """The caller's `X-Request-Id` where it can be used, else a new one."""
+    given = headers.get(b"x-request-id", b"")
+    return given.decode("ascii") if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+
+def check_request_id(headers: Mapping[bytes, bytes]) -> None:
+    """Raises errors.InvalidRequest for an `X-Request-Id` that can't be used."""
     given = headers.get(b"x-request-id")
-    if given is None:
-        return f"req_{uuid.uuid4().hex}"
-    text = given.decode("latin-1")
-    if not _REQUEST_ID.fullmatch(text):
+    if given is not None and not _REQUEST_ID.fullmatch(given):
         raise errors.InvalidRequest("X-Request-Id must be 1 to 128 visible ASCII characters")
-    return text
+
+
+def traceparent(headers: Mapping[bytes, bytes]) -> str:
+    """The caller's W3C trace context; "" where there is none, or an invalid one, which counts as none."""
+    given = headers.get(b"traceparent", b"")
+    return given.decode("ascii") if _TRACEPARENT.fullmatch(given) else ""
 
 
 def deadline_ms(headers: Mapping[bytes, bytes], service_class: ServiceClass, config: IngressConfig) -> int:
@@ -116,15 +130,16 @@ class Tenants:
 
     def __init__(self, config: IngressConfig) -> None:
         # By digest: a lookup then tells an attacker's clock nothing about the keys.
-        self._by_key = {_digest(key.get_secret_value()): tenant for tenant, key in config.api_keys.items()}
+        self._by_key = {
+            _digest(key.get_secret_value().encode()): tenant for tenant, key in config.api_keys.items()
+        }
         self._loopback = _is_loopback(config.host)
 
     def of(self, headers: Mapping[bytes, bytes]) -> str:
         """Raises errors.Unauthorized or, for a tenant header where none may be, errors.InvalidRequest."""
         named = headers.get(b"x-headrace-tenant")
         if self._by_key:
-            key = headers.get(b"x-api-key") or headers.get(b"authorization", b"")[7:]
-            tenant = self._by_key.get(_digest(key.decode("latin-1").strip()))
+            tenant = self._by_key.get(_digest(_key(headers)))
             if tenant is None:
                 raise errors.Unauthorized("the API key is missing or wrong: send Authorization: Bearer <key>")
             return tenant
@@ -135,13 +150,18 @@ class Tenants:
                 "X-Headrace-Tenant is taken only by an ingress that listens on a loopback address"
             )
         name = named.decode("utf-8", "replace").strip()
-        if not 0 < len(name) <= _MAX_NAME:
-            raise errors.InvalidRequest(f"X-Headrace-Tenant must be 1 to {_MAX_NAME} characters")
+        if not 0 < len(name.encode()) <= _MAX_NAME:
+            raise errors.InvalidRequest(f"X-Headrace-Tenant must be 1 to {_MAX_NAME} bytes")
         return name
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+def _key(headers: Mapping[bytes, bytes]) -> bytes:
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    return headers.get(b"x-api-key") or (bearer.strip() if scheme.lower() == b"bearer" else b"")
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -54,53 +55,81 @@ class Ingress:
         self._cancels: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in INFERENCE_PATHS:
-            await self._infer(scope, receive, send)
-        else:
+        if scope["path"] not in INFERENCE_PATHS:
             await self._pages(scope, receive, send)
+        elif scope["method"] != "POST":
+            await self._refuse(scope, send)
+        else:
+            await self._infer(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, send: Send) -> None:
+        path: str = scope["path"]
+        fault = errors.MethodNotAllowed(f"{scope['method']} {path} is not served here: use POST")
+        head = wording.headers(fault, admit.request_id(dict(scope["headers"])))
+        await answer(send, fault.status, [*head, (b"allow", b"POST")], wording.body(fault.body(), path))
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.monotonic()
         path: str = scope["path"]
         headers = dict(scope["headers"])
+        request_id = admit.request_id(headers)
         status = 499
         try:
-            request, streaming = await self._admit(path, headers, receive)
-            stream = self._mailbox.open(request.subject.tenant, request.request_id)
-            metrics.STREAMS.inc()
-            relay = Relay(send, path, request.request_id, streaming)
-            exchange = Exchange(self._config, self._broker, request, stream, relay)
-            try:
-                await exchange.publish()
-                metrics.ADMIT.observe(time.monotonic() - started)
-                fault = await exchange.follow(receive)
-            except BaseException:
-                stream.close()
-                metrics.STREAMS.dec()
-                raise
-            status = 499 if isinstance(fault, errors.Cancelled) else relay.status
-            self._observe(request, relay, fault, started)
-            if fault is not None and exchange.cancellable:
-                self._cancel(exchange, stream, fault)
-            else:
-                stream.close()
-            metrics.STREAMS.dec()
+            request, streaming = await self._admit(path, headers, request_id, receive)
+            stream = self._mailbox.open(request.subject.tenant, request_id)
+            relay = Relay(send, path, request_id, streaming)
+            status = await self._exchange(request, stream, relay, receive, started)
         except ClientGone:
             return
         except errors.HeadraceError as exc:
             status = exc.status
-            body = wording.body(exc.body(), path)
-            await answer(send, exc.status, wording.headers(exc), body)
+            await answer(send, status, wording.headers(exc, request_id), wording.body(exc.body(), path))
         finally:
             metrics.REQUESTS.labels(path, str(status)).inc()
 
-    async def _admit(self, path: str, headers: dict[bytes, bytes], receive: Receive) -> tuple[Request, bool]:
+    async def _exchange(
+        self, request: Request, stream: replies.Stream, relay: Relay, receive: Receive, started: float
+    ) -> int:
+        """Through the queue and back; the status that the caller was told."""
+        exchange = Exchange(self._config, self._broker, request, stream, relay)
+        fault: errors.HeadraceError | None = errors.Cancelled("this ingress stopped")
+        metrics.STREAMS.inc()
+        try:
+            fault = await self._publish_and_follow(exchange, relay, receive, started)
+            self._observe(request, relay, fault, started)
+        finally:
+            metrics.STREAMS.dec()
+            if fault is not None and exchange.cancellable:
+                self._cancel(exchange, stream, fault)
+            else:
+                stream.close()
+        return 499 if isinstance(fault, errors.Cancelled) else relay.status
+
+    async def _publish_and_follow(
+        self, exchange: Exchange, relay: Relay, receive: Receive, started: float
+    ) -> errors.HeadraceError | None:
+        """Whatever goes wrong is told to the caller, and returned."""
+        try:
+            await exchange.publish()
+            metrics.ADMIT.observe(time.monotonic() - started)
+            return await exchange.follow(receive)
+        except errors.HeadraceError as exc:
+            fault = exc
+        except Exception:
+            _log.exception("a request broke in the ingress")
+            fault = errors.HeadraceError("the ingress failed on this request")
+        await relay.fail(fault)
+        return fault
+
+    async def _admit(
+        self, path: str, headers: dict[bytes, bytes], request_id: str, receive: Receive
+    ) -> tuple[Request, bool]:
         """Everything that can be refused before the queue is touched."""
         config = self._config
         limit = min(config.max_body, self._broker.max_payload - _HEADER_ROOM)
         body = await read_body(headers, receive, limit, config.body_timeout)
         tenant = self._tenants.of(headers)
-        request_id = admit.request_id(headers)
+        admit.check_request_id(headers)
         priority = headers.get(b"x-priority")
         asked = admit.read_body(body, None if priority is None else priority.decode("latin-1"))
         card = self._catalogue.find(asked.model)
@@ -114,7 +143,7 @@ class Ingress:
                 path=path,
                 body=body,
                 deadline_ms=admit.deadline_ms(headers, asked.service_class, config),
-                traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
+                traceparent=admit.traceparent(headers),
             ),
             asked.stream,
         )
@@ -201,7 +230,7 @@ async def serve(
                 date_header=False,
                 backlog=2048,
                 timeout_keep_alive=75,
-                timeout_graceful_shutdown=int(config.drain_timeout),
+                timeout_graceful_shutdown=math.ceil(config.drain_timeout),
             ),
             lambda: ready("http://{}:{}".format(*listener.getsockname()[:2])),
         )

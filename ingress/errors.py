@@ -7,14 +7,16 @@ from typing import Any
 
 import orjson
 
-from broker.errors import HeadraceError
+from broker.errors import BodyTimeout, HeadraceError
 
 _JSON = (b"content-type", b"application/json")
 
 
-def headers(exc: HeadraceError) -> list[tuple[bytes, bytes]]:
+def headers(exc: HeadraceError, request_id: str) -> list[tuple[bytes, bytes]]:
     """Response headers that go with an error: `Retry-After` in whole seconds where a retry helps."""
-    found = [_JSON]
+    found = [_JSON, (b"x-request-id", request_id.encode("ascii"))]
+    if isinstance(exc, BodyTimeout):
+        found.append((b"connection", b"close"))  # the rest of the body would be read as the next request
     if exc.retry:
         found.append((b"retry-after", b"%d" % max(1, math.ceil(exc.retry_after or 1))))
     return found

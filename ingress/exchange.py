@@ -66,7 +66,10 @@ class Exchange:
         return not (ack.cancelled() or ack.exception() or ack.result().duplicate)
 
     async def follow(self, receive: Receive) -> errors.HeadraceError | None:
-        """Relay frames until the answer is complete. Returns the fault that ended it, if one did."""
+        """Relay frames until the answer is complete. Returns the fault that ended it, if one did.
+
+        Raises errors.FramesLost, errors.Unavailable when the reply can't be read to its end.
+        """
         gone = asyncio.create_task(_disconnected(receive))
         gone.add_done_callback(lambda _: self._stream.wake())
         quiet_since = time.monotonic()
@@ -88,9 +91,8 @@ class Exchange:
                 if time.monotonic() - quiet_since >= self._config.keepalive:
                     quiet_since = time.monotonic()
                     await self._relay.keepalive()
-        except errors.FramesLost as exc:
-            await self._relay.fail(exc)
-            return exc
+        except errors.MalformedMessage as exc:
+            raise errors.FramesLost(f"the reply holds what is no frame: {exc.message}") from exc
         finally:
             gone.cancel()
 

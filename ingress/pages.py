@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from broker import base, errors
 from broker.messages import ModelCard
+from ingress import admit
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
 
@@ -66,16 +67,19 @@ def _model(card: ModelCard) -> dict[str, object]:
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:
+    """Starlette's own: no such path, or not with this method."""
     assert isinstance(exc, HTTPException)
-    path = request.url.path
-    message = f"{request.method} {path} is not served here" if exc.status_code in (404, 405) else exc.detail
-    body = errors.error_body(
-        message, "invalid_request_error", "not_found" if exc.status_code == 404 else "bad"
-    )
-    return Response(body, exc.status_code, dict(exc.headers or {}), media_type="application/json")
+    kind = errors.MethodNotAllowed if exc.status_code == 405 else errors.NotFound
+    fault = kind(f"{request.method} {request.url.path} is not served here")
+    return _error(request, fault, dict(exc.headers or {}))
 
 
-async def _our_error(_: Request, exc: Exception) -> Response:
+async def _our_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, errors.HeadraceError)
-    head = {name.decode(): value.decode() for name, value in wording.headers(exc)}
-    return Response(exc.body(), exc.status, head)
+    return _error(request, exc, {})
+
+
+def _error(request: Request, fault: errors.HeadraceError, more: dict[str, str]) -> Response:
+    request_id = admit.request_id(dict(request.scope["headers"]))
+    head = {name.decode(): value.decode() for name, value in wording.headers(fault, request_id)}
+    return Response(wording.body(fault.body(), request.url.path), fault.status, head | more)
