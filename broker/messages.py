@@ -84,15 +84,15 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
     tokens = reply_to.split(".")
     if len(tokens) != 4 or tokens[0] != "out" or not all(tokens) or set(reply_to) & set("*> \t\r\n"):
         raise errors.MalformedMessage(
-            f"header {subjects.REPLY_TO} must be out.<tenant>.<mailbox>.<request>, not {reply_to!r}"
+            f"header {subjects.REPLY_TO} must be out.<tenant>.<mailbox>.<request>, not {reply_to!r:.200}"
         )
     try:
         request_id = subjects.name(tokens[3])
     except ValueError as exc:
-        raise errors.MalformedMessage(f"header {subjects.REPLY_TO} is no UTF-8: {reply_to!r}") from exc
+        raise errors.MalformedMessage(f"header {subjects.REPLY_TO} is no UTF-8: {reply_to!r:.200}") from exc
     if tokens[1] != subjects.token(parsed.tenant):
         raise errors.MalformedMessage(
-            f"header {subjects.REPLY_TO} names tenant {tokens[1]!r}, the subject {parsed.tenant!r}"
+            f"header {subjects.REPLY_TO} names tenant {tokens[1]!r:.200}, the subject {parsed.tenant!r}"
         )
     if not head.get(subjects.MSG_ID):
         raise errors.MalformedMessage(
@@ -101,11 +101,13 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
     path = head.get(subjects.PATH, "")
     if not path.startswith("/"):
         raise errors.MalformedMessage(
-            f"header {subjects.PATH} must be an API path such as /v1/chat/completions, not {path!r}"
+            f"header {subjects.PATH} must be an API path such as /v1/chat/completions, not {path!r:.200}"
         )
     deadline = head.get(subjects.DEADLINE, "0")
     if not (deadline.isascii() and deadline.isdigit() and len(deadline) <= _DEADLINE_DIGITS):
-        raise errors.MalformedMessage(f"header {subjects.DEADLINE} must be unix time in ms, not {deadline!r}")
+        raise errors.MalformedMessage(
+            f"header {subjects.DEADLINE} must be unix time in ms, not {deadline!r:.99}"
+        )
     return Request(
         subject=parsed,
         request_id=request_id,

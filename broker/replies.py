@@ -29,10 +29,9 @@ class Writer:
         self._broker = broker
         self._reply_to = reply_to
         self._epoch = epoch
-        self._seq = 0
         self._offs: dict[int, int] = {}
+        self.frames = 0
         self.head_sent = False
-        self.closed = False
 
     async def beat(self, worker: str) -> None:
         await self._send(FrameKind.BEAT, extra={"worker": worker, "at": _stamp()})
@@ -68,14 +67,21 @@ class Writer:
         tokens: list[tuple[int, list[int]]] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        frame = Frame(self._epoch, self._seq, kind, self._offs.get(0, 0), payload=payload)
+        frame = Frame(self._epoch, self.frames, kind, self._offs.get(0, 0), payload=payload)
         if tokens:
             self._number(frame, tokens)
         if extra is not None:
             frame.extra = extra
-        self._seq += 1
-        self.closed = kind in TERMINAL
-        await self._broker.publish(self._reply_to, codec.encode(frame))
+        data = codec.encode(frame)
+        over = len(data) - self._broker.max_payload
+        if over > len(payload):
+            raise errors.TooLarge("the answer holds more tokens than one reply frame can name")
+        self.frames += 1
+        if over <= 0:
+            await self._broker.publish(self._reply_to, data)
+            return
+        await self._broker.publish(self._reply_to, data[:-over])
+        await self._send(FrameKind.DATA, payload[-over:])
 
     def _number(self, frame: Frame, tokens: list[tuple[int, list[int]]]) -> None:
         for index, ids in tokens:
@@ -107,7 +113,7 @@ async def dead_letter(
     """Keep a message that can't be run in DEAD, and answer it with an `error` frame if it says where."""
     head = dict(headers or {})
     reply_to = head.get(subjects.REPLY_TO, "")
-    if subjects.is_reply(reply_to):
+    if subjects.may_answer(subject, reply_to):
         await Writer(broker, reply_to, epoch).error(exc)
     letter = DeadLetter(
         reason=exc.code,
@@ -117,7 +123,13 @@ async def dead_letter(
         body=base64.b64encode(body).decode(),
         failed_ms=now_ms(),
     )
-    await (await broker.enqueue(subjects.dead(exc.code), letter.model_dump_json().encode()))
+    data = letter.model_dump_json().encode()
+    if len(data) > broker.max_payload:
+        # Base64 and the envelope can make a message that just fitted too large.
+        left_out = f"{exc.message} (headers and body, {len(body)} bytes, were too large to keep)"
+        letter = letter.model_copy(update={"headers": {}, "body": "", "message": left_out})
+        data = letter.model_dump_json().encode()
+    await (await broker.enqueue(subjects.dead(exc.code), data))
     _log.warning("a message went to the dead letters: %s", exc.message, extra={"code": exc.code})
 
 
@@ -209,7 +221,7 @@ class Stream:
         self._broker = broker
         self._close = close
         self._waiting: deque[bytes] = deque()
-        self._wake: asyncio.Future[None] | None = None
+        self._wake: asyncio.Future[bool] | None = None  # its result: whether it was silence that ended it
         self._assembler = Assembler()
 
     @property
@@ -222,8 +234,11 @@ class Stream:
 
     def wake(self) -> None:
         """Make `next` return, even with nothing to return."""
+        self._end_wait(False)
+
+    def _end_wait(self, silent: bool) -> None:
         if self._wake is not None and not self._wake.done():
-            self._wake.set_result(None)
+            self._wake.set_result(silent)
 
     async def next(self, timeout: float) -> list[Frame]:
         """Frames in order as soon as there are any; [] after `timeout` seconds or a `wake`.
@@ -231,40 +246,43 @@ class Stream:
         Silence is not trusted: the journal is asked whether frames passed us by. Raises
         errors.FramesLost when a gap can't be filled from it.
         """
-        if not self._waiting:
-            loop = asyncio.get_running_loop()
-            self._wake = loop.create_future()
-            timer = loop.call_later(timeout, self.wake)
-            try:
-                await self._wake
-            finally:
-                timer.cancel()
-                self._wake = None
-            if not self._waiting:
-                return await self._missed() if loop.time() >= timer.when() else []
-        assembler = self._assembler
+        if not self._waiting and not await self._wait(timeout) and not self._waiting:
+            return []
         ready: list[Frame] = []
+        silent = not self._waiting
         while self._waiting:
-            ready += assembler.feed(codec.decode(self._waiting.popleft()))
-        if assembler.gap:
-            ready += await self.repair()
-            if assembler.gap:
-                raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
+            ready += self._assembler.feed(codec.decode(self._waiting.popleft()))
+        try:
+            if self._assembler.gap or (silent and await self._missed()):
+                ready += await self._repair()
+        except errors.Unavailable as exc:
+            # What is in order goes on its way; the next frame or silence asks the journal again.
+            _log.warning("the journal can't be read now: %s", exc.message)
         return ready
 
-    async def _missed(self) -> list[Frame]:
+    async def _wait(self, timeout: float) -> bool:
+        """Whether `timeout` passed in silence."""
+        loop = asyncio.get_running_loop()
+        self._wake = loop.create_future()
+        timer = loop.call_later(timeout, self._end_wait, True)
         try:
-            newest = await last_frame(self._broker, self.subject)
-        except errors.Unavailable:
-            return []  # asked again after the next silence
-        seen = self._assembler.epoch, self._assembler.next_seq
-        return [] if newest is None or (newest.epoch, newest.seq) < seen else await self.repair()
+            return await self._wake
+        finally:
+            timer.cancel()
+            self._wake = None
 
-    async def repair(self) -> list[Frame]:
+    async def _missed(self) -> bool:
+        newest = await last_frame(self._broker, self.subject)
+        seen = self._assembler.epoch, self._assembler.next_seq
+        return newest is not None and (newest.epoch, newest.seq) >= seen
+
+    async def _repair(self) -> list[Frame]:
         """Read the journal and pass on what is new."""
         ready: list[Frame] = []
         for record in await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000):
             ready += self._assembler.feed(codec.decode(record.data))
+        if self._assembler.gap:
+            raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
         return ready
 
     def close(self) -> None:

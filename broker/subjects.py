@@ -100,6 +100,13 @@ def is_reply(subject: str) -> bool:
     return len(parts) == 4 and parts[0] == "out" and all(parts) and not set(subject) & set("*> \t\r\n")
 
 
+def may_answer(request: str, reply: str) -> bool:
+    """Whether who may publish under `request` may be told things on `reply`: the tenants must agree,
+    or a message could make a worker write into another tenant's reply."""
+    tenant = request.split(".")[3:4]
+    return is_reply(reply) and [reply.split(".")[1]] == tenant
+
+
 def mailbox(mailbox: str) -> str:
     """All frames for one ingress, whatever the tenant."""
     return f"out.*.{token(mailbox)}.*"
@@ -107,6 +114,13 @@ def mailbox(mailbox: str) -> str:
 
 def cancel(tenant: str, request_id: str) -> str:
     return f"cancel.{token(tenant)}.{token(request_id)}"
+
+
+def cancelled(subject: str) -> str:
+    """`<tenant>.<request>` of a cancel, as `messages.Request.key` spells it: a direct publisher may
+    encode less than `token` does. Raises ValueError when it is no UTF-8."""
+    _, tenant, request = subject.split(".")
+    return f"{token(name(tenant))}.{token(name(request))}"
 
 
 def heartbeat(worker: str) -> str:

@@ -1,0 +1,395 @@
+"""Frames written once, read exactly once and in order, whatever the way does to them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker import base, codec, errors, replies, subjects
+from broker.config import BrokerConfig
+from broker.memory import MemoryBroker
+from broker.messages import DeadLetter, Frame, FrameKind
+from broker.replies import Assembler, Mailbox, Stream, Writer
+
+SUBJECT = "out.acme.box.r1"
+
+KINDS = {FrameKind.HEAD, FrameKind.DATA}
+
+
+def attempt(epoch: int, sizes: list[int], ending: FrameKind | None = FrameKind.END) -> list[Frame]:
+    """The frames of one run: a beat, a head, data of `sizes` tokens each, and an end."""
+    frames = [Frame(epoch, 0, FrameKind.BEAT)]
+    off = 0
+    for number, size in enumerate(sizes):
+        kind = FrameKind.DATA if number else FrameKind.HEAD
+        ids = list(range(off, off + size))
+        frames.append(Frame(epoch, number + 1, kind, off, ids, payload=b"%d" % off))
+        off += size
+    if ending is not None:
+        frames.append(Frame(epoch, len(frames), ending, off))
+    return frames
+
+
+def tokens(frames: list[Frame]) -> list[int]:
+    return [token for frame in frames if frame.kind in KINDS for token in frame.ids]
+
+
+sizes = st.lists(st.integers(1, 4), min_size=1, max_size=12)
+
+
+@given(sizes, st.data())
+def test_duplicates_and_disorder_change_nothing(run: list[int], data: st.DataObject) -> None:
+    frames = attempt(1, run)
+    again = data.draw(st.lists(st.sampled_from(frames)))
+    assembler, seen = Assembler(), []
+    for frame in data.draw(st.permutations(frames + again)):
+        seen += assembler.feed(frame)
+    assert seen == frames
+    assert assembler.finished
+    assert not assembler.gap
+
+
+@given(sizes, st.data())
+def test_what_is_lost_is_repaired_in_place(run: list[int], data: st.DataObject) -> None:
+    frames = attempt(1, run)
+    lost = data.draw(st.sets(st.sampled_from(range(len(frames)))))
+    assembler, seen = Assembler(), []
+    for number, frame in enumerate(frames):
+        if number not in lost:
+            seen += assembler.feed(frame)
+        kept_back = any(k not in lost for k in range(len(seen), number + 1))
+        assert assembler.gap == (kept_back and not assembler.finished)
+    for frame in frames:  # the journal
+        seen += assembler.feed(frame)
+    assert seen == frames
+
+
+@given(sizes, st.integers(0, 12), st.randoms(use_true_random=False))
+def test_a_later_attempt_goes_on_where_the_reader_is(run: list[int], cut: int, rng: random.Random) -> None:
+    """A worker dies after `cut` frames, the next starts again: each token once, one head, one end. What
+    the dead one's connection still held comes in between, and is nobody's."""
+    whole = attempt(1, run)
+    first, second = whole[:-1][:cut], attempt(2, run)
+    assembler, seen = Assembler(), []
+    for frame in first:
+        seen += assembler.feed(frame)
+    zombie = [Frame(1, len(first) + k, FrameKind.DATA, 99, [1], payload=b"zombie") for k in range(3)]
+    seen += assembler.feed(second[0])
+    mixed = second[1:]
+    for frame in zombie:
+        mixed.insert(rng.randrange(len(mixed) + 1), frame)
+    for frame in mixed:
+        seen += assembler.feed(frame)
+    assert tokens(seen) == list(range(sum(run)))
+    assert [f.kind for f in seen].count(FrameKind.HEAD) == 1
+    assert [f.payload for f in seen if f.kind in KINDS] == [f.payload for f in whole if f.kind in KINDS]
+    assert seen[-1].kind is FrameKind.END
+    assert assembler.finished
+
+
+@given(
+    st.lists(st.tuples(sizes, st.booleans()), min_size=1, max_size=4),
+    st.data(),
+)
+def test_any_interleaving_gives_each_token_once_in_order_or_says_that_frames_are_lost(
+    runs: list[tuple[list[int], bool]], data: st.DataObject
+) -> None:
+    frames = [
+        frame
+        for epoch, (run, ends) in enumerate(runs, start=1)
+        for frame in attempt(epoch, run, FrameKind.END if ends else None)
+    ]
+    drawn = data.draw(st.lists(st.sampled_from(frames), max_size=60))
+    assembler, seen = Assembler(), []
+    lost = False
+    try:
+        for frame in drawn:
+            was_finished = assembler.finished
+            ready = assembler.feed(frame)
+            assert not (was_finished and ready)
+            seen += ready
+    except errors.FramesLost:
+        lost = True
+    got = tokens(seen)
+    assert got == list(range(len(got)))
+    assert [f.kind for f in seen].count(FrameKind.HEAD) <= 1
+    assert [(f.epoch, f.seq) for f in seen] == sorted({(f.epoch, f.seq) for f in seen})
+    assert sum(f.kind is FrameKind.END for f in seen) == (assembler.finished and not lost)
+
+
+def test_an_attempt_that_starts_past_what_was_seen_is_a_loss() -> None:
+    assembler = Assembler()
+    for frame in attempt(1, [2, 2], None):
+        assembler.feed(frame)
+    with pytest.raises(errors.FramesLost, match="goes on at token 6, but 4 were seen"):
+        for frame in [Frame(2, 0, FrameKind.BEAT), Frame(2, 1, FrameKind.DATA, off=6, ids=[6])]:
+            assembler.feed(frame)
+
+
+def test_beats_are_passed_on_until_the_head_only() -> None:
+    assembler = Assembler()
+    first, second = attempt(1, []), attempt(2, [1])
+    assert assembler.feed(first[0]) == [first[0]]
+    assert assembler.feed(second[0]) == [second[0]]
+    assert assembler.feed(second[1]) == [second[1]]
+    assert assembler.feed(Frame(3, 0, FrameKind.BEAT)) == []
+    assert assembler.epoch == 3
+
+
+@pytest.mark.parametrize("kind", [FrameKind.END, FrameKind.ERROR])
+def test_nothing_follows_a_terminal_frame(kind: FrameKind) -> None:
+    assembler = Assembler()
+    end = Frame(1, 0, kind)
+    assert assembler.feed(end) == [end]
+    assert assembler.feed(Frame(1, 1, FrameKind.DATA)) == []
+    assert assembler.feed(Frame(2, 0, FrameKind.BEAT)) == []
+    assert not assembler.gap
+
+
+def test_what_waits_behind_a_gap_is_bounded() -> None:
+    assembler = Assembler()
+    with pytest.raises(errors.FramesLost, match="too many"):
+        for seq in range(1, 10_000):
+            assembler.feed(Frame(1, seq, FrameKind.DATA))
+    assert seq == replies._HELD_LIMIT + 1
+
+
+# Over a broker
+
+
+class Deafening(MemoryBroker):
+    """Frames whose numbers are in `lost` reach no subscriber; those in `forgotten` no journal either."""
+
+    def __init__(self) -> None:
+        super().__init__(BrokerConfig())
+        self.lost: set[int] = set()
+        self.forgotten: set[int] = set()
+        self.refused: list[str] = []
+
+    async def publish(
+        self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
+    ) -> None:
+        number = codec.decode(data).seq
+        if number in self.forgotten:
+            return
+        if number in self.lost:
+            self.hub.store(subject, data, headers)
+            return
+        await super().publish(subject, data, headers, reply)
+
+    async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[base.Record]:
+        if self.refused:
+            raise errors.Unavailable(self.refused.pop())
+        return await super().read(stream, subject, start, limit)
+
+
+@pytest.fixture
+def broker(anyio_backend: object) -> Deafening:
+    return Deafening()
+
+
+@pytest.fixture
+async def stream(broker: Deafening) -> AsyncIterator[Stream]:
+    async with Mailbox(broker, "box") as mailbox:
+        yield mailbox.open("acme", "r1")
+
+
+async def write(broker: MemoryBroker, count: int = 4, epoch: int = 1, end: bool = True) -> None:
+    """A beat, a head, `count` data frames of a token each, and an end."""
+    writer = Writer(broker, SUBJECT, epoch)
+    await writer.beat("w1")
+    await writer.head(200, {"content-type": "text/event-stream"}, "w1", b"h", [])
+    for token in range(count):
+        await writer.data(b"%d" % token, [(0, [token])])
+    if end:
+        await writer.end({"completion_tokens": count})
+
+
+async def read(stream: Stream, silence: float = 5.0) -> list[Frame]:
+    frames: list[Frame] = []
+    async with asyncio.timeout(5):
+        while not stream.finished:
+            frames += await stream.next(silence)
+    return frames
+
+
+async def test_frames_as_the_writer_numbers_them(broker: Deafening, stream: Stream) -> None:
+    writer = Writer(broker, SUBJECT, 3)
+    await writer.beat("w1")
+    await writer.head(200, {"content-type": "x"}, "w1", b"a", [(0, [7]), (1, [8, 9]), (0, [10])])
+    await writer.data(b"b", [(1, [11]), (0, [12])])
+    await writer.data(b"c", [])
+    await writer.end({"completion_tokens": 6})
+    beat, head, first, second, end = await read(stream)
+    assert [f.seq for f in (beat, head, first, second, end)] == [0, 1, 2, 3, 4]
+    assert {f.epoch for f in (beat, head, first, second, end)} == {3}
+    assert beat.extra["worker"] == "w1"
+    assert (head.off, head.ids, head.choices) == (0, [7, 10], [[1, 0, [8, 9]]])
+    assert (head.extra["status"], head.extra["headers"]) == (200, {"content-type": "x"})
+    assert (first.off, first.ids, first.choices) == (2, [12], [[1, 2, [11]]])
+    assert (second.off, second.ids, second.payload) == (3, [], b"c")
+    assert (end.kind, end.off, end.extra["usage"]) == (FrameKind.END, 3, {"completion_tokens": 6})
+    assert writer.frames == 5
+
+
+async def test_an_error_frame_tells_all_that_the_error_knows(broker: Deafening, stream: Stream) -> None:
+    await Writer(broker, SUBJECT, 1).error(errors.Overloaded("later", retry_after=1.5))
+    (frame,) = await read(stream)
+    assert frame.kind is FrameKind.ERROR
+    assert {key: frame.extra[key] for key in ("status", "code", "retry_after")} == {
+        "status": 429,
+        "code": "overloaded",
+        "retry_after": 1.5,
+    }
+    assert orjson.loads(frame.payload)["error"]["message"] == "later"
+
+
+@pytest.mark.parametrize("size", [2**20 - 200, 2**20, 5 * 2**20])
+async def test_an_answer_too_large_for_one_frame_goes_out_in_several(
+    broker: Deafening, stream: Stream, size: int
+) -> None:
+    body = random.Random(1).randbytes(size)
+    writer = Writer(broker, SUBJECT, 1)
+    await writer.head(200, {}, "w1", body, [(0, [1, 2, 3])])
+    await writer.end({})
+    frames = await read(stream)
+    assert b"".join(f.payload for f in frames) == body
+    assert [f.seq for f in frames] == list(range(len(frames)))
+    assert [token for f in frames for token in f.ids] == [1, 2, 3]
+
+
+async def test_a_frame_that_can_not_be_sent_takes_no_number(broker: Deafening, stream: Stream) -> None:
+    writer = Writer(broker, SUBJECT, 1)
+    with pytest.raises(errors.TooLarge):
+        await writer.data(b"x", [(0, list(range(10**9, 10**9 + 200_000)))])
+    await writer.error(errors.TooLarge("too much"))
+    assert [f.kind for f in await read(stream)] == [FrameKind.ERROR]
+
+
+@pytest.mark.parametrize("lost", [{0}, {1}, {3}, {1, 2, 4}, {0, 1, 2, 3, 4, 5}])
+async def test_a_gap_is_read_back_from_the_journal(broker: Deafening, stream: Stream, lost: set[int]) -> None:
+    broker.lost = lost
+    await write(broker)
+    frames = await read(stream)
+    assert [f.seq for f in frames] == [0, 1, 2, 3, 4, 5, 6]
+    assert tokens(frames) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kept", [0, 2, 5])
+async def test_a_lost_tail_is_noticed_in_the_silence(broker: Deafening, stream: Stream, kept: int) -> None:
+    broker.lost = set(range(kept, 7))
+    await write(broker)
+    frames = await read(stream, silence=0.02)
+    assert [f.seq for f in frames] == [0, 1, 2, 3, 4, 5, 6]
+
+
+async def test_silence_is_silence_when_nothing_was_said(stream: Stream) -> None:
+    assert await stream.next(0.01) == []
+    assert not stream.finished
+
+
+async def test_a_gap_that_the_journal_does_not_fill_is_a_loss(broker: Deafening, stream: Stream) -> None:
+    broker.forgotten = {3}
+    await write(broker)
+    with pytest.raises(errors.FramesLost, match="no longer has them"):
+        await read(stream)
+
+
+async def test_so_is_one_before_a_lost_tail(broker: Deafening, stream: Stream) -> None:
+    broker.forgotten, broker.lost = {3}, {4, 5, 6}
+    await write(broker)
+    with pytest.raises(errors.FramesLost, match="no longer has them"):
+        await read(stream, silence=0.02)
+
+
+async def test_a_journal_that_does_not_answer_is_asked_again(broker: Deafening, stream: Stream) -> None:
+    broker.lost, broker.refused = {2}, ["later", "later"]
+    await write(broker)
+    frames = await read(stream, silence=0.02)
+    assert tokens(frames) == [0, 1, 2, 3]
+    assert not broker.refused
+
+
+async def test_wake_ends_the_wait(stream: Stream) -> None:
+    waiting = asyncio.create_task(stream.next(60.0))
+    await asyncio.sleep(0)
+    stream.wake()
+    assert await asyncio.wait_for(waiting, 5) == []
+
+
+async def test_what_is_no_frame_is_told_to_the_reader(broker: Deafening, stream: Stream) -> None:
+    await MemoryBroker.publish(broker, SUBJECT, b"garbage")
+    with pytest.raises(errors.MalformedMessage):
+        await stream.next(5.0)
+
+
+async def test_a_mailbox_sorts_by_request_and_forgets_the_closed(broker: Deafening) -> None:
+    async with Mailbox(broker, "box") as mailbox:
+        one, two = mailbox.open("acme", "r1"), mailbox.open("a.b *", "r>1")
+        await Writer(broker, one.subject, 1).data(b"one", [])
+        await Writer(broker, two.subject, 1).data(b"two", [])
+        await Writer(broker, "out.acme.box.stranger", 1).data(b"three", [])
+        assert [f.payload for f in await one.next(5.0)] == [b"one"]
+        assert [f.payload for f in await two.next(5.0)] == [b"two"]
+        with pytest.raises(errors.DuplicateRequest):
+            mailbox.open("acme", "r1")
+        one.close()
+        one.close()
+        assert len(mailbox) == 1
+        mailbox.open("acme", "r1")
+
+
+# Dead letters
+
+
+async def letters(broker: MemoryBroker) -> list[DeadLetter]:
+    records = await broker.read(subjects.DEAD, subjects.ALL_DEAD)
+    return [DeadLetter.model_validate_json(record.data) for record in records]
+
+
+FAULT = errors.MalformedMessage("no path")
+
+
+async def test_a_dead_letter_keeps_the_message_and_answers_it(anyio_backend: object) -> None:
+    broker = MemoryBroker()
+    headers = {"Reply-To": SUBJECT, "Odd": "one"}
+    await replies.dead_letter(broker, "req.llama.standard.acme.llama", headers, b"\xff", FAULT, 2)
+    (letter,) = await letters(broker)
+    assert (letter.reason, letter.message, letter.headers) == ("malformed_message", "no path", headers)
+    assert letter.body == "/w=="
+    frame = await replies.last_frame(broker, SUBJECT)
+    assert frame is not None
+    assert (frame.epoch, frame.kind, frame.extra["status"]) == (2, FrameKind.ERROR, 400)
+
+
+@pytest.mark.parametrize(
+    ("subject", "reply_to"),
+    [
+        ("req.llama.standard.acme.llama", ""),
+        ("req.llama.standard.acme.llama", "out.acme.*.r1"),
+        ("req.llama.standard.acme.llama", "req.llama.standard.acme.llama"),
+        ("req.llama.standard.mallory.llama", SUBJECT),
+        ("req.x", SUBJECT),
+    ],
+)
+async def test_nobody_is_answered_whom_the_sender_may_not_write_to(
+    anyio_backend: object, subject: str, reply_to: str
+) -> None:
+    broker = MemoryBroker()
+    await replies.dead_letter(broker, subject, {"Reply-To": reply_to}, b"", FAULT)
+    assert len(await letters(broker)) == 1
+    assert await broker.counts(subjects.REPLIES, subjects.ALL_REPLIES) == {}
+
+
+async def test_a_message_too_large_for_its_dead_letter_leaves_its_body_behind(anyio_backend: object) -> None:
+    broker = MemoryBroker()
+    await replies.dead_letter(broker, "req.llama.standard.acme.llama", {}, bytes(2**20), FAULT)
+    (letter,) = await letters(broker)
+    assert letter.body == ""
+    assert letter.message == "no path (headers and body, 1048576 bytes, were too large to keep)"
