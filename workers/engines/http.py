@@ -17,6 +17,7 @@ import orjson
 from broker import errors
 from broker.messages import ModelCard
 from workers.config import HttpConfig
+from workers.engines import asgi
 from workers.engines.base import ASGIApp, EngineStats, Receive, Scope, Send, Tap, current_tap
 from workers.engines.http_usage import Meter
 
@@ -75,12 +76,16 @@ class HttpEngine:
             self.on_change()
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read_body(receive)
+        try:
+            body = await asgi.read_body(receive)
+        except asgi.BodyTooLong as exc:
+            await asgi.respond(send, 413, errors.TooLarge(str(exc)).body())
+            return
         if body is None:
             return
         # Whichever ends first ends the other: cancelling the forwarding closes its connection.
         forward = asyncio.create_task(self._forward(scope, body, send))
-        gone = asyncio.create_task(_disconnect(receive))
+        gone = asyncio.create_task(asgi.disconnected(receive))
         try:
             await asyncio.wait({forward, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -118,10 +123,14 @@ class HttpEngine:
         try:
             response = await self._client.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
-            await _respond(send, 503, errors.Unavailable(f"the engine's server refuses connections: {exc}"))
+            await asgi.respond(
+                send, 503, errors.Unavailable(f"the engine's server refuses connections: {exc}").body()
+            )
             return
         except httpx.TransportError as exc:
-            await _respond(send, 502, errors.EngineFailed(f"the engine's server broke off: {exc!r}"))
+            await asgi.respond(
+                send, 502, errors.EngineFailed(f"the engine's server broke off: {exc!r}").body()
+            )
             return
         try:
             await _pass_on(response, send, tap)
@@ -198,25 +207,3 @@ async def _pass_on(response: httpx.Response, send: Send, tap: Tap) -> None:
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
     meter.end()
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _respond(send: Send, status: int, error: errors.HeadraceError) -> None:
-    body = error.body()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """The request body; None when the client went away before its end."""
-    parts: list[bytes] = []
-    while (message := await receive())["type"] != "http.disconnect":
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(parts)
-    return None
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

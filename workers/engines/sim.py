@@ -18,7 +18,7 @@ import uvicorn
 from broker import errors
 from broker.messages import ModelCard
 from workers.config import SimConfig
-from workers.engines import sim_request
+from workers.engines import asgi, sim_request
 from workers.engines.base import ASGIApp, EngineStats, Receive, Scope, Send, current_tap
 from workers.engines.sim_answer import Answer
 from workers.engines.sim_formats import FORMATS, Format
@@ -28,8 +28,6 @@ from workers.engines.sim_tokens import chat_prompt, expected_tokens, text_of, to
 
 __all__ = ["SimEngine", "chat_prompt", "expected_tokens", "serve", "start", "text_of", "tokenize"]
 
-MAX_BODY = 64 * 2**20
-"""Bytes of a request body; a longer one is refused (413)."""
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
@@ -81,26 +79,28 @@ class SimEngine:
             raise errors.NotFound(f"only HTTP is served, not {scope['type']}")
         try:
             await self._route(scope["method"], scope["path"], receive, send)
+        except asgi.BodyTooLong as exc:
+            await asgi.respond(send, 413, error_body(str(exc), "BadRequestError", 413))
         except Refused as exc:
             body = exc.body()
             if scope["path"] == "/v1/messages":
                 body = b'{"type":"error",' + body[1:]
-            await _respond(send, exc.status, body)
+            await asgi.respond(send, exc.status, body)
 
     async def _route(self, method: str, path: str, receive: Receive, send: Send) -> None:
         if method == "GET" and path == "/v1/models":
-            await _respond(send, 200, self._model_list())
+            await asgi.respond(send, 200, self._model_list())
         elif method == "GET" and path == "/health":
-            await _respond(send, 503 if self._closed else 200, b"")
+            await asgi.respond(send, 503 if self._closed else 200, b"")
         elif path not in FORMATS and path != "/tokenize":
             raise Refused("Not Found", status=404)
         elif method != "POST":
-            await _respond(send, 405, error_body("Method Not Allowed", "BadRequestError", 405))
-        elif (raw := await _read_body(receive)) is not None:
+            await asgi.respond(send, 405, error_body("Method Not Allowed", "BadRequestError", 405))
+        elif (raw := await asgi.read_body(receive)) is not None:
             body = sim_request.load(raw)
             self._check_model(body.get("model"))
             if path == "/tokenize":
-                await _respond(send, 200, self._tokenized(body))
+                await asgi.respond(send, 200, self._tokenized(body))
             else:
                 await self._generate(path, body, receive, send)
 
@@ -168,36 +168,13 @@ async def _whole(answer: Answer, shape: Format, send: Send) -> None:
     while not answer.done:
         if not await answer.take():
             return
-    await _respond(send, 200, orjson.dumps(shape.whole(answer.choices, answer.usage)))
-
-
-async def _respond(send: Send, status: int, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """The request body; None when the client went away before its end."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part: bytes = message.get("body", b"")
-        size += len(part)
-        if size > MAX_BODY:
-            raise Refused(f"The request body exceeds {MAX_BODY} bytes.", status=413)
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+    await asgi.respond(send, 200, orjson.dumps(shape.whole(answer.choices, answer.usage)))
 
 
 async def _watch(receive: Receive, reader: Reader) -> None:
     """End the request when its client goes away."""
     try:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await asgi.disconnected(receive)
         reader.close()
     except Exception as exc:
         reader.close(exc)

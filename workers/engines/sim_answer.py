@@ -9,7 +9,7 @@ from workers.config import SimConfig
 from workers.engines.sim_formats import Choice, Usage
 from workers.engines.sim_pace import Output, Pacer, Reader
 from workers.engines.sim_request import CHAT_TOKENS, Generation
-from workers.engines.sim_tokens import Continuation, text_of
+from workers.engines.sim_tokens import Continuation, text_of_token
 from workers.engines.step_model import block_hashes
 
 
@@ -133,7 +133,7 @@ class Answer:
         for token in lane.tokens.take(due):
             ids = [token]
             choice.ids.append(token)
-            text = text_of(ids)
+            text = text_of_token(token)
             ended = len(choice.ids) == output.max_tokens
             if lane.scan is not None:
                 text, stopped = lane.scan.feed(text)

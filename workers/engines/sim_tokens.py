@@ -40,10 +40,13 @@ def chat_prompt(messages: Iterable[tuple[str, str]]) -> str:
 
 def text_of(token_ids: Iterable[int]) -> str:
     """Output token 3 reads ` t3:0af`. Plain ASCII, nothing that JSON would escape."""
-    return "".join(
-        f" t{token >> 12 & _NUMBER}:{token & _HASH:03x}" if token & OUTPUT else f" p{token:x}"
-        for token in token_ids
-    )
+    return "".join(map(text_of_token, token_ids))
+
+
+def text_of_token(token: int) -> str:
+    if token & OUTPUT:
+        return f" t{token >> 12 & _NUMBER}:{token & _HASH:03x}"
+    return f" p{token:x}"
 
 
 class Continuation:

@@ -219,6 +219,14 @@ async def test_past_the_context_the_error_says_by_how_much() -> None:
             assert call.status == 400
 
 
+@pytest.mark.anyio
+async def test_a_body_past_the_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.engines.asgi.MAX_BODY", 100)
+    async with engine() as made, asgi.request(made.app, CHAT, b"x" * 101) as call:
+        assert "100 bytes" in (await call.json())["error"]["message"]
+    assert call.status == 413
+
+
 # --- the pace ---
 
 

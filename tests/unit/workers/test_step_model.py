@@ -109,12 +109,13 @@ def test_the_sequence_admitted_last_makes_room_and_later_computes_all_of_it_agai
     first, last = Sequence(7, max_tokens=9), Sequence(7, max_tokens=9)
     model.add(first)
     model.add(last)
-    while not model.preemptions:
+    preempted: list[Sequence] = []
+    while not preempted:
         step = model.begin()
         assert step is not None
-        before = last.generated
+        preempted, before = step.preempted, last.generated
         model.finish()
-    assert step.preempted == [last]
+    assert preempted == [last]
     assert (last.state, last.computed, last.generated) == (State.WAITING, 0, before)
     assert before > 0
     while last.state is State.WAITING:
