@@ -43,6 +43,8 @@ def streams(config: BrokerConfig) -> list[api.StreamConfig]:
             subjects=[subjects.ALL_USAGE],
             storage=api.StorageType.FILE,
             no_ack=True,
+            # Synced in batches: a sync for each event would stand in line with the queue's own.
+            persist_mode=None if config.replicas > 1 else api.PersistMode.ASYNC,
             max_bytes=config.usage_bytes,
             max_age=config.usage_age,
             num_replicas=config.replicas,

@@ -226,6 +226,7 @@ async def serve(
                 lifespan="off",
                 access_log=False,
                 log_config=None,
+                proxy_headers=False,
                 server_header=False,
                 date_header=False,
                 backlog=2048,
