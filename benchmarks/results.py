@@ -1,0 +1,94 @@
+"""Percentiles, and what a measurement must say about itself: when, where, by which command."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+
+FOLDER = Path(__file__).parent / "results"
+BUSY = 0.7
+"""Load average above which something else runs here."""
+
+
+def percentile(values: Sequence[float], p: float) -> float:
+    """The `p`-th percentile, interpolated between closest ranks."""
+    ordered = sorted(values)
+    rank = (len(ordered) - 1) * p / 100
+    low = math.floor(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median over rounds with its range."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def save(name: str, measured: Mapping[str, Any], *, quick: bool) -> None:
+    """Write `results/<name>.json`. `load_before` tells whether something else kept the machine busy."""
+    FOLDER.mkdir(exist_ok=True)
+    record = {
+        "command": f"python -m benchmarks.{name}" + (" --quick" if quick else ""),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        **measured,
+    }
+    (FOLDER / f"{name}.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+
+
+def main(name: str, run: Callable[[bool], Mapping[str, Any]]) -> None:
+    """The command line of one benchmark."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs: does it work?")
+    quick = parser.parse_args().quick
+    measure(name, run, quick=quick)
+
+
+def measure(name: str, run: Callable[[bool], Mapping[str, Any]], *, quick: bool) -> None:
+    """Run one benchmark and save what it found."""
+    say(f"{name}:")
+    before = os.getloadavg()[0]
+    if before > BUSY:
+        say(f"  the machine is busy (load {before:.1f}): these numbers will not be its best")
+    save(name, {"load_before": round(before, 2), **run(quick)}, quick=quick)
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = FOLDER / f"{name}.json"
+    return orjson.loads(path.read_bytes()) if path.exists() else None
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
