@@ -72,6 +72,6 @@ define install
 @if $(BIN)/pip install -e '.[$(1)]'; then :; \
 elif [ -n "$(TORCH_INDEX)" ]; then $(BIN)/pip install --extra-index-url "$(TORCH_INDEX)" -e '.[$(1)]'; \
 else echo "If it is torch's CPU build that was not found: make TORCH_INDEX=<PyTorch's CPU wheel index>" >&2; exit 1; fi
-@if $(BIN)/pip freeze | grep -q '^torch==.*+cpu'; then \
+@if $(BIN)/python -c 'import sys; from importlib.metadata import version; sys.exit("+cpu" not in version("torch"))'; then \
   $(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 endef
