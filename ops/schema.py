@@ -29,6 +29,8 @@ def allowed(root: Node, path: Sequence[str]) -> str:
 def _words(node: Node) -> str:
     if "enum" in node:
         return " | ".join(map(str, node["enum"]))
+    if "const" in node:
+        return str(node["const"])
     if "anyOf" in node:
         return " or ".join(_words(option) for option in node["anyOf"])
     if node.get("format") == "path":
