@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import socketserver
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -32,6 +33,12 @@ async def nats_server(anyio_backend: object, tmp_path: Path) -> AsyncIterator[Na
 @pytest.fixture
 async def nats_url(anyio_backend: object, nats_server: NatsServer) -> str:
     return nats_server.url
+
+
+@pytest.fixture(autouse=True)
+def prompt_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metrics server looks every 0.5 s whether to stop; the tests stop hundreds."""
+    monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.005,))
 
 
 @pytest.fixture

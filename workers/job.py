@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
@@ -17,6 +16,9 @@ _log = logging.getLogger(__name__)
 
 _ABORT_GRACE = 2.0
 """Seconds an engine gets to end its run after a disconnect, before its task is cancelled."""
+
+_DEATH_NOTICE = 0.25
+"""Seconds until an engine that failed a request counts as alive."""
 
 
 class HandBack(errors.HeadraceError):
@@ -147,18 +149,16 @@ class Job:
         try:
             # Without limit until `stop` sets one, for an engine deaf to its disconnect.
             async with asyncio.timeout(None) as self._limit:
-                await self._engine.app(self._scope(), self._receive(), self._send)
+                try:
+                    await self._engine.app(self._scope(), self._receive(), self._send)
+                finally:
+                    self._limit = None
         except errors.HeadraceError as exc:
             self.stop(exc)
-        except TimeoutError:
-            if self._fault is None:
-                raise
-        except Exception as exc:
+        except Exception as exc:  # TimeoutError, when the engine was deaf to its disconnect
             if self._fault is None:
                 _log.exception("the engine's app failed", extra=self.log_extra())
             self.stop(errors.EngineFailed(f"the engine failed on this request: {type(exc).__name__}"))
-        finally:
-            self._limit = None
         if self._abort_sent_ms:
             metrics.ABORT.observe(max(0.0, time.time() - self._abort_sent_ms / 1000))
 
@@ -210,11 +210,12 @@ class Job:
         if message["type"] != "http.response.body":
             return
         body: bytes = message.get("body", b"")
-        self._complete = not message.get("more_body", False)
+        complete = not message.get("more_body", False)
         if self._held_head is not None:
-            if self._status >= 500 or (not body and not self._complete):
+            if self._status >= 500 or (not body and not complete):
                 # A dying engine answers 500: whether that is the caller's answer shows at the end.
                 self._held_body += body
+                self._complete = complete
                 return
             head, self._held_head = self._held_head, None
             await self._send_head(head, body)
@@ -225,6 +226,7 @@ class Job:
                 self.timing.last_frame = now
             tokens, self.tap.ids = self.tap.ids, []
             await self._writer.data(body, tokens)
+        self._complete = complete  # not before: a frame that can't be sent is a fault
 
     async def _send_head(self, head: ASGIMessage, body: bytes) -> None:
         self.timing.last_frame = time.monotonic()
@@ -242,6 +244,9 @@ class Job:
             await self._settle_held_head()
         if self._fault is None and not self._complete:
             self._fault = errors.EngineFailed("the engine ended without finishing its answer")
+        unstarted = isinstance(self._fault, errors.EngineFailed) and not self._writer.head_sent
+        if unstarted and await self._engine_died():
+            self._fault = HandBack("the engine died")
         if isinstance(self._fault, HandBack):
             if not self._writer.head_sent:
                 metrics.RETURNED.labels(self._fault.code).inc()
@@ -259,14 +264,15 @@ class Job:
     async def _settle_held_head(self) -> None:
         head, self._held_head = self._held_head, None
         assert head is not None
-        if self._status >= 500:
-            # Give the engine's watcher a moment to notice a death that this 500 may have announced.
-            with contextlib.suppress(TimeoutError, Exception):
-                await asyncio.wait_for(asyncio.shield(self._engine.died), 0.25)
-            if self._engine.died.done():
-                self._fault = HandBack("the engine died")
-                return
-        await self._send_head(head, self._held_body)
+        if self._status >= 500 and await self._engine_died():
+            self._fault = HandBack("the engine died")
+        else:
+            await self._send_head(head, self._held_body)
+
+    async def _engine_died(self) -> bool:
+        """Give the engine's watcher a moment to notice the death that a failure may have announced."""
+        await asyncio.wait({self._engine.died}, timeout=_DEATH_NOTICE)
+        return self._engine.died.done()
 
     def _usage_meta(self) -> dict[str, int]:
         tap = self.tap
@@ -302,6 +308,7 @@ class Job:
 
     def _observe(self) -> None:
         parts, labels = self.latency(), self._labels
+        metrics.FRAMES.inc(self._writer.frames)
         metrics.QUEUE_WAIT.labels(*labels).observe(self.timing.queued)
         for histogram, value in (
             (metrics.ENGINE_WAIT, parts.engine_wait),
