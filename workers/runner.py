@@ -16,7 +16,7 @@ from typing import Any, Literal
 from prometheus_client import start_http_server
 
 from broker import base, errors, replies, subjects
-from broker.messages import Credit, Heartbeat, ServiceClass, parse_request
+from broker.messages import Credit, Heartbeat, Request, ServiceClass, parse_request
 from kvstate import budget
 from workers import intake, metrics, screening
 from workers.config import WorkerConfig
@@ -49,6 +49,7 @@ class Worker:
         self._mean_output = 128.0
         self._starved = False
         self._topping_up = False
+        self._recheck: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._beats = 0
@@ -101,25 +102,29 @@ class Worker:
             metrics.RETURNED.labels("no_credit").inc()
             self._spawn(delivery.nak())
             return
-        intake.taken(self._queues, number, delivery.pending)
+        intake.taken(self._queues, number, delivery.pending, asyncio.get_running_loop().time())
+        self._top_up()
         try:
             request = parse_request(delivery.subject, delivery.headers, delivery.data)
         except errors.MalformedMessage as exc:
             self._spawn(screening.reject(self._broker, delivery, exc))
-            self._top_up()
             return
         running = self._jobs.get(request.key)
-        if running is not None:
+        if running is None:
+            self._start(request, delivery)
+        elif running.delivery.seq == delivery.seq:
             # Our `in_progress` came too late, and the broker handed us what we are running.
             running.delivery = delivery
-            return
+        else:
+            self._spawn(screening.repeated(self._broker, request, delivery, running.request))
+
+    def _start(self, request: Request, delivery: base.Delivery) -> None:
         job = Job(request, delivery, self._broker, self._engine, self.name, self._share)
         job.tap.on_first_token = self._top_up
         self._jobs[request.key] = job
         metrics.RUNNING.set(len(self._jobs))
         self._idle.clear()
         self._spawn(self._run(job))
-        self._top_up()
 
     def _load(self) -> budget.Load:
         stats = self._engine.stats()
@@ -156,15 +161,20 @@ class Worker:
         self._topping_up = False
         if self._state != "serving" or not self._broker.connected:
             return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         for queue, puller in zip(self._queues, self._pullers, strict=True):
-            queue.outstanding = puller.outstanding
-            if puller.outstanding:
-                queue.backlog = 0  # a pull stands there and nothing answers it
+            intake.asked(queue, puller.outstanding, now)
         credit = self._credit()
         self._starved = credit == 0
         for puller, n in zip(self._pullers, intake.asks(credit, self._queues), strict=True):
             if n:
                 self._spawn(self._pull(puller, n))
+        if credit and any(queue.backlog for queue in self._queues):
+            # A class thought busy that turns out empty leaves its credit to the next.
+            if self._recheck is not None:
+                self._recheck.cancel()
+            self._recheck = loop.call_later(2 * intake.ANSWER, self._top_up)
 
     async def _pull(self, puller: base.Puller, n: int) -> None:
         try:
@@ -177,11 +187,12 @@ class Worker:
     async def _run(self, job: Job) -> None:
         try:
             verdict = await screening.screen(job.request, job.delivery, self._engine, self._broker)
-            if self._tombstones.pop(job.request.key):
-                verdict = errors.Cancelled("the caller went away")
+            cancelled = self._tombstones.pop(job.request.key)
             if verdict is screening.ANSWERED:
                 await job.delivery.ack()
                 return
+            if cancelled:
+                verdict = errors.Cancelled("the caller went away")
             await job.run(verdict)
             if job.tap.output_tokens:
                 self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
@@ -208,7 +219,10 @@ class Worker:
 
     def _on_cancel(self, message: base.Message) -> None:
         """`cancel.<tenant>.<request>`: stop it here, or remember not to start it."""
-        key = message.subject.removeprefix("cancel.")
+        try:
+            key = subjects.cancelled(message.subject)
+        except ValueError:
+            return  # no request has such a name
         job = self._jobs.get(key)
         if job is None:
             self._tombstones.add(key)

@@ -67,12 +67,23 @@ async def screen(
 
 async def _earlier_attempt(request: Request, broker: base.Broker) -> errors.HeadraceError | None:
     """A redelivered request runs again only if no output of an earlier attempt reached its caller."""
-    frame = await replies.last_frame(broker, request.reply_to)
+    try:
+        frame = await replies.last_frame(broker, request.reply_to)
+    except errors.MalformedMessage as exc:
+        return exc  # someone else wrote there: who reads it can't tell what is ours
     if frame is None or frame.kind is FrameKind.BEAT:
         return None
     if frame.kind in TERMINAL:
         return ANSWERED
     return errors.WorkerLost("the worker was lost while it was answering; send the request again")
+
+
+async def repeated(broker: base.Broker, request: Request, delivery: base.Delivery, running: Request) -> None:
+    """Answer a second message under the id of one that runs: one answer goes to both, or it is refused."""
+    if request.reply_to != running.reply_to:
+        fault = errors.DuplicateRequest(f"request id {request.request_id!r} is running: choose another")
+        await replies.Writer(broker, request.reply_to, delivery.attempt).error(fault)
+    await delivery.ack()
 
 
 async def reject(broker: base.Broker, delivery: base.Delivery, exc: errors.MalformedMessage) -> None:

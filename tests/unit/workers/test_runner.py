@@ -1,0 +1,579 @@
+"""A worker over the fake broker: what happens to a request from its delivery to its ack."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import orjson
+import pytest
+
+from broker import codec, errors, replies, subjects
+from broker.base import Delivery
+from broker.config import BrokerConfig
+from broker.memory import MemoryBroker
+from broker.messages import DeadLetter, FrameKind, Heartbeat, ServiceClass
+from tests.workbench import (
+    FAST,
+    PATH,
+    STUCK,
+    Call,
+    Caller,
+    Serving,
+    WaxEngine,
+    calling,
+    gone,
+    idle,
+    metric,
+    serving,
+    soon,
+    start_response,
+    until,
+)
+from workers.config import SimConfig
+from workers.engines import sim
+from workers.engines.base import Engine, Receive, Scope, Send
+from workers.engines.step_model import IntegrityError
+
+
+class Clock:
+    now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(anyio_backend: object) -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def broker(clock: Clock) -> MemoryBroker:
+    return MemoryBroker(BrokerConfig(), clock)
+
+
+@pytest.fixture
+async def caller(broker: MemoryBroker) -> AsyncIterator[Caller]:
+    async with calling(broker.client()) as made:
+        yield made
+
+
+@asynccontextmanager
+async def simulated(config: SimConfig = FAST) -> AsyncIterator[sim.SimEngine]:
+    engine = await sim.start(config)
+    yield engine
+    await engine.close()
+
+
+async def hold(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer one chunk and wait until the caller goes."""
+    await start_response(send)
+    await gone(receive)
+
+
+class Gate:
+    """An app that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await start_response(send)
+        await self.open.wait()
+        await send({"type": "http.response.body", "body": b"end", "more_body": False})
+
+
+# Running
+
+
+async def test_a_request_runs_to_its_end(broker: MemoryBroker, caller: Caller) -> None:
+    async with simulated() as engine, serving(broker, engine):
+        call = await caller.submit(20)
+        end = await call.finishes()
+        await caller.drained()
+        (event,) = await caller.usage(1)
+        assert idle(engine)
+    kinds = [f.kind for f in call.frames]
+    assert kinds[:2] == [FrameKind.BEAT, FrameKind.HEAD]
+    assert [f.seq for f in call.frames] == list(range(len(kinds)))
+    assert {f.epoch for f in call.frames} == {1}
+    assert call.frames[1].extra["status"] == 200
+    assert call.frames[1].extra["worker"] == "w1"
+    assert call.payload.endswith(b"data: [DONE]\n\n")
+    prompt = len(sim.tokenize(call.prompt))
+    assert end.extra["usage"] == {"prompt_tokens": prompt, "cached_tokens": 0, "completion_tokens": 20}
+    assert (event.outcome, event.worker, event.model, event.tenant) == ("finished", "w1", "sim", "acme")
+    assert (event.prompt_tokens, event.completion_tokens, event.request_id) == (prompt, 20, "r1")
+
+
+async def test_many_at_once_each_get_their_own_answer(broker: MemoryBroker, caller: Caller) -> None:
+    async with simulated() as engine, serving(broker, engine):
+        calls = [await caller.submit(1 + n % 7, stream=n % 2 == 0) for n in range(40)]
+        for call in calls:
+            await call.finishes()
+        await caller.drained()
+        events = await caller.usage(40)
+        assert sorted(e.request_id for e in events) == sorted(c.request.request_id for c in calls)
+        assert sum(e.completion_tokens for e in events) == sum(c.tokens for c in calls)
+        assert idle(engine)
+
+
+async def test_frames_of_several_choices_number_each(broker: MemoryBroker, caller: Caller) -> None:
+    async with simulated() as engine, serving(broker, engine):
+        call = await caller.submit(6, n=3)
+        await call.finishes()
+        for choice in (1, 2):
+            found = [c for f in call.frames for c in f.choices if c[0] == choice]
+            ids = [token for _, _, some in found for token in some]
+            assert ids == sim.expected_tokens(sim.tokenize(call.prompt), 6, choice)
+
+
+# Refusing
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "says"),
+    [
+        ({"path": "/v1/embeddings"}, "invalid_request", "does not serve /v1/embeddings; it serves /v1/"),
+        ({"path": "/metrics"}, "invalid_request", "does not serve /metrics"),
+        ({"model": "ada v2.1"}, "model_not_found", "do not serve 'ada v2.1'; they serve sim"),
+        ({"deadline_ms": 1}, "deadline_exceeded", "passed in the queue"),
+    ],
+)
+async def test_what_can_not_run_is_refused_and_never_run(
+    broker: MemoryBroker, caller: Caller, asked: dict[str, object], code: str, says: str
+) -> None:
+    engine = WaxEngine(hold)
+    async with serving(broker, engine):
+        call = await caller.submit(**asked)  # type: ignore[arg-type]
+        frame = await call.fails(code)
+        assert says in orjson.loads(frame.payload)["error"]["message"]
+        await caller.drained()
+        (event,) = await caller.usage(1)
+        assert (event.outcome, event.code, event.completion_tokens) == ("failed", code, 0)
+    assert engine.seen == []
+
+
+@pytest.mark.parametrize("body", [b"", b"not json", b"[1]", b"\x00", b"[" * 5000, b'{"prompt": 3}'])
+async def test_a_bad_body_is_the_engines_400(broker: MemoryBroker, caller: Caller, body: bytes) -> None:
+    async with simulated() as engine, serving(broker, engine):
+        call = await caller.submit(body=body)
+        assert (await call.end()).kind is FrameKind.END
+        head = await call.reach(FrameKind.HEAD)
+        assert head.extra["status"] == 400
+        assert b"BadRequestError" in head.payload
+        await caller.drained()
+        (event,) = await caller.usage(1)
+        assert (event.outcome, event.status) == ("failed", 400)
+
+
+GOOD = {"Nats-Msg-Id": "acme:raw", "Reply-To": "out.acme.box.raw", "Path": PATH}
+
+
+@pytest.mark.parametrize(
+    ("change", "answered"),
+    [
+        ({"Nats-Msg-Id": None}, True),
+        ({"Path": None}, True),
+        ({"Path": "completions"}, True),
+        ({"Path": "x" * 300_000}, True),
+        ({"Deadline": "tomorrow"}, True),
+        ({"Deadline": "-1"}, True),
+        ({"Deadline": "9" * 5000}, True),
+        ({"Reply-To": None}, False),
+        ({"Reply-To": "nowhere"}, False),
+        ({"Reply-To": "out.acme.*.raw"}, False),
+        ({"Reply-To": "out.mallory.box.raw"}, False),
+        (dict.fromkeys(GOOD), False),
+    ],
+)
+async def test_malformed_messages_leave_the_queue_and_disturb_nobody(
+    broker: MemoryBroker, caller: Caller, change: dict[str, str | None], answered: bool
+) -> None:
+    headers = {key: value for key, value in (GOOD | change).items() if value is not None}
+    async with simulated() as engine, serving(broker, engine):
+        running = await caller.submit(30)
+        stream = await caller.publish(headers)
+        await running.finishes()
+        await caller.drained()
+        (record,) = await caller.broker.read(subjects.DEAD, subjects.ALL_DEAD)
+        letter = DeadLetter.model_validate_json(record.data)
+        assert (letter.reason, letter.headers) == ("malformed_message", headers)
+        said = [codec.decode(r.data) for r in await caller.broker.read(subjects.REPLIES, stream.subject)]
+        assert [f.extra["code"] for f in said] == ["malformed_message"] * answered
+        assert await caller.broker.counts(subjects.REPLIES, "out.mallory.>") == {}
+
+
+# Cancelling
+
+
+async def check_cancelled(caller: Caller, call: Call, engine: sim.SimEngine) -> None:
+    await call.fails("cancelled")
+    await caller.drained()
+    (event,) = await caller.usage(1)
+    assert (event.outcome, event.status) == ("cancelled", 499)
+    await until(lambda: idle(engine))
+
+
+async def test_cancel_of_a_running_request_frees_the_engine(broker: MemoryBroker, caller: Caller) -> None:
+    before = metric("headrace_abort_seconds_count")
+    async with simulated() as engine, serving(broker, engine):
+        call = await caller.submit(2000)
+        await call.reach(FrameKind.DATA)
+        assert not idle(engine)
+        await call.cancel()
+        await check_cancelled(caller, call, engine)
+        assert 0 < (await caller.usage(1))[0].completion_tokens < 2000
+    assert metric("headrace_abort_seconds_count") - before == 1
+
+
+async def test_cancel_in_the_middle_of_prefill(broker: MemoryBroker, caller: Caller) -> None:
+    async with simulated(STUCK) as engine, serving(broker, engine):
+        call = await caller.submit(5)
+        await until(lambda: engine.stats().running)
+        await call.cancel()
+        await check_cancelled(caller, call, engine)
+        assert [f.kind for f in call.frames] == [FrameKind.BEAT, FrameKind.ERROR]
+
+
+async def test_cancel_of_a_request_that_waits_for_a_busy_worker(broker: MemoryBroker, caller: Caller) -> None:
+    gate = Gate()
+    engine = WaxEngine(gate, slots=1)
+    async with serving(broker, engine):
+        first = await caller.submit()
+        await first.reach(FrameKind.HEAD)
+        second = await caller.submit()
+        await second.cancel()
+        gate.open.set()
+        await second.fails("cancelled")
+        assert (await first.end()).kind is FrameKind.END
+        await caller.drained()
+        events = await caller.usage(2)
+        assert {e.request_id: e.outcome for e in events} == {"r1": "finished", "r2": "cancelled"}
+    assert len(engine.seen) == 1
+
+
+@pytest.mark.parametrize("spelled", ["cancel.acme.a%2Eb%3Ac", "cancel.acme.a%2eb:c"])
+async def test_cancel_before_the_request_arrives(broker: MemoryBroker, caller: Caller, spelled: str) -> None:
+    engine = WaxEngine(hold)
+    async with serving(broker, engine):
+        await caller.broker.publish(spelled)
+        call = await caller.submit(request_id="a.b:c")
+        await call.fails("cancelled")
+        await caller.drained()
+    assert engine.seen == []
+
+
+async def test_cancels_that_name_nobody_are_nothing(broker: MemoryBroker, caller: Caller) -> None:
+    async with simulated() as engine, serving(broker, engine):
+        for subject in ("cancel.acme.%FF", "cancel.acme.other", "cancel.mallory.r1"):
+            await caller.broker.publish(subject, b"\xff")
+        await (await caller.submit()).finishes()
+
+
+async def test_the_deadline_of_a_running_request(broker: MemoryBroker, caller: Caller) -> None:
+    async with simulated(STUCK) as engine, serving(broker, engine):
+        call = await caller.submit(deadline_ms=soon(0.1))
+        await until(lambda: engine.stats().running)
+        await call.fails("deadline_exceeded")
+        await until(lambda: idle(engine))
+        assert [e.code for e in await caller.usage(1)] == ["deadline_exceeded"]
+
+
+# Credit
+
+
+async def test_never_more_at_once_than_the_engine_has_slots(broker: MemoryBroker, caller: Caller) -> None:
+    gate = Gate()
+    engine = WaxEngine(gate, slots=3)
+    async with serving(broker, engine):
+        calls = [await caller.submit() for _ in range(12)]
+        for call in calls[:3]:
+            await call.reach(FrameKind.HEAD)
+        assert len(engine.seen) == 3
+        gate.open.set()
+        for call in calls:
+            await call.end()
+    assert engine.most == 3
+    assert len(engine.seen) == len(set(engine.seen)) == 12
+
+
+async def test_what_comes_beyond_the_credit_goes_to_another_worker(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    """A pull stands on every class, so three requests may meet one slot."""
+    gate = Gate()
+    one, two = WaxEngine(gate, slots=1), WaxEngine(gate, slots=2)
+    before = metric("headrace_returned_total", reason="no_credit")
+    async with serving(broker, one, "w1"):
+        calls = [await caller.submit(service_class=c) for c in ServiceClass]
+        await until(lambda: len(one.seen) == 1)
+        async with serving(broker.client(), two, "w2"):
+            for call in calls:
+                await call.reach(FrameKind.HEAD)
+            assert (one.running, two.running) == (1, 2)
+            gate.open.set()
+            for call in calls:
+                assert (await call.end()).kind is FrameKind.END
+    assert metric("headrace_returned_total", reason="no_credit") > before
+    assert len(set(one.seen + two.seen)) == len(one.seen + two.seen) == 3
+
+
+async def test_the_urgent_go_first_and_the_others_still_go(broker: MemoryBroker, caller: Caller) -> None:
+    order: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        order.append(engine.seen[-1].decode())
+        await start_response(send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    engine = WaxEngine(app, slots=1)
+    calls = [
+        await caller.submit(service_class=c, body=c.encode())
+        for c in reversed(ServiceClass)
+        for _ in range(20)
+    ]
+    async with serving(broker, engine):
+        for call in calls:
+            await call.end()
+    assert order[:30].count("interactive") > 15
+    assert {"standard", "batch"} <= set(order[:45])
+    assert len(order) == 60
+
+
+async def test_a_second_message_under_a_running_id(broker: MemoryBroker, caller: Caller) -> None:
+    gate = Gate()
+    engine = WaxEngine(gate)
+    async with serving(broker, engine), replies.Mailbox(caller.broker, "other") as mailbox:
+        call = await caller.submit(request_id="same")
+        await call.reach(FrameKind.HEAD)
+        elsewhere = mailbox.open("acme", "same")
+        for number, reply_to in enumerate((call.request.reply_to, elsewhere.subject)):
+            headers = call.request.headers() | {"Nats-Msg-Id": f"acme:{number}", "Reply-To": reply_to}
+            await (await caller.broker.enqueue(str(call.request.subject), b"{}", headers))
+        (frame,) = await elsewhere.next(5)
+        assert frame.extra["code"] == "duplicate_request"
+        gate.open.set()
+        assert (await call.end()).kind is FrameKind.END
+        await caller.drained()
+    assert len(engine.seen) == 1
+
+
+# Redelivery
+
+
+async def deliver_once(broker: MemoryBroker) -> Delivery:
+    """The next request, in the hands of a worker that will die."""
+    taken: asyncio.Future[Delivery] = asyncio.get_running_loop().create_future()
+    puller = await broker.pull("sim", ServiceClass.STANDARD, taken.set_result, lambda: None)
+    await puller.ask(1)
+    return await taken
+
+
+async def test_a_request_whose_worker_died_before_any_output_runs_again(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    call = await caller.submit(8)
+    delivery = await deliver_once(broker)
+    await replies.Writer(broker, call.request.reply_to, 1).beat("dead")
+    await delivery.nak()
+    async with simulated() as engine, serving(broker, engine):
+        await call.finishes()
+        assert call.frames[-1].epoch == 2
+        assert [e.epoch for e in await caller.usage(1)] == [2]
+
+
+async def test_a_request_whose_worker_died_after_output_is_told_so(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    call = await caller.submit()
+    delivery = await deliver_once(broker)
+    writer = replies.Writer(broker, call.request.reply_to, 1)
+    await writer.head(200, {}, "dead", b"half", [(0, [1])])
+    await delivery.nak()
+    engine = WaxEngine(hold)
+    async with serving(broker, engine):
+        frame = await call.fails("worker_lost")
+        assert (frame.epoch, len(call.frames)) == (2, 2)
+        await writer.data(b"zombie", [(0, [2])])
+        assert await call.stream.next(0.01) == []
+        await caller.drained()
+        await caller.usage(1)
+    assert engine.seen == []
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_request_that_was_answered_is_only_acked(
+    broker: MemoryBroker, caller: Caller, cancelled: bool
+) -> None:
+    call = await caller.submit()
+    delivery = await deliver_once(broker)
+    await replies.Writer(broker, call.request.reply_to, 1).end({})
+    await delivery.nak()
+    engine = WaxEngine(hold)
+    async with serving(broker, engine):
+        if cancelled:
+            await call.cancel()
+        await caller.drained()
+    assert len(await caller.broker.read(subjects.REPLIES, call.request.reply_to)) == 1
+    assert await caller.usage(0) == []
+    assert engine.seen == []
+
+
+async def test_garbage_where_the_frames_should_be_ends_a_redelivered_request(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    call = await caller.submit()
+    delivery = await deliver_once(broker)
+    await caller.broker.publish(call.request.reply_to, b"garbage")
+    await delivery.nak()
+    async with serving(broker, WaxEngine(hold)):
+        await caller.drained()
+        assert [e.code for e in await caller.usage(1)] == ["malformed_message"]
+
+
+async def test_our_own_request_handed_to_us_again_runs_once(
+    broker: MemoryBroker, caller: Caller, clock: Clock
+) -> None:
+    gate = Gate()
+    engine = WaxEngine(gate)
+    async with serving(broker, engine):
+        call = await caller.submit()
+        await call.reach(FrameKind.HEAD)
+        clock.now += 60
+        broker.expire()
+        await until(lambda: any(q.attempts.get(call.stored.seq) == 2 for q in broker.hub.queues.values()))
+        gate.open.set()
+        assert (await call.end()).kind is FrameKind.END
+        await caller.drained()
+        assert len(await caller.usage(1)) == 1
+    assert len(engine.seen) == 1
+
+
+# The end of an engine
+
+
+@asynccontextmanager
+async def dies_serving(broker: MemoryBroker, engine: Engine, reason: str) -> AsyncIterator[Serving]:
+    """A worker whose engine is going to die."""
+    with pytest.raises(errors.EngineFailed, match=reason):
+        async with serving(broker, engine) as worker:
+            yield worker
+
+
+async def test_a_dead_engine_hands_on_what_it_had_not_begun(broker: MemoryBroker, caller: Caller) -> None:
+    async def silent(scope: Scope, receive: Receive, send: Send) -> None:
+        if b"begun" in dying.seen[-1]:
+            await start_response(send)
+        await gone(receive)
+
+    dying = WaxEngine(silent)
+    async with simulated() as healthy, dies_serving(broker, dying, "out of memory") as worker:
+        begun = await caller.submit(prompt="begun")
+        waiting = await caller.submit(6)
+        await begun.reach(FrameKind.HEAD)
+        await until(lambda: dying.running == 2)
+        async with serving(broker.client(), healthy, "w2"):
+            dying.died.set_exception(errors.EngineFailed("out of memory"))
+            await begun.fails("worker_lost")
+            await waiting.finishes()
+            assert (await waiting.reach(FrameKind.HEAD)).extra["worker"] == "w2"
+            await asyncio.wait({worker.task}, timeout=5)
+            assert worker.task.done()
+
+
+async def test_the_death_of_the_simulated_engine(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise IntegrityError("the accounts do not balance")
+
+    slow = FAST.model_copy(update={"beta0": 100.0})
+    async with (
+        simulated(slow) as dying,
+        simulated() as healthy,
+        dies_serving(broker, dying, "the simulated engine has failed: IntegrityError"),
+    ):
+        call = await caller.submit(6)
+        await until(lambda: dying.stats().running)
+        monkeypatch.setattr(dying._pacer._model, "finish", broken)
+        async with serving(broker.client(), healthy, "w2"):
+            await call.finishes()
+
+
+# Draining
+
+
+async def test_drain_finishes_what_runs_and_takes_nothing_new(broker: MemoryBroker, caller: Caller) -> None:
+    gate = Gate()
+    engine = WaxEngine(gate)
+    beats: list[Heartbeat] = []
+    await caller.broker.subscribe(
+        subjects.ALL_HEARTBEATS, lambda m: beats.append(Heartbeat.model_validate_json(m.data))
+    )
+    async with serving(broker, engine) as worker:
+        running = await caller.submit()
+        await running.reach(FrameKind.HEAD)
+        worker.stop.set()
+        await until(lambda: beats and beats[-1].state == "draining")
+        late = await caller.submit(6)
+        assert not worker.task.done()
+        gate.open.set()
+        assert (await running.end()).kind is FrameKind.END
+        await worker.task
+    assert len(engine.seen) == 1
+    await until(lambda: beats[-1].state == "gone")
+    assert {b.credit.requests for b in beats if b.state != "serving"} == {0}
+    async with simulated() as other, serving(broker.client(), other, "w2"):
+        await late.finishes()
+
+
+async def test_drain_hands_back_what_lasts_too_long(broker: MemoryBroker, caller: Caller) -> None:
+    async with simulated(STUCK) as engine:
+        async with serving(broker, engine, drain_timeout=0.05) as worker:
+            call = await caller.submit(6)
+            await until(lambda: engine.stats().running)
+            worker.stop.set()
+            await worker.task
+        assert idle(engine)
+    assert await caller.usage(0) == []
+    async with simulated() as other, serving(broker.client(), other, "w2"):
+        await call.finishes()
+        # Past 2: what stood of the drained worker's pulls met it first, and gave it back.
+        assert call.frames[-1].epoch > 1
+
+
+async def test_drain_tells_the_caller_of_what_had_begun(broker: MemoryBroker, caller: Caller) -> None:
+    async with serving(broker, WaxEngine(hold), drain_timeout=0.05) as worker:
+        call = await caller.submit()
+        await call.reach(FrameKind.HEAD)
+        worker.stop.set()
+        await call.fails("worker_lost")
+        await caller.drained()
+
+
+# The broker away
+
+
+async def test_the_worker_outlasts_the_broker(broker: MemoryBroker, caller: Caller) -> None:
+    gate = Gate()
+    engine = WaxEngine(gate)
+    async with serving(broker, engine):
+        call = await caller.submit()
+        await call.reach(FrameKind.HEAD)
+        broker.disconnect()
+        gate.open.set()
+        await until(lambda: engine.running == 0)
+        late = await caller.submit()
+        broker.reconnect()
+        assert (await call.end()).kind is FrameKind.END
+        assert (await late.end()).kind is FrameKind.END
+        await caller.drained()
+
+
+async def test_a_name_is_made_up_where_none_is_given(broker: MemoryBroker, caller: Caller) -> None:
+    async with serving(broker, WaxEngine(hold), name="") as worker:
+        assert worker.worker.name.startswith("wax-")
