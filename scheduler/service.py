@@ -21,7 +21,7 @@ import orjson
 from prometheus_client import start_http_server
 
 from broker import base, errors, fleet, replies, subjects, usage
-from broker.messages import ModelCard, Request, parse_request
+from broker.messages import ModelCard, Request, ServiceClass, parse_request
 from scheduler import metrics
 from scheduler.config import SchedulerConfig
 
@@ -86,11 +86,16 @@ class Scheduler:
         for card in beat.models:
             if self._registered.get(card.id) != card:
                 self._registered[card.id] = card
-                self._spawn(
-                    self._broker.put(
-                        subjects.KV_MODELS, subjects.token(card.id), card.model_dump_json().encode()
-                    )
-                )
+                self._spawn(self._register(card))
+
+    async def _register(self, card: ModelCard) -> None:
+        try:
+            await self._broker.put(
+                subjects.KV_MODELS, subjects.token(card.id), card.model_dump_json().encode()
+            )
+        except errors.Unavailable:
+            self._registered.pop(card.id, None)  # the next heartbeat tries again
+            raise
 
     def _on_registered(self, key: str, value: bytes | None) -> None:
         name = subjects.name(key)
@@ -136,6 +141,7 @@ class Scheduler:
         for subject, count in counts.items():
             try:
                 parsed = subjects.parse_request(subject)
+                ServiceClass(parsed.service_class)
             except ValueError:
                 orphans[subject] = -math.inf  # no queue has such a name: no use in waiting for one
                 continue
@@ -165,17 +171,25 @@ class Scheduler:
 
     async def _end(self, record: base.Record, fault: errors.HeadraceError, reason: str) -> None:
         """Take one message out of the queue and tell whoever published it why."""
-        if not await self._broker.delete(subjects.REQUESTS, record.seq):
-            return
-        metrics.SWEPT.labels(reason).inc()
         try:
             request = parse_request(record.subject, record.headers, record.data)
+            newest = await replies.last_frame(self._broker, request.reply_to)
         except errors.MalformedMessage as exc:
-            await replies.dead_letter(self._broker, record.subject, record.headers, record.data, exc)
+            if await self._delete(record, reason):
+                await replies.dead_letter(self._broker, record.subject, record.headers, record.data, exc)
             return
-        # Epoch 0: a worker's first attempt would be 1, and none there was.
-        await replies.Writer(self._broker, request.reply_to, 0).error(fault)
+        if not await self._delete(record, reason):
+            return
+        # Past every attempt: the reader drops what an earlier epoch says. No later one can come.
+        epoch = 0 if newest is None else newest.epoch + 1
+        await replies.Writer(self._broker, request.reply_to, epoch).error(fault)
         await usage.publish(self._broker, usage.event(request, fault, ""))
+
+    async def _delete(self, record: base.Record, reason: str) -> bool:
+        deleted = await self._broker.delete(subjects.REQUESTS, record.seq)
+        if deleted:
+            metrics.SWEPT.labels(reason).inc()
+        return deleted
 
     def _on_cancel(self, message: base.Message) -> None:
         """A direct publisher's cancel that names the sequence; an ingress deletes its own."""
@@ -183,11 +197,15 @@ class Scheduler:
             seq = orjson.loads(message.data)["seq"]
         except (ValueError, KeyError, TypeError):
             return  # without a sequence the worker that meets it refuses it
-        if isinstance(seq, int) and seq > 0:
-            self._spawn(self._cancel_queued(message.subject.removeprefix("cancel."), seq))
+        if type(seq) is int and seq > 0:
+            self._spawn(self._cancel_queued(message.subject, seq))
 
-    async def _cancel_queued(self, key: str, seq: int) -> None:
+    async def _cancel_queued(self, subject: str, seq: int) -> None:
         """Delete a queued request; one that a worker has is that worker's to end."""
+        try:
+            key = subjects.cancelled(subject)
+        except ValueError:
+            return  # no request has such a name
         found = await self._broker.read(subjects.REQUESTS, subjects.ALL_REQUESTS, start=seq, limit=1)
         if not found or found[0].seq != seq or _key(found[0]) != key:
             return
