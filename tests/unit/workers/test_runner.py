@@ -35,6 +35,7 @@ from tests.workbench import (
 from workers.config import SimConfig
 from workers.engines import sim
 from workers.engines.base import Engine, Receive, Scope, Send
+from workers.engines.sim_pace import StepPacer
 from workers.engines.step_model import IntegrityError
 
 
@@ -499,6 +500,7 @@ async def test_the_death_of_the_simulated_engine(
     ):
         call = await caller.submit(6)
         await until(lambda: dying.stats().running)
+        assert isinstance(dying._pacer, StepPacer)
         monkeypatch.setattr(dying._pacer._model, "finish", broken)
         async with serving(broker.client(), healthy, "w2"):
             await call.finishes()
