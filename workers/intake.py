@@ -4,7 +4,8 @@ One credit stands behind all queues. While the queues are empty a pull for the w
 each, so a newcomer of any class starts at once; what comes beyond the credit is handed back. Where
 work is known to wait, credit goes to the most urgent class, but every few requests to the next, so
 that no class starves. A class of which no work is known always has one pull standing: without it, a
-busy higher class would hide its first request.
+busy higher class would hide its first request. What that pull brings goes back while the credit is
+owed to more urgent work.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ def asks(credit: int, queues: Sequence[Queue]) -> list[int]:
         wanted.append(max(0, stand - queue.outstanding))
         left -= min(share, queue.backlog)
     return wanted
+
+
+def owed(queues: Sequence[Queue]) -> int:
+    """Requests known to wait in `queues` for which a pull is on its way."""
+    return sum(min(queue.backlog, queue.outstanding) for queue in queues)
 
 
 def asked(queue: Queue, outstanding: int, now: float) -> None:

@@ -96,8 +96,10 @@ class Worker:
         return lambda delivery: self._take(number, delivery)
 
     def _take(self, number: int, delivery: base.Delivery) -> None:
-        """Start a delivery, or hand it back when the credit it came against is gone."""
-        if self._state != "serving" or self._credit() < 1:
+        """Start a delivery, or hand it back when the credit it came against is gone or more urgent work's."""
+        for queue, puller in zip(self._queues, self._pullers, strict=True):
+            queue.outstanding = puller.outstanding
+        if self._state != "serving" or self._credit() <= intake.owed(self._queues[:number]):
             self._queues[number].backlog = delivery.pending + 1
             metrics.RETURNED.labels("no_credit").inc()
             self._spawn(delivery.nak())

@@ -108,3 +108,9 @@ def test_the_urgent_class_goes_first() -> None:
     for _ in range(15):
         classes.step()
     assert classes.order[:5] == [0] * 5
+
+
+def test_only_work_that_a_pull_will_bring_is_owed_credit() -> None:
+    assert intake.owed([]) == 0
+    assert intake.owed([Queue(backlog=5)]) == 0
+    assert intake.owed([Queue(backlog=5, outstanding=2), Queue(outstanding=3)]) == 2
