@@ -20,7 +20,7 @@ def encode(frame: Frame) -> bytes:
     return orjson.dumps(meta) + b"\n" + frame.payload
 
 
-_OWN = frozenset({"epoch", "seq", "kind", "off", "ids", "choices"})
+_KINDS = {str(kind): kind for kind in FrameKind}
 
 
 def decode(data: bytes) -> Frame:
@@ -28,20 +28,13 @@ def decode(data: bytes) -> Frame:
     line, newline, payload = data.partition(b"\n")
     try:
         meta = orjson.loads(line)
-        frame = Frame(
-            epoch=meta["epoch"],
-            seq=meta["seq"],
-            kind=FrameKind(meta["kind"]),
-            off=meta.get("off", 0),
-            ids=meta.get("ids", []),
-            choices=meta.get("choices", []),
-            payload=payload,
-            extra={key: value for key, value in meta.items() if key not in _OWN},
-        )
-        if not (newline and type(frame.epoch) is type(frame.seq) is type(frame.off) is int):
+        take = meta.pop
+        epoch, seq, kind, off = take("epoch"), take("seq"), _KINDS[take("kind")], take("off", 0)
+        ids, choices = take("ids", None), take("choices", None)
+        if not (newline and type(epoch) is type(seq) is type(off) is int):
             raise ValueError("epoch, seq and off must be integers on a line of their own")
-        if type(frame.ids) is not list or type(frame.choices) is not list:
+        if type(ids or []) is not list or type(choices or []) is not list:
             raise ValueError("ids and choices must be lists")
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise errors.MalformedMessage(f"not a reply frame: {exc!r}") from exc
-    return frame
+    return Frame(epoch, seq, kind, off, ids or [], choices or [], payload, meta)

@@ -170,6 +170,10 @@ class Assembler:
         Raises errors.FramesLost when more is held back than any repair could explain, or when a new
         attempt starts past what was seen.
         """
+        if frame.seq == self.next_seq and frame.epoch == self.epoch and not self._held and not self.finished:
+            # Every frame of an undisturbed stream takes this way.
+            self.next_seq += 1
+            return [frame] if self._wanted(frame) else []
         if self.finished or (frame.epoch, frame.seq) < (self.epoch, self.next_seq):
             return []
         self._held[frame.epoch, frame.seq] = frame
@@ -222,6 +226,8 @@ class Stream:
         self._close = close
         self._waiting: deque[bytes] = deque()
         self._wake: asyncio.Future[bool] | None = None  # its result: whether it was silence that ended it
+        self._silent_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._assembler = Assembler()
 
     @property
@@ -261,15 +267,34 @@ class Stream:
         return ready
 
     async def _wait(self, timeout: float) -> bool:
-        """Whether `timeout` passed in silence."""
+        """Whether `timeout` passed in silence.
+
+        One timer outlives many waits: it looks again when it fires, since setting and cancelling one
+        for every token would cost more than the token.
+        """
         loop = asyncio.get_running_loop()
+        self._silent_at = loop.time() + timeout
+        if self._timer is None or self._timer.when() > self._silent_at:
+            self._set_timer(loop)
         self._wake = loop.create_future()
-        timer = loop.call_later(timeout, self._end_wait, True)
         try:
             return await self._wake
         finally:
-            timer.cancel()
             self._wake = None
+
+    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = loop.call_at(self._silent_at, self._on_timer, loop)
+
+    def _on_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._wake is None:
+            return
+        if loop.time() < self._silent_at:
+            self._set_timer(loop)
+        else:
+            self._end_wait(True)
 
     async def _missed(self) -> bool:
         newest = await last_frame(self._broker, self.subject)
@@ -286,6 +311,8 @@ class Stream:
         return ready
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._close(self.subject)
 
 
