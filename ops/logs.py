@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 
 import orjson
 
+PACKAGES = ("broker", "ingress", "kvstate", "ops", "scheduler", "workers")
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -42,10 +44,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, **fields: object) -> None:
-    """Send all logs of this process, warnings included, to stderr as JSON."""
+    """Send all logs of this process to stderr as JSON: ours from `level` on, others' warnings and errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(**fields))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    ours = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(level=max(ours, logging.WARNING), handlers=[handler], force=True)
+    # On our own loggers, not the root: libraries set that one's level as they like (vLLM's do).
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(ours)
     logging.captureWarnings(True)
-    for name in ("httpx", "uvicorn.error"):  # an info line for each request or step of theirs otherwise
-        logging.getLogger(name).setLevel(logging.WARNING)

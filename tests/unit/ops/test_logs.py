@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
-from ops.logs import JsonFormatter
+from ops.logs import PACKAGES, JsonFormatter
 
 
 def line(record: logging.LogRecord, **fields: object) -> dict[str, Any]:
@@ -50,3 +53,24 @@ def test_an_exception_comes_with_its_traceback() -> None:
         failed = record()
         failed.exc_info = sys.exc_info()
     assert "RuntimeError: engine gone" in line(failed)["error"]
+
+
+def test_a_library_that_sets_the_root_level_does_not_silence_us() -> None:
+    code = (
+        "import logging\n"
+        "from ops import logs\n"
+        "logs.configure('info', part='worker')\n"
+        "logging.getLogger().setLevel(logging.ERROR)\n"
+        "logging.getLogger('workers.job').info('ours')\n"
+        "logging.getLogger('httpx').info('theirs')\n"
+        "logging.getLogger('ops.up').debug('too fine')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert [json.loads(told)["msg"] for told in done.stderr.splitlines()] == ["ours"]
+
+
+def test_every_package_of_ours_has_its_level() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    assert sorted(PACKAGES) == sorted(project["tool"]["mypy"]["packages"])
