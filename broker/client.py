@@ -71,9 +71,7 @@ class _Client(Client):
         super().__init__()
         self.handlers: dict[int, Callable[[base.Message], None]] = {}
 
-    async def _process_msg(
-        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
-    ) -> None:
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         handler = self.handlers.get(sid)
         if handler is None:
             await super()._process_msg(sid, subject, reply, data, headers)
@@ -124,7 +122,7 @@ class NatsBroker(base.Broker):
             )
             inbox = self._nc.new_inbox()
             self._ack_inbox = inbox + "."
-            await self._nc.subscribe(inbox + ".*", cb=self._on_ack)
+            await self.subscribe(inbox + ".*", self._on_ack)
             await topology.ensure(self._js, self._config)
 
     @property
@@ -183,7 +181,7 @@ class NatsBroker(base.Broker):
             raise
         return future
 
-    async def _on_ack(self, msg: Msg) -> None:
+    def _on_ack(self, msg: base.Message) -> None:
         future = self._acks.get(msg.subject[len(self._ack_inbox) :])
         if future is None or future.done():
             return
@@ -214,7 +212,9 @@ class NatsBroker(base.Broker):
             puller = _Puller(
                 self, inbox, f"{subjects.REQUESTS}.{config.durable_name}", handler, lapsed, ensure
             )
-            puller.subscription = await self._nc.subscribe(inbox, cb=puller.on_message)
+            # It stays while the connection lives: what the server still delivers against an old pull
+            # is handed back at once instead of lying out its ack wait.
+            await self.subscribe(inbox, puller.on_message)
         self._pullers.add(puller)
         return puller
 
@@ -428,7 +428,7 @@ class _Puller:
         self._lapsed = lapsed
         self._ensure = ensure
         self._closed = False
-        self.subscription: Any = None
+        self._naks: set[asyncio.Task[None]] = set()
         self.outstanding = 0
 
     async def ask(self, n: int) -> None:
@@ -445,15 +445,16 @@ class _Puller:
             self.outstanding -= n
             raise
 
-    async def on_message(self, msg: Msg) -> None:
-        head = msg.headers
+    def on_message(self, msg: base.Message) -> None:
         if not msg.reply.startswith("$JS.ACK."):
-            self._on_status(head or {})
+            self._on_status(msg.headers or {})
             return
         self.outstanding = max(0, self.outstanding - 1)
         delivery = _Delivery(self._broker, msg)
         if self._closed:
-            await delivery.nak()
+            nak = asyncio.create_task(delivery.nak())
+            self._naks.add(nak)
+            nak.add_done_callback(self._naks.discard)
         else:
             self._handler(delivery)
 
@@ -478,8 +479,6 @@ class _Puller:
             return
         self._closed = True
         self._broker._pullers.discard(self)
-        # The subscription stays while the connection lives: what the server still delivers against
-        # an old pull is handed back at once instead of lying out its ack wait.
 
 
 class _Delivery:
@@ -487,14 +486,14 @@ class _Delivery:
 
     __slots__ = ("_ack", "_broker", "attempt", "data", "enqueued_ms", "headers", "pending", "seq", "subject")
 
-    def __init__(self, broker: NatsBroker, msg: Msg) -> None:
+    def __init__(self, broker: NatsBroker, msg: base.Message) -> None:
         self._broker = broker
         self._ack = msg.reply
         # $JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<delivered>.<seq>.<cseq>.<ns>.<pending>[.<token>]
         tokens = msg.reply.split(".")
         at = 4 if len(tokens) == 9 else 6
         self.subject = msg.subject
-        self.headers: Mapping[str, str] | None = msg.headers
+        self.headers = msg.headers
         self.data = msg.data
         self.attempt = int(tokens[at])
         self.seq = int(tokens[at + 1])
