@@ -13,9 +13,11 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks import results, vllm_engine
+from benchmarks import direct_vllm, results
+from ops import demo_model
 from workers.config import VllmConfig
 
 BATCH = 16
@@ -102,8 +104,8 @@ def _run(plan: Sequence[Arrival], ended: Sequence[float]) -> Run:
 async def compare(quick: bool) -> dict[str, Any]:
     """Capacity from requests that all come at once, then latencies at LOAD of continuous capacity."""
     count, rounds = (32, 1) if quick else (160, 2)
-    config = VllmConfig(max_num_seqs=BATCH)
-    async with vllm_engine.direct(vllm_engine.demo_model(), config) as engine:
+    model = demo_model.ensure(Path(".data"), progress=True)
+    async with direct_vllm.direct(VllmConfig(model=str(model), max_num_seqs=BATCH)) as engine:
         await asyncio.gather(*(engine.chat("Warm up.", 8) for _ in range(BATCH)))
         flooded: list[dict[str, Run]] = []
         paced: list[dict[str, Run]] = []

@@ -66,20 +66,10 @@ def sim_engine(**settings: object) -> Iterator[Running]:
 
 
 @contextlib.contextmanager
-def up(engine: str, data: Path | None = None, **settings: object) -> Iterator[Running]:
-    """`headrace up` on free ports, by default with a data directory of its own."""
+def up(engine: str, **settings: object) -> Iterator[Running]:
+    """`headrace up` on free ports, with a data directory of its own."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
-        command = [
-            "up",
-            "--engine",
-            engine,
-            "--port",
-            "0",
-            "--nats-port",
-            "0",
-            "--data",
-            str(data or scratch),
-        ]
+        command = ["up", "--engine", engine, "--port", "0", "--nats-port", "0", "--data", scratch]
         with _process([*command, *_flags(settings)]) as (process, out):
             _, url, nats, *_ = _line(out, lambda line: line.startswith(b"ready ")).decode().split()
             yield Running(url, nats, psutil.Process(process.pid))
