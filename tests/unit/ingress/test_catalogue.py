@@ -1,0 +1,97 @@
+"""Which models the ingress knows, from heartbeats and from the registry."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from broker import errors, subjects
+from broker.memory import MemoryBroker
+from broker.messages import Credit, Heartbeat, ModelCard
+from ingress import catalogue as catalogue_module
+from ingress.catalogue import Catalogue
+
+
+def card(name: str, **more: Any) -> ModelCard:
+    return ModelCard(id=name, base=name, **more)
+
+
+async def beat(broker: MemoryBroker, name: str, state: Any = "serving", **more: Any) -> None:
+    message = Heartbeat(
+        worker="w", engine="sim", base=name, models=(card(name, **more),),
+        started_ms=1, seq=0, state=state, credit=Credit(),
+    )  # fmt: skip
+    await broker.publish(subjects.heartbeat("w"), message.model_dump_json().encode())
+    await asyncio.sleep(0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The catalogue's own clock, in seconds."""
+    now = SimpleNamespace(at=100.0)
+    monkeypatch.setattr(catalogue_module, "time", SimpleNamespace(monotonic=lambda: now.at))
+    return now
+
+
+async def test_a_live_worker_tells_its_models_and_a_while_after_it_left(clock: SimpleNamespace) -> None:
+    broker = MemoryBroker()
+    async with Catalogue(broker) as catalogue:
+        assert not catalogue.serving
+        with pytest.raises(errors.UnknownModel, match="none yet"):
+            catalogue.find("a.b")
+        await beat(broker, "a.b")
+        assert catalogue.serving
+        assert catalogue.find("a.b") == card("a.b")
+        await beat(broker, "a.b", "draining")
+        assert not catalogue.serving
+        assert catalogue.find("a.b") == card("a.b")
+        await beat(broker, "a.b", "gone")
+        assert not catalogue.serving
+        assert catalogue.find("a.b") == card("a.b")
+        clock.at += 6
+        assert catalogue.cards() == {}
+        with pytest.raises(errors.UnknownModel):
+            catalogue.find("a.b")
+
+
+async def test_a_silent_worker_is_gone(clock: SimpleNamespace) -> None:
+    broker = MemoryBroker()
+    async with Catalogue(broker) as catalogue:
+        await beat(broker, "m")
+        clock.at += 4
+        assert catalogue.serving
+        clock.at += 2
+        assert not catalogue.serving
+
+
+async def test_a_registered_model_is_known_without_workers_and_a_live_card_goes_first(
+    clock: SimpleNamespace,
+) -> None:
+    broker = MemoryBroker()
+    key = subjects.token("a *ü")
+    await broker.put(subjects.KV_MODELS, key, card("a *ü").model_dump_json().encode())
+    async with Catalogue(broker) as catalogue:
+        assert catalogue.find("a *ü").context_tokens == 0
+        await beat(broker, "a *ü", context_tokens=7)
+        assert catalogue.find("a *ü").context_tokens == 7
+        assert catalogue.cards()["a *ü"].context_tokens == 7
+        clock.at += 6
+        assert catalogue.find("a *ü").context_tokens == 0
+        await broker.remove(subjects.KV_MODELS, key)
+        await asyncio.sleep(0)
+        with pytest.raises(errors.UnknownModel):
+            catalogue.find("a *ü")
+
+
+async def test_garbage_in_the_registry_or_in_a_heartbeat_hides_nothing_else() -> None:
+    broker = MemoryBroker()
+    await broker.put(subjects.KV_MODELS, "bad", b"\xff")
+    await broker.put(subjects.KV_MODELS, "good", card("good").model_dump_json().encode())
+    async with Catalogue(broker) as catalogue:
+        await broker.publish(subjects.heartbeat("w"), b"{}")
+        await asyncio.sleep(0)
+        with pytest.raises(errors.UnknownModel, match=r"known models: good$"):
+            catalogue.find("bad")

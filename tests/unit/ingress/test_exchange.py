@@ -1,0 +1,149 @@
+"""One request through the fake broker: what its caller is told, what is left in the queue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+import pytest
+
+from broker import base, errors, replies, subjects
+from broker.config import BrokerConfig
+from broker.memory import MemoryBroker
+from broker.messages import ModelCard, ServiceClass
+from ingress.app import Ingress
+from ingress.catalogue import Catalogue
+from ingress.config import IngressConfig
+from tests.asgi import Call, request
+
+CHAT = "/v1/chat/completions"
+BODY = {"model": "m", "stream": True}
+SSE = {"content-type": "text/event-stream"}
+
+
+class Rig:
+    def __init__(self, broker: MemoryBroker, app: Ingress) -> None:
+        self.broker = broker
+        self.app: Any = app
+        self.deliveries: asyncio.Queue[base.Delivery] = asyncio.Queue()
+
+    async def take(self) -> tuple[base.Delivery, replies.Writer]:
+        """The next queued request, as a worker gets it, and the frames that answer it."""
+        puller = await self.broker.client().pull(
+            "m", ServiceClass.STANDARD, self.deliveries.put_nowait, lambda: None
+        )
+        await puller.ask(1)
+        delivery = await self.deliveries.get()
+        assert delivery.headers is not None
+        return delivery, replies.Writer(
+            self.broker.client(), delivery.headers[subjects.REPLY_TO], delivery.attempt
+        )
+
+
+@contextlib.asynccontextmanager
+async def rig(config: BrokerConfig | None = None, **settings: Any) -> AsyncIterator[Rig]:
+    broker = MemoryBroker(config)
+    card = ModelCard(id="m", base="m", paths=(CHAT,))
+    await broker.put(subjects.KV_MODELS, "m", card.model_dump_json().encode())
+    async with replies.Mailbox(broker, "box") as mailbox, Catalogue(broker) as catalogue:
+        app = Ingress(IngressConfig(**settings), broker, mailbox, catalogue)
+        yield Rig(broker, app)
+        await app.drain()
+        assert not len(mailbox)
+
+
+async def outcome(call: Call) -> tuple[int, bytes]:
+    async with asyncio.timeout(10):
+        return call.status, await call.body()
+
+
+async def test_frames_become_the_answer() -> None:
+    async with rig() as at, request(at.app, CHAT, BODY) as call:
+        _, writer = await at.take()
+        await writer.head(200, SSE, "w", b"data: 1\n\n", [(0, [1])])
+        await writer.data(b"data: 2\n\n", [(0, [2])])
+        await writer.end({})
+        assert (await outcome(call))[1] == b"data: 1\n\ndata: 2\n\n"
+        assert call.status == 200
+        assert call.headers["x-headrace-worker"] == "w"
+
+
+async def test_what_is_no_frame_ends_the_answer_and_the_run() -> None:
+    async with rig() as at, request(at.app, CHAT, BODY) as call:
+        cancels: asyncio.Queue[base.Message] = asyncio.Queue()
+        await at.broker.subscribe(subjects.ALL_CANCELS, cancels.put_nowait)
+        delivery, writer = await at.take()
+        await writer.head(200, SSE, "w", b"data: 1\n\n", [])
+        assert await anext(call.chunks()) == b"data: 1\n\n"
+        assert delivery.headers is not None
+        await at.broker.publish(delivery.headers[subjects.REPLY_TO], b"garbage")
+        _, body = await outcome(call)
+        assert orjson.loads(body.removeprefix(b"data: "))["error"]["code"] == "frames_lost"
+        await cancels.get()
+        await writer.error(errors.Cancelled("stopped"))
+
+
+async def test_a_fault_of_our_own_is_a_500_in_the_shape_of_all_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with rig() as at:
+        monkeypatch.setattr(at.broker, "enqueue", None)
+        async with request(at.app, CHAT, BODY) as call:
+            _, body = await outcome(call)
+            assert call.status == 500
+            assert orjson.loads(body)["error"]["code"] == "internal_error"
+            assert "NoneType" not in body.decode()
+
+
+async def test_without_a_broker_nothing_is_queued() -> None:
+    async with rig() as at:
+        at.broker.disconnect()
+        async with request(at.app, CHAT, BODY) as call:
+            await outcome(call)
+            assert (call.status, call.headers["retry-after"]) == (503, "1")
+        at.broker.reconnect()
+        assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}
+
+
+async def test_a_full_queue_refuses_and_nothing_is_cancelled() -> None:
+    async with rig(BrokerConfig(max_queued=1)) as at:
+        cancels: list[base.Message] = []
+        await at.broker.subscribe(subjects.ALL_CANCELS, cancels.append)
+        await (await at.broker.enqueue("req.m.standard.t.m", b"", {subjects.MSG_ID: "t:first"}))
+        async with request(at.app, CHAT, BODY) as call:
+            await outcome(call)
+            assert (call.status, call.headers["retry-after"]) == (429, "1")
+        await at.app.drain()
+        assert not cancels
+
+
+async def test_a_client_that_leaves_the_queue_leaves_nothing_in_it() -> None:
+    async with rig() as at:
+        usage: asyncio.Queue[base.Message] = asyncio.Queue()
+        queued: asyncio.Queue[base.Message] = asyncio.Queue()
+        await at.broker.subscribe(subjects.ALL_REQUESTS, queued.put_nowait)
+        await at.broker.subscribe(subjects.ALL_USAGE, usage.put_nowait)
+        async with request(at.app, CHAT, BODY) as call:
+            await queued.get()
+            call.disconnect()
+            await call.ended()
+        event = orjson.loads((await usage.get()).data)
+        assert (event["outcome"], event["worker"], event["code"]) == ("cancelled", "", "cancelled")
+        assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}
+        assert call.status == 0
+
+
+async def test_a_client_that_leaves_a_run_has_it_stopped() -> None:
+    async with rig() as at, request(at.app, CHAT, BODY) as call:
+        cancels: asyncio.Queue[base.Message] = asyncio.Queue()
+        await at.broker.subscribe(subjects.ALL_CANCELS, cancels.put_nowait)
+        _, writer = await at.take()
+        await writer.head(200, SSE, "w", b"data: 1\n\n", [])
+        await anext(call.chunks())
+        call.disconnect()
+        assert (await cancels.get()).subject.startswith("cancel.anonymous.req_")
+        await writer.error(errors.Cancelled("stopped"))
+        await call.ended()
