@@ -20,6 +20,7 @@ import nats.js.errors
 import orjson
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception_type, wait_exponential
 
 from broker import base, errors, subjects, topology
 from broker.config import BrokerConfig
@@ -339,21 +340,27 @@ class NatsBroker(base.Broker):
 
     async def _on_reconnected(self) -> None:
         _log.info("the broker is back")
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
         self._reconnecting = asyncio.create_task(self._restore())
 
     async def _restore(self) -> None:
-        """What a restarted server forgot: streams, consumers, standing pulls; what we missed: changes."""
-        try:
-            with _translated:
+        """What a restarted server forgot: streams, consumers, standing pulls; what we missed: changes.
+
+        Tried until it is done: a server answers pings before its JetStream is ready.
+        """
+        again = AsyncRetrying(
+            retry=retry_if_exception_type(errors.Unavailable),
+            wait=wait_exponential(multiplier=0.1, max=2.0),
+            before_sleep=before_sleep_log(_log, logging.WARNING),
+        )
+        async for attempt in again:
+            with attempt, _translated:
                 await topology.ensure(self._js, self._config)
-            for puller in list(self._pullers):
-                await puller.restore()
-            for watch in list(self._watches):
-                await watch.replay()
-        except errors.HeadraceError as exc:
-            _log.warning("the broker is back but not ready: %s", exc.message)
-            await asyncio.sleep(0.2)
-            self._reconnecting = asyncio.create_task(self._restore())
+                for puller in list(self._pullers):
+                    await puller.restore()
+                for watch in list(self._watches):
+                    await watch.replay()
 
 
 def _header_size(headers: Mapping[str, str]) -> int:

@@ -122,7 +122,7 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
 
 class FrameKind(enum.StrEnum):
     BEAT = "beat"
-    """A worker has taken the request; no output yet."""
+    """A worker has the request, and its first output takes more than a moment."""
     HEAD = "head"
     """HTTP status and headers; the payload is the first body bytes, where they were ready."""
     DATA = "data"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from nats.js import JetStreamContext, api
 from nats.js.errors import BadRequestError
 
@@ -70,7 +72,9 @@ async def ensure(js: JetStreamContext, config: BrokerConfig) -> None:
         except BadRequestError as exc:
             if exc.err_code != _NAME_IN_USE:
                 raise
-            await js.update_stream(stream)
+            # How a stream is written can't be changed later: it keeps what it was made with.
+            made = (await js.stream_info(str(stream.name))).config
+            await js.update_stream(dataclasses.replace(stream, persist_mode=made.persist_mode))
     await js.create_key_value(bucket=subjects.KV_MODELS, history=1, replicas=config.replicas, direct=True)
 
 

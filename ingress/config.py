@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from broker.messages import ServiceClass
+
+_DEADLINES = {ServiceClass.INTERACTIVE: 600.0, ServiceClass.STANDARD: 600.0, ServiceClass.BATCH: 86400.0}
 
 
 class IngressConfig(BaseModel):
@@ -22,9 +24,13 @@ class IngressConfig(BaseModel):
     drain_timeout: float = Field(30.0, ge=0, description="time for open streams to finish on SIGTERM")
     max_streams: int = Field(10_000, ge=1, description="requests open at once; one more is refused (429)")
     deadlines: dict[ServiceClass, float] = Field(
-        default={ServiceClass.INTERACTIVE: 600.0, ServiceClass.STANDARD: 600.0, ServiceClass.BATCH: 86400.0},
-        description="default life of a request, by class",
+        default=_DEADLINES, description="default life of a request, by class; a class left out keeps its own"
     )
     api_keys: dict[str, SecretStr] = Field(
         default={}, description="tenant -> key, environment only; empty = everyone is anonymous"
     )
+
+    @field_validator("deadlines")
+    @classmethod
+    def _complete(cls, given: dict[ServiceClass, float]) -> dict[ServiceClass, float]:
+        return _DEADLINES | given

@@ -45,7 +45,9 @@ def asks(credit: int, queues: Sequence[Queue]) -> list[int]:
         due = queue.passed >= TURN and any(lower.backlog for lower in queues[number + 1 :])
         share = max(0, left - 1) if due else left
         stand = share if queue.backlog else max(share, min(1, credit))
-        wanted.append(max(0, stand - queue.outstanding))
+        # Where nothing waits, half of what stands will do: one pull then serves many requests.
+        enough = stand if queue.backlog else stand // 2 + 1
+        wanted.append(stand - queue.outstanding if queue.outstanding < min(enough, stand) else 0)
         left -= min(share, queue.backlog)
     return wanted
 

@@ -14,6 +14,9 @@ from workers.engines.base import ASGIMessage, Engine, Receive, Scope, Tap, curre
 
 _log = logging.getLogger(__name__)
 
+_BEAT_AFTER = 0.25
+"""Seconds without a head after which the reader is told that a worker has its request."""
+
 _ABORT_GRACE = 2.0
 """Seconds an engine gets to end its run after a disconnect, before its task is cancelled."""
 
@@ -93,6 +96,7 @@ class Job:
         self._fault: errors.HeadraceError | None = None
         self._stopped = asyncio.Event()
         self._limit: asyncio.Timeout | None = None
+        self._beat: asyncio.Task[None] | None = None
         self._abort_sent_ms = 0
         self._held_head: ASGIMessage | None = None
         self._held_body = b""
@@ -130,16 +134,24 @@ class Job:
             timer = asyncio.get_running_loop().call_later(left, self._expire)
         try:
             if self._fault is None:
-                await self._writer.beat(self._worker)
+                slow = asyncio.get_running_loop().call_later(_BEAT_AFTER, self._on_slow)
                 entered = self._share.enter()
                 try:
                     await self._call_engine()
                 finally:
+                    slow.cancel()
                     self.timing.gpu_seconds = self._share.leave(entered)
         finally:
             if timer is not None:
                 timer.cancel()
         await self._finish()
+
+    def _on_slow(self) -> None:
+        self._beat = asyncio.create_task(self._say_taken())
+
+    async def _say_taken(self) -> None:
+        if not self._writer.head_sent:
+            await self._writer.beat(self._worker)
 
     def _expire(self) -> None:
         self.stop(errors.DeadlineExceeded("the request's deadline passed while it ran"))

@@ -40,6 +40,8 @@ class Worker:
         self._state: Literal["serving", "draining", "gone"] = "serving"
         self._started_ms = replies.now_ms()
         self._jobs: dict[str, Job] = {}
+        self._prefilling: dict[Job, int] = {}  # those without a token yet, and their prompts' estimates
+        self._prefill_held = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._queues = [intake.Queue() for _ in ServiceClass]
         self._pullers: list[base.Puller] = []
@@ -122,26 +124,31 @@ class Worker:
 
     def _start(self, request: Request, delivery: base.Delivery) -> None:
         job = Job(request, delivery, self._broker, self._engine, self.name, self._share)
-        job.tap.on_first_token = self._top_up
+        job.tap.on_first_token = lambda: self._prefilled(job)
         self._jobs[request.key] = job
+        self._prefilling[job] = job.prompt_estimate
+        self._prefill_held += job.prompt_estimate
         metrics.RUNNING.set(len(self._jobs))
         self._idle.clear()
         self._spawn(self._run(job))
 
+    def _prefilled(self, job: Job) -> None:
+        self._prefill_held -= self._prefilling.pop(job, 0)
+        self._top_up()
+
     def _load(self) -> budget.Load:
+        """In constant time, since every take, first token and end asks for it."""
         stats = self._engine.stats()
-        held = growth = 0.0
-        for job in self._jobs.values():
-            if job.tap.first_token_at is None:
-                held += job.prompt_tokens
-            growth += max(0.0, self._mean_output - job.tap.output_tokens)
+        prefilling = len(self._prefilling)
+        # A request that decodes is, on average, half through its output.
+        growth = self._mean_output * (prefilling + (len(self._jobs) - prefilling) / 2)
         return budget.Load(
             slots_free=stats.max_running - max(len(self._jobs), stats.running + stats.waiting),
             prefill_limit=self._config.prefill_steps * stats.step_tokens,
-            prefill_held=held,
+            prefill_held=self._prefill_held,
             kv_total=stats.kv_tokens_total,
             kv_free=stats.kv_tokens_free,
-            kv_promised=held + growth,
+            kv_promised=self._prefill_held + growth,
             mean_prompt=self._mean_prompt,
             mean_output=self._mean_output,
         )
@@ -207,7 +214,7 @@ class Worker:
             metrics.RUNNING.set(len(self._jobs))
             if not self._jobs:
                 self._idle.set()
-            self._top_up()
+            self._prefilled(job)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

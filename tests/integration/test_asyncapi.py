@@ -298,8 +298,9 @@ def _name_of(message: Msg) -> str:
 
 
 async def test_what_goes_over_the_wire_is_what_is_documented(
-    wire: Wire, nats_url: str, sim_worker: Worker
+    wire: Wire, nats_url: str, sim_worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("workers.job._BEAT_AFTER", 0.0)  # every request then has a beat
     acks = [
         await wire.publish(_chat(), _headers("streamed")),
         await wire.publish(_chat(), _headers("streamed")),

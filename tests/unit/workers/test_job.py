@@ -100,8 +100,7 @@ async def test_frames_carry_the_engines_bytes_and_the_taps_tokens(anyio_backend:
 
     bench = Bench(app)
     before = metric("headrace_frames_total")
-    beat, head, two, done, end = await bench.run()
-    assert beat.kind is FrameKind.BEAT
+    head, two, done, end = await bench.run()
     assert (head.kind, head.payload, head.ids, head.extra["status"]) == (FrameKind.HEAD, b"one", [5], 200)
     assert head.extra["headers"] == {"Content-Type": "text/event-stream", "X-Request-Id": "r1"}
     assert (two.payload, two.off, two.ids, two.choices) == (b"two", 1, [6], [[1, 0, [7]]])
@@ -113,7 +112,25 @@ async def test_frames_carry_the_engines_bytes_and_the_taps_tokens(anyio_backend:
     assert (event.prompt_tokens, event.cached_tokens, event.completion_tokens) == (11, 4, 3)
     assert event.gpu_seconds > 0
     assert None not in event.latency.model_dump().values()
-    assert metric("headrace_frames_total") - before == 5
+    assert metric("headrace_frames_total") - before == 4
+
+
+async def test_a_reader_is_told_when_the_first_token_takes_its_time(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await until(told)
+        await start_response(send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def told() -> bool:
+        return bool(await bench.frames())
+
+    monkeypatch.setattr("workers.job._BEAT_AFTER", 0.01)
+    bench = Bench(app)
+    beat, head, end = await bench.run()
+    assert (beat.kind, beat.extra["worker"]) == (FrameKind.BEAT, "w1")
+    assert [f.seq for f in (beat, head, end)] == [0, 1, 2]
 
 
 async def test_the_app_is_called_as_a_server_calls_it(anyio_backend: object) -> None:
@@ -137,7 +154,7 @@ async def test_the_engines_refusal_is_the_answer(anyio_backend: object) -> None:
         await send({"type": "http.response.body", "body": b'{"error": "not JSON"}', "more_body": False})
 
     bench = Bench(app)
-    _, head, end = await bench.run()
+    head, end = await bench.run()
     assert (head.extra["status"], head.payload) == (400, b'{"error": "not JSON"}')
     assert end.kind is FrameKind.END
     (event,) = await bench.usage()
@@ -159,7 +176,7 @@ async def test_an_app_that_raises_in_the_middle(anyio_backend: object) -> None:
 
     bench = Bench(app)
     await failure(bench, "engine_failed")
-    assert [f.kind.value for f in await bench.frames()] == ["beat", "head", "error"]
+    assert [f.kind.value for f in await bench.frames()] == ["head", "error"]
 
 
 @pytest.mark.parametrize("started", [False, True])
@@ -177,7 +194,7 @@ async def test_a_500_of_a_living_engine_is_the_answer(anyio_backend: object) -> 
         await send({"type": "http.response.body", "body": b"inter", "more_body": True})
         await send({"type": "http.response.body", "body": b"nal", "more_body": False})
 
-    _, head, end = await Bench(app).run()
+    head, end = await Bench(app).run()
     assert (head.extra["status"], head.payload, end.kind) == (500, b"internal", FrameKind.END)
 
 
@@ -192,7 +209,7 @@ async def test_what_a_dying_engine_had_not_begun_goes_back(anyio_backend: object
             raise RuntimeError("EngineDeadError")
 
     bench = Bench(app)
-    assert [f.kind.value for f in await bench.run()] == ["beat"]
+    assert await bench.run() == []
     assert bench.delivery.verdicts == ["nak"]
     assert await bench.usage() == []
     assert bench.engine.died.exception() is not None
