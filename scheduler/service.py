@@ -29,6 +29,10 @@ _log = logging.getLogger(__name__)
 
 _SWEEP_PAGE = 256
 
+_WORKER_FIRST = 0.25
+"""Seconds that a cancelled request's worker has to end it. It may have said nothing yet, so that the
+journal can't tell a running request from a queued one; ended by both, it would be counted twice."""
+
 
 class Scheduler:
     """See the module. `run` may be called once. All state belongs to the event loop."""
@@ -201,11 +205,12 @@ class Scheduler:
             self._spawn(self._cancel_queued(message.subject, seq))
 
     async def _cancel_queued(self, subject: str, seq: int) -> None:
-        """Delete a queued request; one that a worker has is that worker's to end."""
+        """Delete a queued request; one that a worker has is that worker's to end, and by now it has."""
         try:
             key = subjects.cancelled(subject)
         except ValueError:
             return  # no request has such a name
+        await asyncio.sleep(_WORKER_FIRST)
         found = await self._broker.read(subjects.REQUESTS, subjects.ALL_REQUESTS, start=seq, limit=1)
         if not found or found[0].seq != seq or _key(found[0]) != key:
             return

@@ -17,7 +17,8 @@ from broker.memory import MemoryBroker
 from broker.messages import Credit, DeadLetter, FrameKind, Heartbeat, ModelCard, ServiceClass, UsageEvent
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
-from tests.workbench import PATH, Caller, calling, metric, soon, until
+from tests.workbench import PATH, STUCK, Caller, calling, metric, serving, soon, until
+from workers.engines import sim
 
 CARD = ModelCard(id="sim", base="sim", context_tokens=4096, paths=(PATH,))
 
@@ -330,6 +331,18 @@ async def test_a_request_that_a_worker_runs_is_the_workers_to_cancel(broker: Fla
     assert [f.kind for f in frames] == [FrameKind.BEAT]
     records = await broker.read(subjects.USAGE, subjects.ALL_USAGE)
     assert [UsageEvent.model_validate_json(r.data).request_id for r in records] == ["r2"]
+
+
+async def test_a_request_that_runs_without_a_word_so_far_is_ended_once(broker: Flaky, caller: Caller) -> None:
+    engine = await sim.start(STUCK)
+    async with scheduling(broker, lost_after=0.3), serving(broker.client(), engine):
+        running = await caller.submit()
+        await until(lambda: engine.stats().running)
+        await running.cancel()
+        await running.fails("cancelled")
+        await caller.drained()
+    assert [e.worker for e in await caller.usage(1)] == ["w1"]  # what the scheduler had begun has ended
+    await engine.close()
 
 
 async def test_a_broker_away_puts_the_sweep_off(
