@@ -120,6 +120,10 @@ class Broker(abc.ABC):
     ) -> None:
         """Core publish: no acknowledgement; subjects of a stream are captured by it."""
 
+    async def publish_soon(self, subject: str, data: bytes) -> None:
+        """As `publish`, but the message may wait a moment for others to leave with it."""
+        await self.publish(subject, data)
+
     @abc.abstractmethod
     async def request(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> Message: ...
 

@@ -18,12 +18,12 @@ import nats
 import nats.errors
 import nats.js.errors
 import orjson
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception_type, wait_exponential
 
 from broker import base, errors, subjects, topology
 from broker.config import BrokerConfig
+from broker.connection import Connection
 from broker.messages import ServiceClass
 
 _log = logging.getLogger(__name__)
@@ -61,36 +61,13 @@ class _Translated:
 _translated = _Translated()
 
 
-class _Client(Client):
-    """nats-py with a shortcut for core messages: the parser hands them to their handler at once.
-
-    Its own way, a queue and a task for each subscription, costs two more turns of the event loop for
-    every token that an ingress forwards. Handlers here are plain functions, so nothing piles up.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.handlers: dict[int, Callable[[base.Message], None]] = {}
-
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        handler = self.handlers.get(sid)
-        if handler is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-            return
-        head = await self._process_headers(headers) if headers else None
-        try:
-            handler(base.Message(subject.decode(), data, head, reply.decode()))
-        except Exception:
-            _log.exception("a handler failed on %s", subject.decode("utf-8", "replace"))
-
-
 class NatsBroker(base.Broker):
     """One connection. See `base.Broker` for the contract."""
 
     def __init__(self, config: BrokerConfig, name: str) -> None:
         self._config = config
         self._name = name
-        self._nc = _Client()
+        self._nc = Connection()
         self._js = self._nc.jetstream(timeout=config.timeout)
         self._acks: dict[str, asyncio.Future[base.Stored]] = {}
         self._ack_numbers = itertools.count()
@@ -148,6 +125,10 @@ class NatsBroker(base.Broker):
             raise errors.TooLarge("the message is larger than the broker takes")
         with _translated:
             await self._nc.publish(subject, data, reply, headers)
+
+    async def publish_soon(self, subject: str, data: bytes) -> None:
+        with _translated:
+            await self._nc.publish_gathered(subject, data)
 
     async def request(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> base.Message:
         with _translated:

@@ -78,7 +78,9 @@ class Writer:
             raise errors.TooLarge("the answer holds more tokens than one reply frame can name")
         self.frames += 1
         if over <= 0:
-            await self._broker.publish(self._reply_to, data)
+            # A first token is waited for, a further one may come with its neighbours'.
+            publish = self._broker.publish_soon if kind is FrameKind.DATA else self._broker.publish
+            await publish(self._reply_to, data)
             return
         await self._broker.publish(self._reply_to, data[:-over])
         await self._send(FrameKind.DATA, payload[-over:])
