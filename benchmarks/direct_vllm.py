@@ -74,16 +74,13 @@ async def direct(config: VllmConfig) -> AsyncIterator[Direct]:
 async def closed_loop(engine: Direct, streams: int, requests: int, tokens: int) -> tuple[float, int]:
     """Wall time and output tokens of `requests` chats, `streams` at a time."""
     numbers = iter(range(requests))
-    done = 0
 
-    async def slot() -> None:
-        nonlocal done
-        for number in numbers:
-            done += await engine.chat(prompt(number), tokens)
+    async def slot() -> int:
+        return sum([await engine.chat(prompt(number), tokens) for number in numbers])
 
     started = time.perf_counter()
-    await asyncio.gather(*(slot() for _ in range(streams)))
-    return time.perf_counter() - started, done
+    done = await asyncio.gather(*(slot() for _ in range(streams)))
+    return time.perf_counter() - started, sum(done)
 
 
 async def _serve(model: str) -> None:
