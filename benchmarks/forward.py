@@ -11,6 +11,7 @@ Saturated: tokens fall due faster than either server can send them. Both then jo
 from __future__ import annotations
 
 import contextlib
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import fleet, frame_source, results
+from benchmarks import fleet, frame_source, quiet, results
 from benchmarks.load import Load, Result, measure
 
 SERVER_CORE, OTHER_CORE = 0, 1
@@ -56,7 +57,8 @@ def _at_pace(pace: str, itl_ms: float, requests: int, rounds: int) -> dict[str, 
         for number in range(rounds):
             for side, (server, process, model) in servers.items():
                 load = Load(server.url, model, STREAMS, requests, TOKENS, spread=itl_ms / 1000)
-                taken[side].append(_measure(load, process))
+                run, _ = quiet.undisturbed(functools.partial(_measure, load, process))
+                taken[side].append(run)
                 results.say(f"  {pace}, round {number + 1}, {side}: {taken[side][-1]}")
     return _summary(itl_ms, taken)
 

@@ -7,9 +7,10 @@ share the machine.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from benchmarks import fleet, results
+from benchmarks import fleet, quiet, results
 from benchmarks.load import Load, Result, measure
 
 TTFT_MS = ITL_MS = 20
@@ -28,14 +29,13 @@ def run(quick: bool) -> dict[str, Any]:
         for url in urls.values():
             _measure(url, 32, 64)
         taken: dict[int, list[dict[str, Result]]] = {streams: [] for streams in STREAMS}
+        foreign = []
         for number in range(rounds):
             for streams, requests in STREAMS.items():
                 order = sorted(urls, reverse=bool(number % 2))
-                pair = {
-                    side: _measure(urls[side], streams, max(streams, requests // share)) for side in order
-                }
-                if pair["direct"].digest != pair["headrace"].digest:
-                    raise RuntimeError("the two sides answered differently: nothing is measured")
+                count = max(streams, requests // share)
+                pair, others = quiet.undisturbed(functools.partial(_pair, urls, order, streams, count))
+                foreign.append(others)
                 taken[streams].append(pair)
                 results.say(f"  round {number + 1}, {streams} streams: {_line(pair)}")
         memory = {name: round(fleet.rss_mib(up.part(name)), 1) for name in ("ingress", "worker")}
@@ -44,9 +44,17 @@ def run(quick: bool) -> dict[str, Any]:
         "itl_ms": ITL_MS,
         "tokens": TOKENS,
         "rounds": rounds,
+        "cores_used_by_others": max(foreign),
         "rss_mib_after": memory,
         "streams": {str(streams): _summary(pairs) for streams, pairs in taken.items()},
     }
+
+
+def _pair(urls: dict[str, str], order: list[str], streams: int, requests: int) -> dict[str, Result]:
+    pair = {side: _measure(urls[side], streams, requests) for side in order}
+    if pair["direct"].digest != pair["headrace"].digest:
+        raise RuntimeError("the two sides answered differently: nothing is measured")
+    return pair
 
 
 def _measure(url: str, streams: int, requests: int) -> Result:

@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from benchmarks import fleet, results
+from benchmarks import fleet, quiet, results
 from benchmarks.load import Load, measure
 from ops import demo_model
 
@@ -41,11 +41,13 @@ def run(quick: bool) -> dict[str, Any]:
         for side in sides.values():
             side(8, 8)
         taken: dict[int, list[dict[str, float]]] = {streams: [] for streams in STREAMS}
+        foreign = []
         for number in range(rounds):
             for streams, requests in STREAMS.items():
                 count = streams if quick else requests
                 order = sorted(sides, reverse=bool(number % 2))
-                pair = {side: sides[side](streams, count) for side in order}
+                pair, others = quiet.undisturbed(functools.partial(_pair, sides, order, streams, count))
+                foreign.append(others)
                 taken[streams].append(pair)
                 shown = ", ".join(f"{side} {rate:.1f} tok/s" for side, rate in pair.items())
                 results.say(f"  round {number + 1}, {streams} streams: {shown}")
@@ -53,8 +55,13 @@ def run(quick: bool) -> dict[str, Any]:
         "model": model.name,
         "tokens": TOKENS,
         "rounds": rounds,
+        "cores_used_by_others": max(foreign),
         "streams": {str(streams): _summary(pairs) for streams, pairs in taken.items()},
     }
+
+
+def _pair(sides: dict[str, Side], order: list[str], streams: int, requests: int) -> dict[str, float]:
+    return {side: sides[side](streams, requests) for side in order}
 
 
 def _summary(pairs: list[dict[str, float]]) -> dict[str, Any]:
