@@ -29,12 +29,13 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A message as a stream stores it; `seq` counts from 1 in its stream."""
+    """A message as a stream stores it: `seq` counts from 1 in its stream, `stored_ms` is unix time."""
 
     seq: int
     subject: str
     data: bytes
     headers: Mapping[str, str] | None = None
+    stored_ms: float = 0.0
 
 
 class Stored(NamedTuple):

@@ -12,6 +12,7 @@ import functools
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 import nats
@@ -356,7 +357,8 @@ def _kv_key(token: str) -> str:
 
 def _record(msg: Msg) -> base.Record:
     head = msg.headers or {}
-    return base.Record(int(head["Nats-Sequence"]), head["Nats-Subject"], msg.data, head)
+    stored_ms = datetime.fromisoformat(head["Nats-Time-Stamp"]).timestamp() * 1000
+    return base.Record(int(head["Nats-Sequence"]), head["Nats-Subject"], msg.data, head, stored_ms)
 
 
 class _Subscription:

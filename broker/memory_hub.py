@@ -65,7 +65,7 @@ class _Stream:
             self.remove(next(iter(self.entries)))
         self._last += 1
         self._bytes += size
-        self.entries[self._last] = _Entry(Record(self._last, subject, data, headers), now, size)
+        self.entries[self._last] = _Entry(Record(self._last, subject, data, headers, now * 1000), now, size)
         if msg_id:
             self._ids[msg_id] = (self._last, now)
         return Stored(self._last, False)

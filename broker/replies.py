@@ -20,6 +20,8 @@ from broker.messages import TERMINAL, DeadLetter, Frame, FrameKind
 _log = logging.getLogger(__name__)
 
 _HELD_LIMIT = 4096
+_CLOCKS_APART = 60_000
+"""Milliseconds that a reader's clock and the broker's may differ; half the default dedup window."""
 
 
 class Writer:
@@ -135,10 +137,13 @@ async def dead_letter(
     _log.warning("a message went to the dead letters: %s", exc.message, extra={"code": exc.code})
 
 
-async def last_frame(broker: base.Broker, reply_to: str) -> Frame | None:
-    """The newest frame that the journal has for a request; None when nothing was ever said."""
+async def last_frame(broker: base.Broker, reply_to: str, since_ms: float) -> Frame | None:
+    """The newest frame that the journal has for a request; None when nothing was said `since_ms`.
+
+    The journal outlives the dedup window: older frames may be an earlier request's of the same id.
+    """
     record = await broker.last(subjects.REPLIES, reply_to)
-    return None if record is None else codec.decode(record.data)
+    return None if record is None or record.stored_ms < since_ms else codec.decode(record.data)
 
 
 class Assembler:
@@ -231,6 +236,7 @@ class Stream:
         self._silent_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._assembler = Assembler()
+        self._since_ms = time.time() * 1000 - _CLOCKS_APART
 
     @property
     def finished(self) -> bool:
@@ -299,7 +305,7 @@ class Stream:
             self._end_wait(True)
 
     async def _missed(self) -> bool:
-        newest = await last_frame(self._broker, self.subject)
+        newest = await last_frame(self._broker, self.subject, self._since_ms)
         seen = self._assembler.epoch, self._assembler.next_seq
         return newest is not None and (newest.epoch, newest.seq) >= seen
 
@@ -307,7 +313,8 @@ class Stream:
         """Read the journal and pass on what is new."""
         ready: list[Frame] = []
         for record in await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000):
-            ready += self._assembler.feed(codec.decode(record.data))
+            if record.stored_ms >= self._since_ms:
+                ready += self._assembler.feed(codec.decode(record.data))
         if self._assembler.gap:
             raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
         return ready

@@ -177,7 +177,7 @@ class Scheduler:
         """Take one message out of the queue and tell whoever published it why."""
         try:
             request = parse_request(record.subject, record.headers, record.data)
-            newest = await replies.last_frame(self._broker, request.reply_to)
+            newest = await replies.last_frame(self._broker, request.reply_to, record.stored_ms)
         except errors.MalformedMessage as exc:
             if await self._delete(record, reason):
                 await replies.dead_letter(self._broker, record.subject, record.headers, record.data, exc)
@@ -215,7 +215,7 @@ class Scheduler:
         if not found or found[0].seq != seq or _key(found[0]) != key:
             return
         request = parse_request(found[0].subject, found[0].headers, found[0].data)
-        if await replies.last_frame(self._broker, request.reply_to) is None:
+        if await replies.last_frame(self._broker, request.reply_to, found[0].stored_ms) is None:
             await self._end(found[0], errors.Cancelled("the caller cancelled it in the queue"), "cancelled")
 
 

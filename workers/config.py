@@ -30,12 +30,14 @@ class VllmConfig(BaseModel):
 
     model: str = Field("", description="directory with the weights; empty = the demo model")
     served_name: str = Field("", description="name of the base model; empty = the directory's name")
-    max_model_len: int = Field(2048, ge=16)
-    max_num_seqs: int = Field(32, ge=1)
-    max_num_batched_tokens: int = Field(512, ge=16)
-    kv_cache_bytes: int = Field(512 * 2**20, ge=2**20)
-    block_size: int = Field(32, ge=1)
-    enforce_eager: bool = True
+    max_model_len: int = Field(0, ge=0, description="tokens; 0 = 2048 on CPU, the model's own on a GPU")
+    max_num_seqs: int = Field(0, ge=0, description="0 = 32 on CPU, vLLM's choice on a GPU")
+    max_num_batched_tokens: int = Field(0, ge=0, description="0 = 512 on CPU, vLLM's choice on a GPU")
+    kv_cache_bytes: int = Field(
+        0, ge=0, description="0 = 512 MiB on CPU, what gpu_memory_utilization leaves on a GPU"
+    )
+    block_size: int = Field(0, ge=0, description="0 = 32 on CPU, vLLM's choice on a GPU")
+    enforce_eager: bool | Literal["auto"] = Field("auto", description="auto = on CPU only")
     tool_call_parser: str = Field("hermes", description="empty = no automatic tool choice")
     extra: dict[str, str | int | float | bool] = Field(default={}, description="more vLLM arguments, by name")
 

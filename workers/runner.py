@@ -196,7 +196,7 @@ class Worker:
     async def _run(self, job: Job) -> None:
         try:
             verdict = await screening.screen(job.request, job.delivery, self._engine, self._broker)
-            cancelled = self._tombstones.pop(job.request.key)
+            cancelled = self._tombstones.pop(job.request.key, job.delivery.enqueued_ms)
             if verdict is screening.ANSWERED:
                 await job.delivery.ack()
                 return

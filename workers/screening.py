@@ -12,6 +12,9 @@ from broker.messages import TERMINAL, FrameKind, Request
 from workers import metrics
 from workers.engines.base import Engine
 
+_CLOCKS_APART = 60_000
+"""Milliseconds that a worker's clock and the broker's may differ."""
+
 ANSWERED = errors.DuplicateRequest("the request was answered before; only its ack was lost")
 """A verdict of its own: nothing is left to do but to ack."""
 
@@ -22,19 +25,20 @@ class Tombstones:
 
     def __init__(self, limit: int = 100_000) -> None:
         self._limit = limit
-        self._keys: OrderedDict[str, None] = OrderedDict()
+        self._keys: OrderedDict[str, float] = OrderedDict()
 
     def add(self, key: str) -> None:
-        self._keys[key] = None
+        self._keys[key] = time.time() * 1000
         if len(self._keys) > self._limit:
             self._keys.popitem(last=False)
 
-    def pop(self, key: str) -> bool:
-        """Whether `key` was cancelled; it is forgotten with that."""
-        if key not in self._keys:
-            return False
-        del self._keys[key]
-        return True
+    def pop(self, key: str, enqueued_ms: float) -> bool:
+        """Whether the request `key`, queued at that unix time, was cancelled; it is forgotten with that.
+
+        A cancel well before the request was meant for an earlier one of the same id.
+        """
+        at = self._keys.pop(key, None)
+        return at is not None and at >= enqueued_ms - _CLOCKS_APART
 
 
 def cancelled_at(message: base.Message) -> int:
@@ -62,13 +66,15 @@ async def screen(
         return errors.InvalidRequest(
             f"model {card.id!r} does not serve {request.path}; it serves {', '.join(card.paths)}"
         )
-    return await _earlier_attempt(request, broker) if delivery.attempt > 1 else None
+    return await _earlier_attempt(request, delivery, broker) if delivery.attempt > 1 else None
 
 
-async def _earlier_attempt(request: Request, broker: base.Broker) -> errors.HeadraceError | None:
+async def _earlier_attempt(
+    request: Request, delivery: base.Delivery, broker: base.Broker
+) -> errors.HeadraceError | None:
     """A redelivered request runs again only if no output of an earlier attempt reached its caller."""
     try:
-        frame = await replies.last_frame(broker, request.reply_to)
+        frame = await replies.last_frame(broker, request.reply_to, delivery.enqueued_ms)
     except errors.MalformedMessage as exc:
         return exc  # someone else wrote there: who reads it can't tell what is ours
     if frame is None or frame.kind is FrameKind.BEAT:

@@ -61,6 +61,8 @@ class Tap:
     first_token_at: float | None = None
     ids: list[tuple[int, list[int]]] = field(default_factory=list)
     on_first_token: Callable[[], None] | None = None
+    choices: int = 0
+    """Choice indices given out so far: a request of several prompts numbers on."""
 
     def tokens(self, now: float, index: int, ids: list[int]) -> None:
         """Record output tokens `ids` of choice `index`, generated at `now`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 
 import orjson
@@ -374,7 +375,7 @@ async def test_a_dead_letter_keeps_the_message_and_answers_it(anyio_backend: obj
     (letter,) = await letters(broker)
     assert (letter.reason, letter.message, letter.headers) == ("malformed_message", "no path", headers)
     assert letter.body == "/w=="
-    frame = await replies.last_frame(broker, SUBJECT)
+    frame = await replies.last_frame(broker, SUBJECT, 0)
     assert frame is not None
     assert (frame.epoch, frame.kind, frame.extra["status"]) == (2, FrameKind.ERROR, 400)
 
@@ -404,3 +405,16 @@ async def test_a_message_too_large_for_its_dead_letter_leaves_its_body_behind(an
     (letter,) = await letters(broker)
     assert letter.body == ""
     assert letter.message == "no path (headers and body, 1048576 bytes, were too large to keep)"
+
+
+async def test_what_an_earlier_request_of_the_same_id_was_told_is_not_repeated(anyio_backend: object) -> None:
+    """The journal outlives the dedup window."""
+    clock = time.time() - 300
+    hub = MemoryBroker(clock=lambda: clock)
+    await replies.Writer(hub, SUBJECT, 1).end({})
+    clock = time.time()
+    assert await replies.last_frame(hub, SUBJECT, clock * 1000) is None
+    async with replies.Mailbox(hub, SUBJECT.split(".")[2]) as mailbox:
+        stream = mailbox.open("acme", SUBJECT.split(".")[3])
+        assert await stream.next(0.01) == []
+        assert not stream.finished
