@@ -136,7 +136,7 @@ class NatsBroker(base.Broker):
             msg = await self._nc.request(subject, data, timeout)
         return base.Message(msg.subject, msg.data, msg.headers, msg.reply)
 
-    async def subscribe(self, subject: str, handler: Callable[[base.Message], None]) -> base.Subscription:
+    async def subscribe(self, subject: str, handler: Callable[[base.Message], None]) -> _Subscription:
         async def on_message(msg: Msg) -> None:
             handler(base.Message(msg.subject, msg.data, msg.headers, msg.reply))
 
@@ -195,9 +195,7 @@ class NatsBroker(base.Broker):
             puller = _Puller(
                 self, inbox, f"{subjects.REQUESTS}.{config.durable_name}", handler, lapsed, ensure
             )
-            # It stays while the connection lives: what the server still delivers against an old pull
-            # is handed back at once instead of lying out its ack wait.
-            await self.subscribe(inbox, puller.on_message)
+            puller.subscription = await self.subscribe(inbox, puller.on_message)
         self._pullers.add(puller)
         return puller
 
@@ -368,6 +366,10 @@ class _Subscription:
 
     async def close(self) -> None:
         self._closed()
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Have the server send no more; what is on its way still reaches the handler."""
         try:
             await self._inner.unsubscribe()
         except (nats.errors.BadSubscriptionError, nats.errors.ConnectionClosedError):
@@ -418,6 +420,7 @@ class _Puller:
         self._lapsed = lapsed
         self._ensure = ensure
         self._closed = False
+        self.subscription: _Subscription | None = None
         self._naks: set[asyncio.Task[None]] = set()
         self.outstanding = 0
 
@@ -469,6 +472,10 @@ class _Puller:
             return
         self._closed = True
         self._broker._pullers.discard(self)
+        if self.subscription is not None:
+            # The server drops pulls that nobody listens to. What it has sent already is still heard,
+            # and handed back at once instead of lying out its ack wait.
+            await self.subscription.stop()
 
 
 class _Delivery:

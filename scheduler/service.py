@@ -67,7 +67,7 @@ class Scheduler:
                 end.cancel()
             for subscription in subscriptions:
                 await subscription.close()
-            server.shutdown()
+            await asyncio.to_thread(server.shutdown)  # it answers its poll, up to half a second later
             server.server_close()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -89,7 +89,7 @@ class Worker:
                 await puller.close()
             await cancels.close()
             await self._announce()
-            server.shutdown()
+            await asyncio.to_thread(server.shutdown)  # it answers its poll, up to half a second later
             server.server_close()
 
     # Taking requests
