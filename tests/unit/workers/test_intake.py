@@ -21,11 +21,17 @@ def test_no_queue_is_asked_for_more_than_the_credit(credit: int, state: list[Que
 
 
 @given(st.integers(1, 300), st.lists(queues, min_size=1, max_size=5))
-def test_some_queue_is_asked_for_the_whole_credit_unless_known_work_takes_it(
+def test_more_than_half_of_the_credit_stands_somewhere_unless_known_work_takes_it(
     credit: int, state: list[Queue]
 ) -> None:
     asked_for = sum(n + queue.outstanding for queue, n in zip(state, asks(credit, state), strict=True))
-    assert asked_for >= credit
+    assert 2 * asked_for > credit
+
+
+@given(st.integers(1, 300), counts)
+def test_an_empty_queue_is_asked_again_when_half_has_been_taken(credit: int, outstanding: int) -> None:
+    (n,) = asks(credit, [Queue(outstanding=outstanding)])
+    assert n == (credit - outstanding if outstanding < min(credit, credit // 2 + 1) else 0)
 
 
 @given(counts)
