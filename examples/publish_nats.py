@@ -104,9 +104,9 @@ async def chat(args: argparse.Namespace) -> int:
         while True:
             message = await replies.next_msg(timeout=args.timeout)
             for meta, payload in frames.add(message.data):
-                if meta["kind"] == "beat":
-                    print(f"taken by worker {meta['worker']}", file=sys.stderr)
-                elif meta["kind"] == "error":
+                if meta["kind"] in ("beat", "head"):
+                    print(f"worker {meta['worker']}", file=sys.stderr)
+                if meta["kind"] == "error":
                     fault = json.loads(payload)["error"]
                     print(f"\n{meta['status']} {meta['code']}: {fault['message']}", file=sys.stderr)
                     return 0 if meta["code"] == "cancelled" and args.cancel_after else 1
