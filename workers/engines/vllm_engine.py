@@ -1,0 +1,266 @@
+"""vLLM as an `Engine`: what it shows of itself beside the bytes of its application.
+
+Written against vLLM 0.32. Import it through `vllm.start` only, which sets the stage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import orjson
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from broker import errors
+from broker.messages import ModelCard
+from workers.engines import vllm_core
+from workers.engines.base import ASGIApp, ASGIMessage, EngineStats, Receive, Scope, Send
+from workers.engines.vllm_tap import Steps, TappedLLM
+
+_log = logging.getLogger(__name__)
+
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+)
+"""What Headrace offers of an engine's API; a card lists those that the model's tasks bring about."""
+
+Options = Mapping[str, str | int | float | bool]
+
+
+async def start(options: Options, required: set[str]) -> VllmEngine:
+    """Start vLLM with these command-line options. See `vllm.start`."""
+    steps = Steps()
+    try:
+        args = _parse(options, required)
+        _adopt_logs()
+        with vllm_core.bound():
+            llm = TappedLLM.from_engine_args(
+                AsyncEngineArgs.from_cli_args(args),
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=[lambda _config, _index: steps],
+            )
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as exc:
+        raise errors.EngineFailed(f"vLLM did not start: {exc}") from exc
+    finally:
+        _adopt_logs()
+    try:
+        tasks = await llm.get_supported_tasks()
+        app = build_app(args, tasks, llm.model_config)
+        await init_app_state(llm, app.state, args, tasks)
+        # vLLM's error handlers set it when the engine is dead, to end their HTTP server.
+        app.state.server = SimpleNamespace(should_exit=False)
+        engine = VllmEngine(llm, app, steps)
+        await engine.warm_up()
+    except BaseException:
+        llm.shutdown()
+        raise
+    gc.collect()
+    gc.freeze()  # what is alive now stays: the collector need not walk it again in mid-stream
+    return engine
+
+
+class _Parser(FlexibleArgumentParser):  # type: ignore[misc]
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _parse(options: Options, required: set[str]) -> Namespace:
+    """As `vllm serve` would read them. Options that this vLLM doesn't know are left out, unless the
+    operator asked for them by name."""
+    parser = make_arg_parser(_Parser())
+    known = parser._option_string_actions
+    words: list[str] = []
+    for name, value in options.items():
+        if f"--{name}" not in known and name.replace("-", "_") not in required:
+            _log.warning("this vLLM has no option --%s", name)
+        elif value is True:
+            words.append(f"--{name}")
+        elif value is not False:
+            words += [f"--{name}", str(value)]
+        elif f"--no-{name}" in known:
+            words.append(f"--no-{name}")
+    args: Namespace = parser.parse_args(words)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _adopt_logs() -> None:
+    """vLLM's records go to our handlers instead of its own; the level stays."""
+    logger = logging.getLogger("vllm")
+    logger.handlers.clear()
+    logger.propagate = True
+
+
+class VllmEngine:
+    """See `workers.engines.base.Engine`."""
+
+    name = "vllm"
+
+    def __init__(self, llm: TappedLLM, app: Any, steps: Steps) -> None:
+        self._llm = llm
+        self.app: ASGIApp = _heeding_disconnects(app)
+        config = llm.vllm_config
+        self._kv_blocks = max(0, (config.cache_config.num_gpu_blocks or 0) - 1)  # one is vLLM's null block
+        self._block_tokens = int(config.cache_config.block_size)
+        scheduler = config.scheduler_config
+        self._stats = EngineStats(
+            running=0,
+            waiting=0,
+            max_running=int(scheduler.max_num_seqs),
+            step_tokens=int(scheduler.max_num_batched_tokens),
+            kv_tokens_total=self._kv_blocks * self._block_tokens,
+            kv_tokens_free=self._kv_blocks * self._block_tokens,
+        )
+        self.base = str(app.state.openai_serving_models.base_model_paths[0].name)
+        served = {getattr(route, "path", "") for route in app.routes}
+        self.models: tuple[ModelCard, ...] = (
+            ModelCard(
+                id=self.base,
+                base=self.base,
+                context_tokens=int(llm.model_config.max_model_len),
+                paths=tuple(path for path in PATHS if path in served),
+            ),
+        )
+        self.on_change: Callable[[], None] | None = None
+        self.died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.died.add_done_callback(lambda died: died.cancelled() or died.exception())  # may go unread
+        self._closed = False
+        self._processes = {
+            process.sentinel: process for process in llm.engine_core.resources.engine_manager.processes
+        }
+        for sentinel in self._processes:
+            asyncio.get_running_loop().add_reader(sentinel, self._on_process_end, sentinel)
+        steps.on_step = self._on_step
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    async def warm_up(self) -> None:
+        """Run what the first request of each kind would otherwise wait for."""
+        body = {
+            "model": self.base,
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 2,
+            "logprobs": True,
+            "top_logprobs": 1,
+        }
+        status = await _post(self.app, "/v1/chat/completions", body)
+        if status != 200:
+            _log.warning("the warm-up request was refused", extra={"status": status})
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._unwatch()
+        self._llm.output_handler.cancel()  # or it reports the death of what is being stopped
+        self._llm.output_processor.propagate_error(EngineDeadError())
+        gc.unfreeze()
+        resources = self._llm.engine_core.resources
+        await asyncio.to_thread(self._llm.shutdown)
+        resources.ctx.destroy(linger=0)  # vLLM closes its sockets, and leaves their context to the collector
+
+    def _on_step(self, scheduler: Any, iteration: Any) -> None:
+        if scheduler is None:
+            return
+        self._llm.tell_first_tokens()
+        old = self._stats
+        self._stats = EngineStats(
+            running=scheduler.num_running_reqs,
+            waiting=scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs,
+            max_running=old.max_running,
+            step_tokens=old.step_tokens,
+            kv_tokens_total=old.kv_tokens_total,
+            kv_tokens_free=round((1 - scheduler.kv_cache_usage) * self._kv_blocks) * self._block_tokens,
+            preemptions=old.preemptions + (iteration.num_preempted_reqs if iteration is not None else 0),
+            steps=old.steps + 1,
+        )
+        if self.on_change is not None:
+            self.on_change()
+
+    def _on_process_end(self, sentinel: int) -> None:
+        process = self._processes[sentinel]
+        self._unwatch()
+        process.join(0.2)  # the end shows on the pipe a moment before the exit status is there
+        if not self.died.done():
+            self.died.set_exception(
+                errors.EngineFailed(f"vLLM's {process.name} process ended, exit code {process.exitcode}")
+            )
+
+    def _unwatch(self) -> None:
+        for sentinel in self._processes:
+            asyncio.get_running_loop().remove_reader(sentinel)
+
+
+def _heeding_disconnects(app: ASGIApp) -> ASGIApp:
+    """`app`, watching for the disconnect whatever the caller's ASGI version is, and silent after it."""
+
+    async def heeding(scope: Scope, receive: Receive, send: Send) -> None:
+        gone = False
+
+        async def received() -> ASGIMessage:
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
+
+        async def sent(message: ASGIMessage) -> None:
+            if not gone:
+                await send(message)
+
+        # From 2.4 on, Starlette waits for `send` to fail instead.
+        await app({**scope, "asgi": {"version": "3.0", "spec_version": "2.3"}}, received, sent)
+
+    return heeding
+
+
+async def _post(app: ASGIApp, path: str, body: object) -> int:
+    """POST `body` to an ASGI application; returns the status and drops the answer."""
+    status = 0
+    bodies = [orjson.dumps(body)]
+
+    async def receive() -> ASGIMessage:
+        if bodies:
+            return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+        await asyncio.Future()  # never a disconnect
+        raise AssertionError
+
+    async def send(message: ASGIMessage) -> None:
+        nonlocal status
+        status = message.get("status", status)
+
+    headers = [(b"content-type", b"application/json")]
+    scope: Scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": headers,
+        "client": ("127.0.0.1", 0),
+        "server": ("127.0.0.1", 80),
+        "state": {},
+    }
+    await app(scope, receive, send)
+    return status

@@ -1,0 +1,117 @@
+"""vLLM's engine client, made to tell what happens inside: each request's tokens, each step's load.
+
+Written against vLLM 0.32; imported through `vllm.start` only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from workers.engines.base import Tap, current_tap
+
+
+class Steps(StatLoggerBase):  # type: ignore[misc]
+    """Passes on each engine step's (scheduler, iteration) statistics."""
+
+    def __init__(self) -> None:
+        self.on_step: Callable[[Any, Any], None] | None = None
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        if self.on_step is not None:
+            self.on_step(scheduler_stats, iteration_stats)
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+
+class TappedLLM(AsyncLLM):  # type: ignore[misc]
+    """Every endpoint ends in `generate`, in a task that inherits the caller's context: there the
+    request's tap is found, whatever the endpoint."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._untold: set[_Untold] = set()
+        super().__init__(*args, **kwargs)
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **more: Any) -> AsyncIterator[Any]:
+        outputs: AsyncIterator[Any] = super().generate(prompt, sampling_params, request_id, **more)
+        tap = current_tap.get()
+        if tap is None:
+            return outputs
+        first_choice, tap.choices = tap.choices, tap.choices + sampling_params.n
+        return self._tapped(outputs, tap, first_choice, request_id, sampling_params.output_kind)
+
+    async def _tapped(
+        self, outputs: Any, tap: Tap, first_choice: int, request_id: str, kind: Any
+    ) -> AsyncIterator[Any]:
+        reader = _Reader(tap, first_choice, delta=kind == RequestOutputKind.DELTA)
+        untold = _Untold(tap, request_id)
+        if kind != RequestOutputKind.DELTA:
+            self._untold.add(untold)
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    reader.read(output)
+                    yield output
+        finally:
+            self._untold.discard(untold)
+
+    def tell_first_tokens(self) -> None:
+        """A whole answer comes out of `generate` at its end only; its tap learns of the first token here."""
+        states = self.output_processor
+        for untold in list(self._untold):
+            for internal_id in states.external_req_ids.get(untold.request_id, ()):
+                times = states.request_states[internal_id].stats
+                if times and times.first_token_ts:
+                    untold.tap.scheduled_at = times.scheduled_ts
+                    untold.tap.count(times.first_token_ts, 0)
+                    self._untold.discard(untold)
+                    break
+
+
+class _Untold:
+    """A request whose caller sees no output before the last."""
+
+    __slots__ = ("request_id", "tap")
+
+    def __init__(self, tap: Tap, request_id: str) -> None:
+        self.tap = tap
+        self.request_id = request_id
+
+
+class _Reader:
+    """Copies what RequestOutputs say into a tap.
+
+    vLLM's times are the EngineCore's monotonic clock, which on one machine is ours too.
+    """
+
+    def __init__(self, tap: Tap, first_choice: int, delta: bool) -> None:
+        self._tap = tap
+        self._first_choice = first_choice
+        self._delta = delta
+        self._seen: dict[int, int] = {}
+        self._prompt_counted = False
+
+    def read(self, output: Any) -> None:
+        tap, times = self._tap, output.metrics
+        if not self._prompt_counted:
+            self._prompt_counted = True
+            tap.prompt_tokens += len(output.prompt_token_ids or ())
+            tap.cached_tokens += output.num_cached_tokens or 0
+        if tap.scheduled_at is None and times is not None and times.scheduled_ts:
+            tap.scheduled_at = times.scheduled_ts
+        now = (times.first_token_ts if times is not None else 0.0) or time.monotonic()
+        for choice in output.outputs:
+            ids = list(choice.token_ids)
+            if not self._delta:
+                seen = self._seen.get(choice.index, 0)
+                self._seen[choice.index] = len(ids)
+                ids = ids[seen:]
+            if ids:
+                tap.tokens(now, self._first_choice + choice.index, ids)
