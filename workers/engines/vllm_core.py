@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,7 @@ def run(*args: object, **kwargs: object) -> None:
     """The target of the spawned process, in place of vLLM's."""
     parent = multiprocessing.parent_process()
     processes.die_with_parent(parent=parent.pid if parent else None)
+    os.setsid()  # Ctrl-C in a terminal is for the worker, which drains; here it would cut running streams
     from vllm.v1.engine.core import EngineCoreProc
 
     EngineCoreProc.run_engine_core(*args, **kwargs)
