@@ -46,13 +46,29 @@ async def http_engine() -> AsyncIterator[base.Engine]:
         await server
 
 
-ENGINES = {"sim": sim_engine, "http": http_engine}
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-async def engine(request: pytest.FixtureRequest) -> AsyncIterator[base.Engine]:
-    async with ENGINES[request.param]() as made:
+@pytest.fixture(scope="module")
+async def sim_fixture() -> AsyncIterator[base.Engine]:
+    async with sim_engine() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+async def http_fixture() -> AsyncIterator[base.Engine]:
+    async with http_engine() as made:
+        yield made
+
+
+# The warnings are vLLM's, of its own protocol fields.
+VLLM = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+
+@pytest.fixture(
+    params=["sim_fixture", "http_fixture", pytest.param("vllm_engine", marks=VLLM)],
+    ids=["sim", "http", "vllm"],
+)
+def engine(request: pytest.FixtureRequest) -> base.Engine:
+    made: base.Engine = request.getfixturevalue(request.param)
+    return made
 
 
 def chat(engine: base.Engine, text: str = "Say something.", **more: Any) -> dict[str, Any]:
@@ -147,6 +163,8 @@ async def test_the_tap_has_the_ids_of_each_chunk_before_it_is_sent(engine: base.
 
 
 async def test_several_choices_come_interleaved_each_in_order(engine: base.Engine) -> None:
+    if engine.name == "vllm":
+        pytest.skip("it refuses several greedy choices, and sampled ones are not the same twice")
     body = chat(engine, n=3)
     whole = await asgi.ask(engine.app, CHAT, body)
     texts = ["", "", ""]
@@ -158,6 +176,8 @@ async def test_several_choices_come_interleaved_each_in_order(engine: base.Engin
 
 
 async def test_requests_at_once_do_not_mix(engine: base.Engine) -> None:
+    if engine.name == "vllm":
+        pytest.skip("its bf16 sums, and so its greedy words, depend on what runs beside")
     bodies = [chat(engine, f"Request number {n}") for n in range(12)]
     alone = [await asgi.ask(engine.app, CHAT, body) for body in bodies[:3]]
     together = await asyncio.gather(*(asgi.ask(engine.app, CHAT, body) for body in bodies))

@@ -79,7 +79,7 @@ async def start(config: VllmConfig) -> VllmEngine:
             _prepare(_EAGER_CPU_ENVIRONMENT)
         from workers.engines import vllm_engine
 
-        return await vllm_engine.start(options, required=set(config.extra))
+        return await vllm_engine.start(options, required={name.replace("_", "-") for name in config.extra})
 
 
 def _prepare(environment: dict[str, str]) -> None:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import fastapi
 import orjson
+from starlette.exceptions import HTTPException
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -65,6 +67,9 @@ async def start(options: Options, required: set[str]) -> VllmEngine:
         tasks = await llm.get_supported_tasks()
         app = build_app(args, tasks, llm.model_config)
         await init_app_state(llm, app.state, args, tasks)
+        # vLLM gives its shape of an error to FastAPI's exceptions; an unknown path is Starlette's.
+        app.exception_handler(HTTPException)(app.exception_handlers[fastapi.HTTPException])
+        app.middleware_stack = app.build_middleware_stack()  # it was built before its handlers were complete
         # vLLM's error handlers set it when the engine is dead, to end their HTTP server.
         app.state.server = SimpleNamespace(should_exit=False)
         engine = VllmEngine(llm, app, steps)
@@ -89,7 +94,7 @@ def _parse(options: Options, required: set[str]) -> Namespace:
     known = parser._option_string_actions
     words: list[str] = []
     for name, value in options.items():
-        if f"--{name}" not in known and name.replace("-", "_") not in required:
+        if f"--{name}" not in known and name not in required:
             _log.warning("this vLLM has no option --%s", name)
         elif value is True:
             words.append(f"--{name}")
