@@ -17,8 +17,6 @@ import orjson
 import psutil
 
 FOLDER = Path(__file__).parent / "results"
-BUSY = 0.7
-"""Load average above which something else runs here."""
 
 
 def percentile(values: Sequence[float], p: float) -> float:
@@ -56,15 +54,16 @@ def _cpu_model() -> str:
 
 
 def save(name: str, measured: Mapping[str, Any], *, quick: bool) -> None:
-    """Write `results/<name>.json`. `load_before` tells whether something else kept the machine busy."""
-    FOLDER.mkdir(exist_ok=True)
+    """Write `results/<name>.json`, a quick run's to a folder of its own: it is nothing to publish."""
+    folder = FOLDER / "quick" if quick else FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
     record = {
         "command": f"python -m benchmarks.{name}" + (" --quick" if quick else ""),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         **measured,
     }
-    (FOLDER / f"{name}.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+    (folder / f"{name}.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
 
 
 def main(name: str, run: Callable[[bool], Mapping[str, Any]]) -> None:
@@ -78,10 +77,7 @@ def main(name: str, run: Callable[[bool], Mapping[str, Any]]) -> None:
 def measure(name: str, run: Callable[[bool], Mapping[str, Any]], *, quick: bool) -> None:
     """Run one benchmark and save what it found."""
     say(f"{name}:")
-    before = os.getloadavg()[0]
-    if before > BUSY:
-        say(f"  the machine is busy (load {before:.1f}): these numbers will not be its best")
-    save(name, {"load_before": round(before, 2), **run(quick)}, quick=quick)
+    save(name, run(quick), quick=quick)
 
 
 def load(name: str) -> dict[str, Any] | None:

@@ -1,0 +1,39 @@
+"""`python -m benchmarks [NAME ...] [--quick]`: run them all, or those named, and write docs/benchmarks.md.
+
+A quick run only shows that they work: it writes no document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from benchmarks import report, results
+
+NAMES = ("overhead", "forward", "memory", "vllm_throughput", "batching")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs: do they work?")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(NAMES):
+        parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    flags = ["--quick"] if args.quick else []
+    failed = [
+        name
+        for name in args.names or NAMES
+        # Each in a process of its own: what one leaves in memory is no other's.
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *flags], check=False).returncode
+    ]
+    if not args.quick:
+        results.say(f"written: {report.write()}")
+    if failed:
+        results.say(f"failed: {', '.join(failed)}")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""docs/benchmarks.md and its plot, from the saved results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import forward, overhead, results
+
+DOCS = Path(__file__).parent.parent / "docs"
+PLOT = "benchmarks.png"
+
+Record = dict[str, Any]
+
+
+def write() -> Path:
+    """Write the document and the plot; what was not measured on this machine is left out."""
+    sections = [
+        render(record)
+        for name, render in (
+            ("overhead", _overhead),
+            ("forward", _forward),
+            ("memory", _memory),
+            ("vllm_throughput", _vllm),
+            ("batching", _batching),
+        )
+        if (record := results.load(name)) is not None
+    ]
+    if (record := results.load("overhead")) is not None:
+        plot(record, results.load("vllm_throughput"))
+    path = DOCS / "benchmarks.md"
+    path.write_text("\n".join([_HEAD, *sections]))
+    return path
+
+
+_HEAD = """\
+# Benchmarks
+
+`make bench` runs them all and writes this page; `python -m benchmarks NAME` runs one. Both sides of a comparison
+are measured in turns within one run, and the figures are medians over the rounds with the range in brackets. A run
+beside which other processes used more than 0.05 cores is repeated.
+
+![Added latency, and throughput of vLLM](benchmarks.png)
+"""
+
+
+def _origin(record: Record) -> str:
+    box = record["machine"]
+    return (
+        f"`{record['command']}`, {record['date']}: {box['cpu']}, {box['cores']} cores, {box['memory_gib']} GiB, "
+        f"Linux {box['kernel']}, Python {box['python']}."
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _range(value: dict[str, float], digits: int = 2) -> str:
+    return f"{value['median']:.{digits}f} ({value['low']:.{digits}f} to {value['high']:.{digits}f})"
+
+
+def _against(value: float, target: float | None, *, least: bool = False) -> str:
+    if target is None:
+        return ""
+    met = value >= target if least else value <= target
+    return f"{'≥' if least else '≤'} {target:g}: {'met' if met else '**missed**'}"
+
+
+_TARGETS = {
+    ("32", "ttft", 50): 1.5,
+    ("32", "ttft", 99): 3.0,
+    ("200", "ttft", 50): 2.0,
+    ("200", "ttft", 99): 6.0,
+    **{(str(streams), "itl", 99): 2.0 for streams in overhead.STREAMS},
+}
+
+
+def _overhead(record: Record) -> str:
+    rows = []
+    for streams, found in record["streams"].items():
+        for name in ("ttft", "itl"):
+            for p in overhead.PERCENTILES:
+                added = found[f"added_{name}_p{p}_ms"]
+                rows.append(
+                    [
+                        streams,
+                        f"{name.upper()} p{p}",
+                        f"{found[f'direct_{name}_p{p}_ms']['median']:.2f}",
+                        f"{found[f'headrace_{name}_p{p}_ms']['median']:.2f}",
+                        _range(added),
+                        _against(added["median"], _TARGETS.get((streams, name, p))),
+                    ]
+                )
+    return f"""\
+## Added latency
+
+The sim engine ({record["ttft_ms"]} ms to the first token, {record["itl_ms"]} ms between tokens, {record["tokens"]} tokens) \
+served directly over HTTP, against the same behind ingress, queue and worker. Every request is synced to disk before it
+is acknowledged (`sync_interval: always`), every frame journaled. "Added" is the difference of the two sides'
+percentiles, in ms, over {record["rounds"]} rounds. TTFT runs from the request's last byte written to the first token's
+event read. The load generator, nats-server, ingress and worker share the cores, the direct side's server has them with
+the load alone.
+
+{_table(["streams", "ms", "direct", "Headrace", "added", "target"], rows)}
+{_origin(record)}
+"""
+
+
+def _forward(record: Record) -> str:
+    rows = []
+    for pace in forward.PACES:
+        found = record[pace]
+        for what, unit in (("events_per_s", "events/s"), ("events_per_cpu_s", "events per CPU second")):
+            ratio = found[f"{what}_ratio"]
+            target = 0.6 if (pace, what) == ("saturated", "events_per_s") else None
+            rows.append(
+                [
+                    pace,
+                    unit,
+                    f"{found[f'direct_{what}']['median']:,.0f}",
+                    f"{found[f'headrace_{what}']['median']:,.0f}",
+                    _range(ratio),
+                    _against(ratio["median"], target, least=True),
+                ]
+            )
+    used = record["saturated"]["headrace_core_used"]["median"]
+    return f"""\
+## Forwarding
+
+SSE events of {record["streams"]} streams through one ingress process, against the sim's app served directly, each
+alone on one core; the load on the other, and with it, for Headrace, nats-server and a source of prebuilt frames. Paced
+is {record["paced"]["itl_ms"]:g} ms between tokens, saturated {record["saturated"]["itl_ms"]:g} ms, where ingress used \
+{used:.0%} of its core.
+
+{_table(["pace", "", "direct", "ingress", "ratio", "target"], rows)}
+{_origin(record)}
+"""
+
+
+def _memory(record: Record) -> str:
+    targets = {"ingress": 150.0, "worker": 120.0}
+    rows = [
+        [name, f"{record['rss_mib_before'][name]:.0f}", f"{mib:.0f}", _against(mib, targets.get(name))]
+        for name, mib in record["rss_mib"].items()
+    ]
+    return f"""\
+## Memory
+
+Resident MiB of each process, and with {record["streams"]:,} streams open and idle after their first token (sim engine).
+
+{_table(["process", "at rest", "with the streams", "target"], rows)}
+{_origin(record)}
+"""
+
+
+def _vllm(record: Record) -> str:
+    rows = [
+        [
+            streams,
+            f"{found['direct_tokens_per_s']['median']:.0f}",
+            f"{found['headrace_tokens_per_s']['median']:.0f}",
+            _range(found["ratio"], 3),
+            _against(found["ratio"]["median"], 0.95, least=True),
+        ]
+        for streams, found in record["streams"].items()
+    ]
+    return f"""\
+## Throughput of real vLLM
+
+Tokens a second of {record["model"]} on vLLM's CPU build, {record["tokens"]} tokens a request, greedy, closed loop:
+`AsyncLLM` called directly, against HTTP through ingress, queue and worker. Same options, two engines in turn.
+
+{_table(["streams", "AsyncLLM", "Headrace", "ratio", "target"], rows)}
+{_origin(record)}
+"""
+
+
+def _batching(record: Record) -> str:
+    throughput = record["throughput"]
+    rows = [
+        [
+            "tokens/s, all at once",
+            _range(throughput["static_tokens_per_s"], 0),
+            _range(throughput["continuous_tokens_per_s"], 0),
+            _range(throughput["ratio"]),
+        ]
+    ]
+    rows += [
+        [
+            f"latency {name}, s, at {record['load']:.0%} load",
+            _range(found["static_s"]),
+            _range(found["continuous_s"]),
+            _range(found["ratio"]),
+        ]
+        for name, found in record["latency"].items()
+    ]
+    return f"""\
+## Continuous against static batching
+
+Real vLLM, {record["requests"]} requests a round of {record["mean_tokens"]:.0f} tokens on average (exponential, 4 to 256), \
+batches of {record["batch"]}. The first row offers
+all at once; the others Poisson arrivals at {record["rate_per_s"]:.2f} requests/s, {record["load"]:.0%} of what continuous \
+batching can do. A static batch waits at most 0.5 s for
+company and answers when its longest member is done; vLLM drops its finished members from the steps, so it computes no
+padding, which makes this baseline kinder than the classic one. The ratio is how much better continuous is.
+
+{_table(["", "static", "continuous", "ratio"], rows)}
+{_origin(record)}
+"""
+
+
+def plot(latency: Record, throughput: Record | None) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3 if throughput else 2, figsize=(12 if throughput else 8, 3.6))
+    for axis, name in zip(axes, ("ttft", "itl"), strict=False):
+        _bars(
+            axis,
+            list(latency["streams"]),
+            {
+                f"p{p}": [found[f"added_{name}_p{p}_ms"] for found in latency["streams"].values()]
+                for p in overhead.PERCENTILES
+            },
+        )
+        axis.set(title=f"added {name.upper()}, ms", xlabel="concurrent streams (sim engine)")
+    if throughput:
+        found = throughput["streams"]
+        sides = {"AsyncLLM": "direct_tokens_per_s", "Headrace": "headrace_tokens_per_s"}
+        _bars(
+            axes[2],
+            list(found),
+            {label: [value[side] for value in found.values()] for label, side in sides.items()},
+        )
+        axes[2].set(title="vLLM on CPU, tokens/s", xlabel="concurrent streams")
+    figure.tight_layout()
+    figure.savefig(DOCS / PLOT, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _bars(axis: Any, groups: list[str], series: dict[str, list[dict[str, float]]]) -> None:
+    """Grouped bars of medians with the range over rounds as whiskers."""
+    width = 0.8 / len(series)
+    for number, (label, values) in enumerate(series.items()):
+        at = [index + (number - (len(series) - 1) / 2) * width for index in range(len(groups))]
+        medians = [value["median"] for value in values]
+        below = [value["median"] - value["low"] for value in values]
+        above = [value["high"] - value["median"] for value in values]
+        axis.bar(at, medians, width, yerr=[below, above], capsize=3, label=label)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.legend()
