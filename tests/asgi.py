@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -108,11 +107,3 @@ async def ask(app: ASGIApp, path: str, body: object) -> Any:
         answer = await call.json()
         assert call.status == 200, answer
         return answer
-
-
-async def until(condition: Callable[[], bool], limit: float = 10.0) -> None:
-    """Poll `condition` until it holds."""
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, "the condition never came true"
-        await asyncio.sleep(0.005)

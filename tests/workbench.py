@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from prometheus_client import REGISTRY
 
 from broker import base, replies, subjects
 from broker.messages import TERMINAL, Frame, FrameKind, ModelCard, Request, ServiceClass, UsageEvent
+from tests.waiting import until
 from workers.config import SimConfig, WorkerConfig
 from workers.engines.base import ASGIApp, Engine, EngineStats, Receive, Scope, Send
 from workers.engines.sim import expected_tokens, tokenize
@@ -30,16 +31,6 @@ FAST = SimConfig(beta0=1, beta1=0, beta2=0, max_num_seqs=8, context_tokens=2048,
 
 STUCK = FAST.model_copy(update={"beta1": 60_000.0})
 """Prefill takes a minute a token: a request stays in it."""
-
-
-async def until(condition: Callable[[], Awaitable[object] | object]) -> None:
-    """Poll until `condition` holds; it may be a coroutine function."""
-    async with asyncio.timeout(LIMIT):
-        while True:
-            held = condition()
-            if await held if isinstance(held, Awaitable) else held:
-                return
-            await asyncio.sleep(0.002)
 
 
 def metric(name: str, **labels: str) -> float:

@@ -7,8 +7,7 @@ import contextlib
 import re
 import signal
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +22,11 @@ from broker import base, client, processes
 from broker.config import BrokerConfig
 from broker.messages import UsageEvent
 from ops import demo_model, up
+from tests.waiting import LIMIT, until
 
 ROOT = Path(__file__).parents[2]
 MODEL = demo_model.NAME
 SLOTS = 4
-LIMIT = 30.0
 START_LIMIT = 120.0
 
 
@@ -76,14 +75,6 @@ class Fleet:
         }
         busy = figures["running"] or figures["waiting"]
         return not busy and figures["kv_tokens_free"] == figures["kv_tokens_total"] > 0
-
-
-async def until(condition: Callable[[], Awaitable[object]], limit: float = LIMIT) -> None:
-    """Poll another process's state until it holds."""
-    end = time.monotonic() + limit
-    while not await condition():
-        assert time.monotonic() < end, "the condition never came true"
-        await asyncio.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

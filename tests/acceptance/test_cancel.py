@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.acceptance.conftest import MODEL, ROOT, SLOTS, Fleet, until
+from tests.acceptance.conftest import MODEL, ROOT, SLOTS, Fleet
+from tests.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.timeout(180)]
 

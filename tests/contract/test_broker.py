@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import ServiceClass
 from broker.server import NatsServer
+from tests.waiting import until
 
 T = TypeVar("T")
 
@@ -46,16 +47,6 @@ class Box(Generic[T]):
 
     def __len__(self) -> int:
         return self._items.qsize()
-
-
-async def until(condition: Callable[[], Awaitable[object] | object]) -> None:
-    """Wait until `condition` holds; it may be a coroutine function."""
-    async with asyncio.timeout(LIMIT):
-        while True:
-            held = condition()
-            if await held if isinstance(held, Awaitable) else held:
-                return
-            await asyncio.sleep(0.005)
 
 
 class Fleet:

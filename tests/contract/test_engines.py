@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from tests import asgi
+from tests.waiting import until
 from workers.config import HttpConfig, SimConfig
 from workers.engines import base, http, sim
 
@@ -183,7 +184,7 @@ async def test_requests_at_once_do_not_mix(engine: base.Engine) -> None:
     together = await asyncio.gather(*(asgi.ask(engine.app, CHAT, body) for body in bodies))
     for one, other in zip(alone, together[:3], strict=True):
         assert one["choices"][0]["message"] == other["choices"][0]["message"]
-    await asgi.until(lambda: idle(engine))
+    await until(lambda: idle(engine))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -192,12 +193,12 @@ async def test_a_disconnect_stops_the_run_and_frees_the_engine(engine: base.Engi
     engine.on_change = lambda: seen.append(engine.stats())
     try:
         async with asgi.request(engine.app, CHAT, chat(engine, stream=stream, max_tokens=1500)) as call:
-            await asgi.until(lambda: engine.stats().running == 1)
+            await until(lambda: engine.stats().running == 1)
             if stream:
                 await anext(call.chunks())
             call.disconnect()
             await call.ended()
-        await asgi.until(lambda: idle(engine))
+        await until(lambda: idle(engine))
     finally:
         engine.on_change = None
     assert any(stats.running == 1 for stats in seen)
@@ -208,16 +209,16 @@ async def test_a_disconnect_of_a_request_that_waits_frees_it_too(engine: base.En
     slots = engine.stats().max_running
     long = chat(engine, max_tokens=1500, ignore_eos=True)
     running = [asgi.Call(engine.app, "POST", CHAT, orjson.dumps(long)) for _ in range(slots)]
-    await asgi.until(lambda: engine.stats().running == slots)
+    await until(lambda: engine.stats().running == slots)
     async with asgi.request(engine.app, CHAT, long) as last:
-        await asgi.until(lambda: engine.stats().waiting == 1)
+        await until(lambda: engine.stats().waiting == 1)
         last.disconnect()
         await last.ended()
         assert last.status == 0
     for call in running:
         call.disconnect()
         await call.ended()
-    await asgi.until(lambda: idle(engine))
+    await until(lambda: idle(engine))
 
 
 @pytest.mark.parametrize(

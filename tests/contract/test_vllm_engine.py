@@ -16,6 +16,7 @@ import pytest
 from broker import errors
 from tests import asgi
 from tests.contract.conftest import ROOT
+from tests.waiting import until
 from workers.config import VllmConfig
 from workers.engines import base, vllm
 
@@ -64,13 +65,6 @@ def body_for(path: str, messages: list[dict[str, Any]], tokens: int, **more: Any
         case _:
             words |= {"messages": messages, "max_tokens": tokens}
     return words | more
-
-
-async def until(condition: Any, limit: float = 10.0) -> None:
-    end = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < end, "the condition never came true"
-        await asyncio.sleep(0.002)
 
 
 def idle(engine: base.Engine) -> bool:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 
@@ -16,26 +14,10 @@ from broker.config import BrokerConfig
 from broker.messages import ModelCard
 from ingress import app
 from ingress.config import IngressConfig
+from tests.waiting import LIMIT
 from workers.config import SimConfig, WorkerConfig
 from workers.engines import sim
 from workers.runner import Worker
-
-LIMIT = 30.0
-
-T = TypeVar("T")
-
-
-async def until(condition: Callable[[], T | Awaitable[T]]) -> T:
-    """Poll what no signal tells until it is true, and return it; fails after LIMIT seconds."""
-    end = time.monotonic() + LIMIT
-    while True:
-        found = condition()
-        if inspect.isawaitable(found):
-            found = await found
-        if found:
-            return found
-        assert time.monotonic() < end, f"never came true: {inspect.getsource(condition)}"
-        await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

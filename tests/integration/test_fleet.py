@@ -18,7 +18,8 @@ from broker import base, client, replies, subjects
 from broker.config import BrokerConfig
 from broker.messages import FrameKind, Heartbeat, Request
 from tests.integration.fleet import Fleet
-from tests.integration.serving import LIMIT, answer, ready, register, streaming, until
+from tests.integration.serving import answer, ready, register, streaming
+from tests.waiting import LIMIT, until
 
 CHAT = "/v1/chat/completions"
 

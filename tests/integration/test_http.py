@@ -14,7 +14,8 @@ import pytest
 from broker import base, client, subjects
 from broker.config import BrokerConfig
 from broker.server import NatsServer
-from tests.integration.serving import LIMIT, answer, ingress, ready, register, streaming, until, worker
+from tests.integration.serving import answer, ingress, ready, register, streaming, worker
+from tests.waiting import LIMIT, until
 from workers.engines import sim
 from workers.engines.base import Receive, Scope, Send
 

@@ -14,6 +14,7 @@ from broker.base import Broker
 from broker.config import BrokerConfig
 from broker.messages import FrameKind, ServiceClass
 from broker.server import NatsServer
+from tests.waiting import until
 from tests.workbench import (
     FAST,
     STUCK,
@@ -24,7 +25,6 @@ from tests.workbench import (
     idle,
     serving,
     start_response,
-    until,
 )
 from workers.config import SimConfig
 from workers.engines import sim

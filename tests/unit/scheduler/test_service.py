@@ -17,7 +17,8 @@ from broker.memory import MemoryBroker
 from broker.messages import Credit, DeadLetter, FrameKind, Heartbeat, ModelCard, ServiceClass, UsageEvent
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
-from tests.workbench import PATH, STUCK, Caller, calling, metric, serving, soon, until
+from tests.waiting import until
+from tests.workbench import PATH, STUCK, Caller, calling, metric, serving, soon
 from workers.engines import sim
 
 CARD = ModelCard(id="sim", base="sim", context_tokens=4096, paths=(PATH,))

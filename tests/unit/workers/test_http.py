@@ -9,6 +9,7 @@ import pytest
 
 from broker import errors
 from tests import asgi
+from tests.waiting import until
 from workers.config import HttpConfig, SimConfig
 from workers.engines import http, sim
 from workers.engines.base import Tap
@@ -150,7 +151,7 @@ async def test_a_server_without_a_health_path_is_asked_for_its_models() -> None:
         writer.write(b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n")
 
     async with server(no_health, asked) as url, engine(url, health_interval=0.01, health_failures=1) as made:
-        await asgi.until(lambda: len(asked) >= 4)
+        await until(lambda: len(asked) >= 4)
         assert not made.died.done()
     assert asked[:4] == [b"/v1/models", b"/health", b"/v1/models", b"/v1/models"]
 
@@ -165,7 +166,7 @@ async def test_the_whole_fleet_of_slots_serves_and_one_more_waits() -> None:
             asgi.request(made.app, CHAT, BODY) as first,
             asgi.request(made.app, CHAT, BODY) as second,
         ):
-            await asgi.until(lambda: made.stats().waiting == 1)
+            await until(lambda: made.stats().waiting == 1)
             assert made.stats().running == 1
             first.disconnect()
             await first.ended()

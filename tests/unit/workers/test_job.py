@@ -12,7 +12,8 @@ import pytest
 from broker import codec, errors, replies, subjects
 from broker.memory import MemoryBroker
 from broker.messages import Frame, FrameKind, Request, UsageEvent
-from tests.workbench import PATH, WaxEngine, gone, metric, soon, start_response, until
+from tests.waiting import until
+from tests.workbench import PATH, WaxEngine, gone, metric, soon, start_response
 from workers import job as jobs
 from workers.engines.base import ASGIApp, Receive, Scope, Send, current_tap
 

@@ -15,6 +15,7 @@ from broker.base import Delivery
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import DeadLetter, FrameKind, Heartbeat, ServiceClass
+from tests.waiting import until
 from tests.workbench import (
     FAST,
     PATH,
@@ -30,7 +31,6 @@ from tests.workbench import (
     serving,
     soon,
     start_response,
-    until,
 )
 from workers.config import SimConfig
 from workers.engines import sim

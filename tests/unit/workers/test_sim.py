@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from broker import errors
 from tests import asgi
+from tests.waiting import until
 from workers.config import SimConfig
 from workers.engines import sim
 from workers.engines.sim_answer import StopScan
@@ -263,7 +264,7 @@ async def test_a_slow_reader_gets_what_has_gathered_in_one_body() -> None:
             await made.app(scope, receive, held)
 
         async with asgi.request(slow, CHAT, body) as call:
-            await asgi.until(lambda: made.stats().steps == 30)
+            await until(lambda: made.stats().steps == 30)
             app_may_send.set()
             events = [event async for event in call.events()]
     assert len(events) == 31
