@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from benchmarks import report, results
+from broker import processes
 
 NAMES = ("overhead", "forward", "memory", "vllm_throughput", "batching")
 
@@ -22,17 +23,18 @@ def main() -> int:
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     flags = ["--quick"] if args.quick else []
-    failed = [
-        name
-        for name in args.names or NAMES
-        # Each in a process of its own: what one leaves in memory is no other's.
-        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *flags], check=False).returncode
-    ]
+    failed = [name for name in args.names or NAMES if _run(name, flags)]
     if not args.quick:
         results.say(f"written: {report.write()}")
     if failed:
         results.say(f"failed: {', '.join(failed)}")
     return bool(failed)
+
+
+def _run(name: str, flags: list[str]) -> int:
+    """In a process of its own: what one benchmark leaves in memory is no other's. The exit status."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
+    return subprocess.run(command, preexec_fn=processes.bound_to_me(), check=False).returncode
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from typing import IO
 import orjson
 import psutil
 
+from broker import processes
+
 START = 180.0
 """Seconds until ready: vLLM on a slow machine."""
 STOP = 60.0
@@ -69,7 +71,18 @@ def sim_engine(**settings: object) -> Iterator[Running]:
 def up(engine: str, **settings: object) -> Iterator[Running]:
     """`headrace up` on free ports, with a data directory of its own."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
-        command = ["up", "--engine", engine, "--port", "0", "--nats-port", "0", "--data", scratch]
+        command = [
+            "up",
+            "--with-parent",
+            "--engine",
+            engine,
+            "--port",
+            "0",
+            "--nats-port",
+            "0",
+            "--data",
+            scratch,
+        ]
         with _process([*command, *_flags(settings)]) as (process, out):
             _, url, nats, *_ = _line(out, lambda line: line.startswith(b"ready ")).decode().split()
             yield Running(url, nats, psutil.Process(process.pid))
@@ -86,7 +99,12 @@ def _process(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], IO
     """`headrace <arguments>`; its log is shown when anything goes wrong. Stopped on the way out."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ops", *arguments], stdout=subprocess.PIPE, stderr=log, bufsize=0
+            [sys.executable, "-m", "ops", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            bufsize=0,
+            # `up` sees to its own end, and that of its parts, when its parent is gone.
+            preexec_fn=None if arguments[0] == "up" else processes.bound_to_me(),
         )
         assert process.stdout is not None
         try:

@@ -21,6 +21,7 @@ import psutil
 
 from benchmarks import fleet, frame_source, quiet, results
 from benchmarks.load import Load, Result, measure
+from broker import processes
 
 SERVER_CORE, OTHER_CORE = 0, 1
 TOKENS = 200
@@ -90,7 +91,11 @@ def _summary(itl_ms: float, taken: dict[str, list[dict[str, float]]]) -> dict[st
 @contextlib.contextmanager
 def _frames(nats: str, itl_ms: float) -> Iterator[None]:
     command = [sys.executable, "-m", "benchmarks.frame_source", nats, str(TOKENS), str(itl_ms)]
-    process = subprocess.Popen(["taskset", "-c", str(OTHER_CORE), *command], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        ["taskset", "-c", str(OTHER_CORE), *command],
+        stdout=subprocess.PIPE,
+        preexec_fn=processes.bound_to_me(),
+    )
     assert process.stdout is not None
     try:
         if process.stdout.readline() != b"ready\n":

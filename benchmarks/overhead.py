@@ -15,7 +15,7 @@ from benchmarks.load import Load, Result, measure
 
 TTFT_MS = ITL_MS = 20
 TOKENS = 40
-STREAMS = {1: 25, 32: 320, 100: 800, 200: 1600}
+STREAMS = {1: 12, 32: 320, 100: 800, 200: 1600}
 """Concurrent streams -> requests of one side in one round."""
 ROUNDS = 5
 PERCENTILES = (50, 99)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import forward, overhead, results
+from benchmarks import batching, forward, overhead, quiet, results
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLOT = "benchmarks.png"
@@ -33,12 +33,12 @@ def write() -> Path:
     return path
 
 
-_HEAD = """\
+_HEAD = f"""\
 # Benchmarks
 
-`make bench` runs them all and writes this page; `python -m benchmarks NAME` runs one. Both sides of a comparison
-are measured in turns within one run, and the figures are medians over the rounds with the range in brackets. A run
-beside which other processes used more than 0.05 cores is repeated.
+`make bench` runs them all and writes this page; `python -m benchmarks NAME` runs one. The two sides of a
+comparison are measured in turns within one run. Figures are medians over the rounds, with their range in
+brackets. A run during which other processes used more than {quiet.FOREIGN:g} cores is repeated, {quiet.TRIES} times at most.
 
 ![Added latency, and throughput of vLLM](benchmarks.png)
 """
@@ -47,8 +47,8 @@ beside which other processes used more than 0.05 cores is repeated.
 def _origin(record: Record) -> str:
     box = record["machine"]
     return (
-        f"`{record['command']}`, {record['date']}: {box['cpu']}, {box['cores']} cores, {box['memory_gib']} GiB, "
-        f"Linux {box['kernel']}, Python {box['python']}."
+        f"`{record['command']}`, {record['date']}: {box['cpu']}, {box['cores']} cores, "
+        f"{box['memory_gib']} GiB, Linux {box['kernel']}, Python {box['python']}."
     )
 
 
@@ -96,12 +96,12 @@ def _overhead(record: Record) -> str:
     return f"""\
 ## Added latency
 
-The sim engine ({record["ttft_ms"]} ms to the first token, {record["itl_ms"]} ms between tokens, {record["tokens"]} tokens) \
-served directly over HTTP, against the same behind ingress, queue and worker. Every request is synced to disk before it
-is acknowledged (`sync_interval: always`), every frame journaled. "Added" is the difference of the two sides'
-percentiles, in ms, over {record["rounds"]} rounds. TTFT runs from the request's last byte written to the first token's
-event read. The load generator, nats-server, ingress and worker share the cores, the direct side's server has them with
-the load alone.
+The sim engine served directly over HTTP, against the same behind ingress, queue and worker: {record["ttft_ms"]} ms
+to the first token, {record["itl_ms"]} ms between tokens, {record["tokens"]} tokens, {record["rounds"]} rounds. Every request is
+synced to disk before it is acknowledged (`sync_interval: always`), every frame journaled. "Added" is the
+difference of the two sides' percentiles. TTFT runs from the write of the request to the read of the first event
+with text. Load generator, nats-server, ingress and worker share the cores. Other processes used
+{record["cores_used_by_others"]:.2f} cores at most.
 
 {_table(["streams", "ms", "direct", "Headrace", "added", "target"], rows)}
 {_origin(record)}
@@ -129,9 +129,9 @@ def _forward(record: Record) -> str:
     return f"""\
 ## Forwarding
 
-SSE events of {record["streams"]} streams through one ingress process, against the sim's app served directly, each
-alone on one core; the load on the other, and with it, for Headrace, nats-server and a source of prebuilt frames. Paced
-is {record["paced"]["itl_ms"]:g} ms between tokens, saturated {record["saturated"]["itl_ms"]:g} ms, where ingress used \
+SSE events of {record["streams"]} streams through one ingress process, against the sim's app served directly, each alone
+on one core. On the other core runs the load and, for Headrace, nats-server and a source of prebuilt frames. Paced
+means {record["paced"]["itl_ms"]:g} ms between two tokens of a stream, saturated {record["saturated"]["itl_ms"]:g} ms; ingress then used
 {used:.0%} of its core.
 
 {_table(["pace", "", "direct", "ingress", "ratio", "target"], rows)}
@@ -148,7 +148,8 @@ def _memory(record: Record) -> str:
     return f"""\
 ## Memory
 
-Resident MiB of each process, and with {record["streams"]:,} streams open and idle after their first token (sim engine).
+Resident MiB of each process at rest, and with {record["streams"]:,} streams that idle after their first token
+(sim engine).
 
 {_table(["process", "at rest", "with the streams", "target"], rows)}
 {_origin(record)}
@@ -169,8 +170,9 @@ def _vllm(record: Record) -> str:
     return f"""\
 ## Throughput of real vLLM
 
-Tokens a second of {record["model"]} on vLLM's CPU build, {record["tokens"]} tokens a request, greedy, closed loop:
-`AsyncLLM` called directly, against HTTP through ingress, queue and worker. Same options, two engines in turn.
+Tokens a second of {record["model"]} on vLLM's CPU build, {record["tokens"]} tokens a request, greedy, closed
+loop, {record["rounds"]} rounds: `AsyncLLM` called directly, against HTTP through ingress, queue and worker. Two engines
+with the same options, loaded in turn. Other processes used {record["cores_used_by_others"]:.2f} cores at most.
 
 {_table(["streams", "AsyncLLM", "Headrace", "ratio", "target"], rows)}
 {_origin(record)}
@@ -199,12 +201,12 @@ def _batching(record: Record) -> str:
     return f"""\
 ## Continuous against static batching
 
-Real vLLM, {record["requests"]} requests a round of {record["mean_tokens"]:.0f} tokens on average (exponential, 4 to 256), \
-batches of {record["batch"]}. The first row offers
-all at once; the others Poisson arrivals at {record["rate_per_s"]:.2f} requests/s, {record["load"]:.0%} of what continuous \
-batching can do. A static batch waits at most 0.5 s for
-company and answers when its longest member is done; vLLM drops its finished members from the steps, so it computes no
-padding, which makes this baseline kinder than the classic one. The ratio is how much better continuous is.
+Real vLLM on CPU, {record["rounds"]} rounds of {record["requests"]} requests with {batching.MIN_TOKENS} to {batching.MAX_TOKENS} output
+tokens (exponential, {record["mean_tokens"]:.0f} on average), batches of {record["batch"]}. The first row offers all requests at once.
+The others are Poisson arrivals at {record["rate_per_s"]:.2f} requests/s, {record["load"]:.0%} of what continuous batching can do. A
+static batch waits {batching.WAIT:g} s at most for company and answers when its longest member is done. vLLM drops finished
+members from its steps, so that this baseline computes no padding: it is kinder than the classic one. The ratio
+says how many times better continuous batching is.
 
 {_table(["", "static", "continuous", "ratio"], rows)}
 {_origin(record)}

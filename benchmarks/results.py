@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import platform
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -71,11 +72,7 @@ def main(name: str, run: Callable[[bool], Mapping[str, Any]]) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs: does it work?")
     quick = parser.parse_args().quick
-    measure(name, run, quick=quick)
-
-
-def measure(name: str, run: Callable[[bool], Mapping[str, Any]], *, quick: bool) -> None:
-    """Run one benchmark and save what it found."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started is stopped
     say(f"{name}:")
     save(name, run(quick), quick=quick)
 

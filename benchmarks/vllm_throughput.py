@@ -19,6 +19,7 @@ import orjson
 
 from benchmarks import fleet, quiet, results
 from benchmarks.load import Load, measure
+from broker import processes
 from ops import demo_model
 
 TOKENS = 64
@@ -88,6 +89,7 @@ def _direct(model: Path) -> Iterator[Side]:
         [sys.executable, "-m", "benchmarks.direct_vllm", str(model)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        preexec_fn=processes.bound_to_me(),
     )
     assert process.stdin is not None
     assert process.stdout is not None
