@@ -38,15 +38,23 @@ class Connection(Client):
         self._flush_timer: asyncio.TimerHandle | None = None
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        """What is raised here would end nats-py's read loop, and with it the connection: anybody may
+        publish anything, so garbage reaches its handler as far as it can be read."""
         handler = self.handlers.get(sid)
-        if handler is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-            return
-        head = await self._process_headers(headers) if headers else None
         try:
-            handler(base.Message(subject.decode(), data, head, reply.decode()))
+            if handler is None:
+                await super()._process_msg(sid, subject, reply, data, headers)
+                return
+            head = await self._readable(headers) if headers else None
+            handler(base.Message(subject.decode("utf-8", "surrogateescape"), data, head, reply.decode()))
         except Exception:
-            _log.exception("a handler failed on %s", subject.decode("utf-8", "replace"))
+            _log.exception("a message on %r could not be handled", subject)
+
+    async def _readable(self, headers: bytes) -> dict[str, str] | None:
+        try:
+            return await self._process_headers(headers)
+        except Exception:
+            return None
 
     async def publish_gathered(self, subject: str, data: bytes) -> None:
         """Publish, leaving at once if nothing left within `GATHER`, else by its end, together with

@@ -122,7 +122,7 @@ async def dead_letter(
     letter = DeadLetter(
         reason=exc.code,
         message=exc.message,
-        subject=subject,
+        subject=subject.encode("utf-8", "backslashreplace").decode(),
         headers=head,
         body=base64.b64encode(body).decode(),
         failed_ms=now_ms(),
@@ -149,8 +149,9 @@ async def last_frame(broker: base.Broker, reply_to: str, since_ms: float) -> Fra
 class Assembler:
     """Puts frames in order, each once. Pure: no I/O; `gap` says when frames are missing.
 
-    A frame of an older epoch is dropped. A newer epoch starts again at seq 0: its head is dropped
-    if one was passed on, and data is passed on from the first output token not yet seen.
+    A frame of an older epoch is dropped. A newer epoch starts again at seq 0 and goes on, without a
+    head of its own, at the output token that the reader has come to; what it repeats is dropped. One
+    that brings a second head has begun anew, with another text perhaps: that is a loss.
     """
 
     def __init__(self) -> None:
@@ -216,7 +217,7 @@ class Assembler:
             raise errors.FramesLost(f"the reply goes on at token {frame.off}, but {self._off} were seen")
         if frame.kind is FrameKind.HEAD:
             if self._headed:
-                return False
+                raise errors.FramesLost("the answer was begun anew after a part of it had been passed on")
             self._headed = True
         elif frame.off < self._off:
             return False
@@ -254,16 +255,16 @@ class Stream:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(silent)
 
-    async def next(self, timeout: float) -> list[Frame]:
+    async def next(self, timeout: float, *, ask_journal: bool = True) -> list[Frame]:
         """Frames in order as soon as there are any; [] after `timeout` seconds or a `wake`.
 
-        Silence is not trusted: the journal is asked whether frames passed us by. Raises
-        errors.FramesLost when a gap can't be filled from it.
+        Silence is not trusted: the journal is asked whether frames passed us by, unless the caller
+        knows better. Raises errors.FramesLost when a gap can't be filled from it.
         """
         if not self._waiting and not await self._wait(timeout) and not self._waiting:
             return []
         ready: list[Frame] = []
-        silent = not self._waiting
+        silent = ask_journal and not self._waiting
         while self._waiting:
             ready += self._assembler.feed(codec.decode(self._waiting.popleft()))
         try:

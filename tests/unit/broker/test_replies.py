@@ -71,12 +71,17 @@ def test_what_is_lost_is_repaired_in_place(run: list[int], data: st.DataObject) 
     assert seen == frames
 
 
-@given(sizes, st.integers(0, 12), st.randoms(use_true_random=False))
-def test_a_later_attempt_goes_on_where_the_reader_is(run: list[int], cut: int, rng: random.Random) -> None:
-    """A worker dies after `cut` frames, the next starts again: each token once, one head, one end. What
-    the dead one's connection still held comes in between, and is nobody's."""
+@given(sizes, st.integers(0, 12), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_a_later_attempt_goes_on_where_the_reader_is(
+    run: list[int], cut: int, repeated: int, rng: random.Random
+) -> None:
+    """A worker dies after `cut` frames, the next goes on, repeating up to some: each token once, one
+    head, one end. What the dead one's connection still held comes in between, and is nobody's."""
     whole = attempt(1, run)
-    first, second = whole[:-1][:cut], attempt(2, run)
+    first = whole[:-1][:cut]
+    rest = whole[max(min(cut, 2), len(first) - repeated, 1) :]
+    second = [Frame(2, 0, FrameKind.BEAT)]
+    second += [Frame(2, n, f.kind, f.off, f.ids, payload=f.payload) for n, f in enumerate(rest, start=1)]
     assembler, seen = Assembler(), []
     for frame in first:
         seen += assembler.feed(frame)
@@ -88,10 +93,20 @@ def test_a_later_attempt_goes_on_where_the_reader_is(run: list[int], cut: int, r
     for frame in mixed:
         seen += assembler.feed(frame)
     assert tokens(seen) == list(range(sum(run)))
-    assert [f.kind for f in seen].count(FrameKind.HEAD) == 1
     assert [f.payload for f in seen if f.kind in KINDS] == [f.payload for f in whole if f.kind in KINDS]
     assert seen[-1].kind is FrameKind.END
     assert assembler.finished
+
+
+def test_an_answer_begun_anew_is_never_joined_to_what_was_sent() -> None:
+    """After a broker lost its journal nobody knows that the first attempt had come so far."""
+    assembler = Assembler()
+    for frame in attempt(1, [1, 0, 0], None):
+        assembler.feed(frame)
+    beat, head, *_ = attempt(2, [1, 0, 0])
+    assembler.feed(beat)
+    with pytest.raises(errors.FramesLost, match="anew"):
+        assembler.feed(head)
 
 
 @given(

@@ -1,0 +1,67 @@
+"""What nats-py itself can't read: published by hand, since no client would send it."""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+import pytest
+
+from broker import client, subjects
+from broker.base import Message
+from broker.config import BrokerConfig
+from broker.messages import DeadLetter
+from tests.waiting import until
+from workers.runner import Worker
+
+BAD_HEADERS = [b"XXXX\r\n\r\n", b"NATS/1.0 200 \xff\r\n\r\n", b"NATS/1.0\r\nPath: \xff\r\n\r\n"]
+
+
+async def send(nats_url: str, *commands: bytes) -> None:
+    """Raw protocol lines; returns when the server has read them all."""
+    reader, writer = await asyncio.open_connection(urlsplit(nats_url).hostname, urlsplit(nats_url).port)
+    writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n' + b"".join(commands) + b"PING\r\n")
+    while not (line := await reader.readline()).startswith(b"PONG"):
+        assert not line.startswith(b"-ERR"), line
+    writer.close()
+    await writer.wait_closed()
+
+
+def hpub(subject: bytes, head: bytes, body: bytes = b"{}") -> bytes:
+    sizes = b"%d %d" % (len(head), len(head) + len(body))
+    return b"HPUB " + subject + b" " + sizes + b"\r\n" + head + body + b"\r\n"
+
+
+@pytest.mark.parametrize("head", BAD_HEADERS)
+async def test_unreadable_headers_reach_their_handler_without_them(nats_url: str, head: bytes) -> None:
+    heard: list[Message] = []
+    async with await client.connect(BrokerConfig(url=nats_url), "reader") as broker:
+        await broker.subscribe("fleet.*", heard.append)
+        await broker.last(subjects.REPLIES, "out.a.b.c")  # the server knows of the subscription
+        await send(nats_url, hpub(b"fleet.x", head), b"PUB fleet.y 2\r\nok\r\n")
+        await until(lambda: len(heard) == 2)
+        assert [m.data for m in heard] == [b"{}", b"ok"]
+        assert broker.connected
+
+
+async def test_requests_nobody_can_read_end_in_the_dead_letters(nats_url: str, sim_worker: Worker) -> None:
+    subject = b"req.sim.standard.acme.sim"
+    odd = b"PUB req.sim.standard.\xff.sim 2\r\n{}\r\n"
+    async with await client.connect(BrokerConfig(url=nats_url), "reader") as broker:
+        await send(nats_url, odd, *(hpub(subject, head) for head in BAD_HEADERS))
+
+        async def letters() -> list[DeadLetter]:
+            records = await broker.read(subjects.DEAD, subjects.ALL_DEAD)
+            return [DeadLetter.model_validate_json(record.data) for record in records]
+
+        async def all_there() -> bool:
+            return len(await letters()) == 4
+
+        await until(all_there)
+        assert {letter.reason for letter in await letters()} == {"malformed_message"}
+        assert "\\udcff" in (await letters())[0].subject
+
+        async def queue_empty() -> bool:
+            return not await broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS)
+
+        await until(queue_empty)
