@@ -719,7 +719,7 @@ async def test_nothing_hangs_while_the_broker_is_away(fleet: Fleet) -> None:
     for call in (
         lambda: broker.enqueue(SUBJECT, b""),
         lambda: broker.request("fleet.w1", timeout=0.2),
-        lambda: broker.pull("llama", ServiceClass.BATCH, Box(), nothing),
+        lambda: broker.pull("llama", ServiceClass.BATCH, Box[Delivery](), nothing),
         lambda: puller.ask(1),
         lambda: broker.delete(subjects.REQUESTS, 1),
         lambda: broker.read(subjects.REPLIES, REPLY),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ async def https(fleet: Fleet, broker: base.Broker) -> AsyncIterator[list[httpx.A
         urls = [part.url for part in fleet.parts if part.facts["part"] == "ingress"]
         https = [await stack.enter_async_context(connected(url)) for url in urls]
         for http in https:
-            await until(lambda http=http: ready(http))
-            await until(lambda http=http: lists(http, "sim", "lone"))
+            await until(partial(ready, http))
+            await until(partial(lists, http, "sim", "lone"))
         yield https
 
 
@@ -198,7 +199,7 @@ async def test_the_urgent_overtake_at_a_full_worker(
         posts = []
         for n in range(3):
             posts.append(asyncio.create_task(post(f"batch-{n}", service_tier="flex")))
-            await until(lambda n=n: queued("batch", n + 1))
+            await until(partial(queued, "batch", n + 1))
         posts.append(asyncio.create_task(post("standard")))
         await until(lambda: queued("standard", 2))
         posts.append(asyncio.create_task(post("urgent", service_tier="priority")))

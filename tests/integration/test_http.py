@@ -174,13 +174,21 @@ class TestAnswers:
 
     async def test_a_tenant_of_any_name_is_served(self, http: httpx.AsyncClient, broker: base.Broker) -> None:
         tenant = "\N{SNOWMAN}" * 85
-        response = await http.post(CHAT, json=chat(), headers={"X-Headrace-Tenant": tenant.encode()})
+        response = await http.post(CHAT, json=chat(), headers={b"X-Headrace-Tenant": tenant.encode()})
         assert response.status_code == 200, response.text
         assert (await one_usage(broker, tenant, "sim"))["outcome"] == "finished"
 
 
 class TestRefusals:
     """Each is told to its caller, and disturbs nobody else."""
+
+    @pytest.fixture(scope="class", autouse=True)
+    async def bystander(self, http: httpx.AsyncClient) -> AsyncIterator[None]:
+        """A stream that is open while all of them are refused."""
+        body = chat("bystander", stream=True, max_tokens=4000)
+        reading = asyncio.create_task(http.post(CHAT, json=body))
+        yield
+        assert text((await reading).content) == answer("bystander", 4000)
 
     @pytest.mark.parametrize(
         "body",

@@ -81,8 +81,8 @@ def test_garbage_is_malformed_and_nothing_else(data: bytes) -> None:
 def test_what_decodes_has_the_types_it_says(meta: dict[str, Any]) -> None:
     frame = _readable(orjson.dumps(meta) + b"\npayload")
     if frame is not None:
-        assert type(frame.epoch) is type(frame.seq) is type(frame.off) is int
-        assert type(frame.ids) is type(frame.choices) is list
+        assert all(type(number) is int for number in (frame.epoch, frame.seq, frame.off))
+        assert all(type(ids) is list for ids in (frame.ids, frame.choices))
         assert frame.payload == b"payload"
 
 

@@ -210,7 +210,12 @@ def test_makes_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_concurrent_callers_share_one_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetches: list[object] = []
     fetch = demo_model._fetch
-    monkeypatch.setattr(demo_model, "_fetch", lambda *args: fetches.append(args) or fetch(*args))
+
+    def counted(scratch: Path, progress: bool) -> Path:
+        fetches.append(scratch)
+        return fetch(scratch, progress)
+
+    monkeypatch.setattr(demo_model, "_fetch", counted)
     found: list[Path] = []
     threads = [
         threading.Thread(target=lambda: found.append(demo_model.ensure(tmp_path / "data", progress=False)))
