@@ -103,8 +103,9 @@ async def test_tools(openai_client: openai.AsyncOpenAI, choice: Any) -> None:
     answer = await openai_client.chat.completions.create(
         model=MODEL, messages=messages, tools=[TOOL], tool_choice=choice, max_tokens=60, temperature=0
     )
-    (call,) = answer.choices[0].message.tool_calls or [None]
-    assert call is not None
+    calls = answer.choices[0].message.tool_calls
+    assert calls is not None
+    (call,) = calls
     assert call.type == "function"
     assert call.function.name == "get_weather"
     assert json.loads(call.function.arguments) == {"city": "Oslo"}

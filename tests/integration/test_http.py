@@ -612,5 +612,6 @@ async def queued(broker: base.Broker, model: str, count: int) -> bool:
 
 async def one_usage(broker: base.Broker, tenant: str, model: str) -> dict[str, Any]:
     """The usage event of a request, and only one."""
-    (found,) = await until(lambda: usage(broker, tenant, model))
-    return found
+    found: list[dict[str, Any]] = await until(lambda: usage(broker, tenant, model))
+    (event,) = found
+    return event
