@@ -126,9 +126,6 @@ class Broker(abc.ABC):
         await self.publish(subject, data)
 
     @abc.abstractmethod
-    async def request(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> Message: ...
-
-    @abc.abstractmethod
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> Subscription: ...
 
     @abc.abstractmethod

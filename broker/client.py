@@ -11,6 +11,7 @@ import asyncio
 import functools
 import itertools
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -56,10 +57,18 @@ class _Translated:
             raise errors.TooLarge("the message is larger than the broker takes") from exc
         # nats.errors.Error: its timeouts, closed and lost connections, and JetStream's API errors.
         if isinstance(exc, (nats.errors.Error, TimeoutError, OSError)):
-            raise errors.Unavailable(f"the broker did not answer: {exc or type(exc).__name__}") from exc
+            raise errors.Unavailable(f"the broker did not answer: {_reason(exc)}") from exc
 
 
 _translated = _Translated()
+
+
+def _reason(exc: BaseException) -> str:
+    return str(exc) or type(exc).__name__
+
+
+def _without_credentials(url: str) -> str:
+    return re.sub(r"//[^,]*@", "//", url)
 
 
 class NatsBroker(base.Broker):
@@ -76,9 +85,17 @@ class NatsBroker(base.Broker):
         self._pullers: set[_Puller] = set()
         self._watches: set[_Watch] = set()
         self._closing = False
+        self._outage: set[str] = set()  # kinds of error logged since the connection was lost
         self._reconnecting: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
+        try:
+            await self._open()
+        except errors.Unavailable as exc:
+            url = _without_credentials(self._config.url)
+            raise errors.Unavailable(f"no broker at {url}: {exc.message}") from exc
+
+    async def _open(self) -> None:
         with _translated:
             # `connect` with endless reconnects would also try for ever at first.
             await asyncio.wait_for(
@@ -130,11 +147,6 @@ class NatsBroker(base.Broker):
     async def publish_soon(self, subject: str, data: bytes) -> None:
         with _translated:
             await self._nc.publish_gathered(subject, data)
-
-    async def request(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> base.Message:
-        with _translated:
-            msg = await self._nc.request(subject, data, timeout)
-        return base.Message(msg.subject, msg.data, msg.headers, msg.reply)
 
     async def subscribe(self, subject: str, handler: Callable[[base.Message], None]) -> _Subscription:
         async def on_message(msg: Msg) -> None:
@@ -230,13 +242,14 @@ class NatsBroker(base.Broker):
                 await self._nc.publish(f"$JS.API.DIRECT.GET.{stream}", orjson.dumps(page), reply=inbox)
                 while True:
                     msg = await subscription.next_msg(timeout=self._config.timeout)
+                    if _is_stored(msg):
+                        yield msg
+                        continue
                     status = (msg.headers or {}).get("Status", "")
                     if status in ("204", "404"):
                         return
-                    if status:
-                        text = (msg.headers or {}).get("Description", "")
-                        raise errors.Unavailable(f"stream {stream} can't be read: {status} {text}")
-                    yield msg
+                    text = (msg.headers or {}).get("Description", "")
+                    raise errors.Unavailable(f"stream {stream} can't be read: {status} {text}")
             finally:
                 await subscription.unsubscribe()
 
@@ -247,7 +260,7 @@ class NatsBroker(base.Broker):
                 orjson.dumps({"last_by_subj": subject}),
                 self._config.timeout,
             )
-        return None if (msg.headers or {}).get("Status") else _record(msg)
+        return _record(msg) if _is_stored(msg) else None
 
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -308,7 +321,12 @@ class NatsBroker(base.Broker):
             await self._nc.close()
 
     async def _on_error(self, exc: Exception) -> None:
-        _log.warning("nats: %s", exc or type(exc).__name__, extra={"error": type(exc).__name__})
+        kind = type(exc).__name__
+        if not self._nc.is_connected:
+            if kind in self._outage:
+                return  # ten attempts a second to reconnect fail alike
+            self._outage.add(kind)
+        _log.warning("nats: %s", _reason(exc), extra={"error": kind})
 
     async def _on_disconnected(self) -> None:
         if self._closing:
@@ -320,6 +338,7 @@ class NatsBroker(base.Broker):
 
     async def _on_reconnected(self) -> None:
         _log.info("the broker is back")
+        self._outage.clear()
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         self._reconnecting = asyncio.create_task(self._restore())
@@ -351,6 +370,11 @@ def _header_size(headers: Mapping[str, str]) -> int:
 def _kv_key(token: str) -> str:
     """KV keys may hold no '%'; tokens hold no '='."""
     return token.replace("%", "=")
+
+
+def _is_stored(msg: Msg) -> bool:
+    """A stored message, not a status of the server's: whoever published it may have set a `Status` too."""
+    return "Nats-Sequence" in (msg.headers or {})
 
 
 def _record(msg: Msg) -> base.Record:

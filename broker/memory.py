@@ -8,7 +8,6 @@ as with a real connection.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections import Counter, deque
@@ -230,21 +229,6 @@ class MemoryBroker(base.Broker):
     ) -> None:
         self._fits(subject, data, headers)
         self.send(self.hub.publish, Message(subject, data, headers, reply))
-
-    async def request(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> Message:
-        self.check()
-        self._fits(subject, data, None)
-        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        inbox = f"_INBOX.{next(self.hub.inboxes)}"
-        subscription = await self.subscribe(inbox, functools.partial(_settle, answer))
-        try:
-            if not self.hub.publish(Message(subject, data, None, inbox)):
-                raise errors.Unavailable(f"nobody listens to {subject}")
-            return await asyncio.wait_for(answer, timeout)
-        except TimeoutError as exc:
-            raise errors.Unavailable(f"no answer on {subject} in {timeout} s") from exc
-        finally:
-            await subscription.close()
 
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> base.Subscription:
         if self._closed:

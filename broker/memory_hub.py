@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -139,7 +138,6 @@ class Hub:
         self.listeners: list[Listener] = []
         self.buckets: dict[str, dict[str, bytes]] = {subjects.KV_MODELS: {}}
         self.queues: dict[str, Queue] = {}
-        self.inboxes = itertools.count()
         window, forever = config.dedup_window, math.inf
         self.streams = {
             subjects.REQUESTS: _Stream(
@@ -167,12 +165,10 @@ class Hub:
         stream.age(self.clock())
         return stream
 
-    def route(self, message: Message) -> int:
-        """Hand a message to its subscribers; how many there are."""
-        takers = [sub for sub in self.listeners if matches(sub.subject, message.subject)]
-        for taker in takers:
+    def route(self, message: Message) -> None:
+        """Hand a message to its subscribers."""
+        for taker in [sub for sub in self.listeners if matches(sub.subject, message.subject)]:
             taker.hand(message)
-        return len(takers)
 
     def store(self, subject: str, data: bytes, headers: Mapping[str, str] | None) -> Stored | None:
         """None where no stream listens to `subject`."""
@@ -184,11 +180,11 @@ class Hub:
                 return stored
         return None
 
-    def publish(self, message: Message) -> int:
+    def publish(self, message: Message) -> None:
         """A core publish: a full stream loses it, and nobody is told."""
         with contextlib.suppress(errors.Overloaded):
             self.store(message.subject, message.data, message.headers)
-        return self.route(message)
+        self.route(message)
 
     def bucket(self, name: str) -> dict[str, bytes]:
         if name not in self.buckets:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -240,33 +240,6 @@ async def test_what_a_handler_raises_is_logged_and_the_next_message_comes(
     await broker.publish("fleet.w2")
     assert [message.subject for message in await box.take(2)] == ["fleet.w1", "fleet.w2"]
     await until(lambda: "a handler's own fault" in caplog.text)
-
-
-async def test_request_and_reply(fleet: Fleet) -> None:
-    asking, answering = await fleet.connect(), await fleet.connect()
-    tasks = set()
-
-    def answer(message: Message) -> None:
-        task = asyncio.ensure_future(answering.publish(message.reply, message.data * 2))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
-    await answering.subscribe("fleet.w1", answer)
-
-    async def answered() -> bool:
-        with contextlib.suppress(errors.Unavailable):
-            return (await asking.request("fleet.w1", b"ab")).data == b"abab"
-        return False
-
-    await until(answered)
-
-
-async def test_a_request_nobody_answers_is_unavailable(broker: Broker) -> None:
-    with pytest.raises(errors.Unavailable):
-        await broker.request("fleet.nobody")
-    await broker.subscribe("fleet.mute", Box())
-    with pytest.raises(errors.Unavailable):
-        await broker.request("fleet.mute", timeout=0.05)
 
 
 async def test_max_payload_counts_headers(broker: Broker) -> None:
@@ -681,6 +654,33 @@ async def test_a_stream_that_is_not_there_is_unavailable(broker: Broker) -> None
             await call()
 
 
+async def test_headers_that_look_like_the_brokers_own_change_nothing(broker: Broker) -> None:
+    """A publisher may set any."""
+    forged = {"Status": "404", "Nats-Sequence": "77", "Nats-Subject": "x", "Nats-Num-Pending": "0"}
+    for name in ("one", "two"):
+        await (await broker.enqueue(SUBJECT, name.encode(), {subjects.MSG_ID: name, **forged}))
+    records = await broker.read(subjects.REQUESTS, SUBJECT)
+    assert [(r.seq, r.subject, r.data) for r in records] == [(1, SUBJECT, b"one"), (2, SUBJECT, b"two")]
+    last = await broker.last(subjects.REQUESTS, SUBJECT)
+    assert last is not None
+    assert last.data == b"two"
+
+
+async def test_a_usage_event_told_twice_is_kept_once(broker: Broker) -> None:
+    for data in (b"first", b"again"):
+        await broker.publish("usage.acme.llama", data, {subjects.MSG_ID: "acme:r1:1"})
+    await broker.publish("usage.acme.llama", b"other", {subjects.MSG_ID: "acme:r1:2"})
+
+    async def kept() -> list[bytes]:
+        return [record.data for record in await broker.read(subjects.USAGE, subjects.ALL_USAGE)]
+
+    async def all_here() -> bool:
+        return (await kept())[-1:] == [b"other"]
+
+    await until(all_here)
+    assert await kept() == [b"first", b"other"]
+
+
 # Key-value buckets
 
 
@@ -718,7 +718,6 @@ async def test_nothing_hangs_while_the_broker_is_away(fleet: Fleet) -> None:
     await until(lambda: not broker.connected)
     for call in (
         lambda: broker.enqueue(SUBJECT, b""),
-        lambda: broker.request("fleet.w1", timeout=0.2),
         lambda: broker.pull("llama", ServiceClass.BATCH, Box[Delivery](), nothing),
         lambda: puller.ask(1),
         lambda: broker.delete(subjects.REQUESTS, 1),
@@ -774,14 +773,39 @@ async def test_closing_twice_and_calling_after(broker: Broker) -> None:
     for call in (
         lambda: broker.publish("fleet.w1"),
         lambda: broker.enqueue(SUBJECT, b""),
-        lambda: broker.request("fleet.w1", timeout=0.2),
         lambda: broker.read(subjects.REPLIES, REPLY),
     ):
         with pytest.raises(errors.Unavailable):
             await asyncio.wait_for(call(), 3.0)
 
 
-async def test_connecting_to_no_server_is_unavailable(unused_port: int) -> None:
-    config = BrokerConfig(url=f"nats://127.0.0.1:{unused_port}", timeout=0.5)
-    with pytest.raises(errors.Unavailable):
+async def test_an_outage_is_logged_once(nats_server: NatsServer, caplog: pytest.LogCaptureFixture) -> None:
+    refused: list[Exception] = []
+
+    class Counting(client.NatsBroker):
+        async def _on_error(self, exc: Exception) -> None:
+            if isinstance(exc, ConnectionRefusedError):
+                refused.append(exc)
+            await super()._on_error(exc)
+
+    async with Counting(BrokerConfig(url=nats_server.url), "one") as broker:
+        await broker.open()
+        for _ in range(2):
+            refused.clear()
+            caplog.clear()
+            await nats_server.stop()
+            await until(lambda: len(refused) >= 3)
+            kinds = [vars(record).get("error") for record in caplog.records]
+            assert kinds.count("ConnectionRefusedError") == 1
+            await nats_server.start()
+            await until(lambda: broker.connected)
+
+
+async def test_connecting_to_no_server_says_where_and_why(unused_port: int) -> None:
+    address = f"127.0.0.1:{unused_port}"
+    config = BrokerConfig(url=f"nats://me:p@ss@{address},nats://{address}", timeout=0.5)
+    with pytest.raises(errors.Unavailable) as raised:
         await asyncio.wait_for(client.connect(config, "nobody"), 5.0)
+    assert raised.value.message == (
+        f"no broker at nats://{address},nats://{address}: the broker did not answer: TimeoutError"
+    )
