@@ -13,6 +13,18 @@ from broker import errors, subjects
 
 OUTCOME = Literal["finished", "failed", "cancelled"]
 
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+)
+"""What Headrace offers of an engine's HTTP API; a model's card lists those that it serves."""
+
 
 class ServiceClass(enum.StrEnum):
     """Queue classes, most urgent first; iteration order is priority order."""
@@ -88,6 +100,7 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         )
     try:
         request_id = subjects.name(tokens[3])
+        request_id.encode()
     except ValueError as exc:
         raise errors.MalformedMessage(f"header {subjects.REPLY_TO} is no UTF-8: {reply_to!r:.200}") from exc
     if tokens[1] != subjects.token(parsed.tenant):

@@ -74,11 +74,13 @@ class RequestSubject(NamedTuple):
 
 
 def parse_request(subject: str) -> RequestSubject:
-    """Raises ValueError when `subject` is no request subject."""
+    """Raises ValueError when `subject` is no request subject, or a name in it no UTF-8."""
     parts = subject.split(".")
     if len(parts) != 5 or parts[0] != "req" or not all(parts):
         raise ValueError(f"{subject!r} is not req.<base>.<class>.<tenant>.<model>")
-    return RequestSubject(*(name(part) for part in parts[1:]))
+    parsed = RequestSubject(*(name(part) for part in parts[1:]))
+    "".join(parsed).encode()  # raises on a lone surrogate, which no JSON could name again
+    return parsed
 
 
 def request_filter(base: str, service_class: str) -> str:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import time
 from typing import Self
 
-from pydantic import ValidationError
-
-from broker import base, errors, fleet, subjects
+from broker import base, errors, fleet, registry, subjects
 from broker.messages import ModelCard
 
 _LOST_AFTER = 5.0
@@ -24,13 +22,13 @@ class Catalogue:
     def __init__(self, broker: base.Broker) -> None:
         self._broker = broker
         self._fleet = fleet.Fleet(_LOST_AFTER)
-        self._registered: dict[str, ModelCard] = {}
+        self._registry = registry.Registry(broker)
         self._subscriptions: list[base.Subscription] = []
 
     async def __aenter__(self) -> Self:
         self._subscriptions = [
             await self._broker.subscribe(subjects.ALL_HEARTBEATS, self._on_heartbeat),
-            await self._broker.watch(subjects.KV_MODELS, self._on_registered),
+            await self._registry.watch(),
         ]
         return self
 
@@ -44,29 +42,31 @@ class Catalogue:
         if beat is not None and beat.seq % 100 == 0:
             self._fleet.expire(now)  # now and then, so that names of workers long gone are let go
 
-    def _on_registered(self, key: str, value: bytes | None) -> None:
-        name = subjects.name(key)
-        self._registered.pop(name, None)
-        if value is not None:
-            try:
-                self._registered[name] = ModelCard.model_validate_json(value)
-            except ValidationError:
-                return  # a newer release's card, or a hand-made one: its workers announce it as well
-
     @property
     def serving(self) -> bool:
         """Whether at least one live worker takes requests."""
         return any(beat.state == "serving" for beat in self._fleet.live(time.monotonic()))
 
+    def served(self, model: str) -> bool:
+        """Whether a live worker takes requests for `model`; else they wait for one."""
+        return any(
+            beat.state == "serving" and any(card.id == model for card in beat.models)
+            for beat in self._fleet.live(time.monotonic())
+        )
+
     def cards(self) -> dict[str, ModelCard]:
-        return {**self._registered, **self._fleet.models(time.monotonic())}
+        registered = {name: entry.card for name, entry in self._registry.entries.items()}
+        return {**registered, **self._fleet.models(time.monotonic())}
 
     def find(self, model: str) -> ModelCard:
         """Raises errors.UnknownModel, which lists the models there are."""
-        found = self._fleet.card(model, time.monotonic()) or self._registered.get(model)
-        if found is None:
+        live = self._fleet.card(model, time.monotonic())
+        if live is not None:
+            return live
+        entry = self._registry.entries.get(model)
+        if entry is None:
             known = ", ".join(sorted(self.cards())) or "none yet: no worker has announced itself"
             raise errors.UnknownModel(
                 f"model {model[:200]!r} is not served; known models: {known}", param="model"
             )
-        return found
+        return entry.card

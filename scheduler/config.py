@@ -16,5 +16,8 @@ class SchedulerConfig(BaseModel):
     orphan_after: float = Field(
         5.0, ge=0, description="a base that nobody ever served is given so long before its requests fail"
     )
-    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus and health; 0 picks a free one")
+    forget_after: float = Field(
+        7 * 86400.0, gt=0, description="a model that no worker served for so long leaves the registry"
+    )
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus; 0 picks a free one")
     metrics_host: str = "127.0.0.1"

@@ -8,26 +8,32 @@ will ever pull, and deletes what a direct publisher cancels while it is still qu
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import orjson
 from prometheus_client import start_http_server
 
-from broker import base, errors, fleet, replies, subjects, usage
-from broker.messages import ModelCard, Request, ServiceClass, parse_request
+from broker import base, errors, fleet, registry, replies, subjects, usage
+from broker.messages import Request, ServiceClass, parse_request
 from scheduler import metrics
 from scheduler.config import SchedulerConfig
 
 _log = logging.getLogger(__name__)
 
 _SWEEP_PAGE = 256
+_SWEEP_PAGES = 8
+"""Pages of one subject's messages that one sweep looks at; the next one goes on from there."""
+
+_STAMP = 3600.0
+"""Seconds after which the registry is told again that a model is served."""
 
 _WORKER_FIRST = 0.25
 """Seconds that a cancelled request's worker has to end it. It may have said nothing yet, so that the
@@ -42,8 +48,10 @@ class Scheduler:
         self._config = config
         self._broker = broker
         self._fleet = fleet.Fleet(config.lost_after)
-        self._registered: dict[str, ModelCard] = {}
+        self._registry = registry.Registry(broker)
+        self._stamp_ms = min(_STAMP, config.forget_after / 4) * 1000
         self._orphans: dict[str, float] = {}  # subject -> when it was first seen with nobody to serve it
+        self._reached: dict[str, int] = {}  # subject -> sequence from which the next sweep goes on
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -52,8 +60,10 @@ class Scheduler:
         subscriptions = [
             await self._broker.subscribe(subjects.ALL_HEARTBEATS, self._on_heartbeat),
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
-            await self._broker.watch(subjects.KV_MODELS, self._on_registered),
+            await self._registry.watch(),
         ]
+        metrics_url = f"http://{self._config.metrics_host}:{server.server_port}/metrics"
+        _log.info("serving", extra={"scheduler": self.name, "metrics_url": metrics_url})
         ends = [asyncio.create_task(stop.wait()), asyncio.create_task(self._watch())]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -76,6 +86,8 @@ class Scheduler:
                 await work
             except errors.HeadraceError as exc:
                 _log.warning("put off: %s", exc.message)
+            except Exception:
+                _log.exception("a task of the scheduler failed")
 
         task = asyncio.create_task(guarded())
         self._tasks.add(task)
@@ -87,28 +99,23 @@ class Scheduler:
         beat = self._fleet.observe(message, time.monotonic())
         if beat is None:
             return
+        now_ms = replies.now_ms()
         for card in beat.models:
-            if self._registered.get(card.id) != card:
-                self._registered[card.id] = card
-                self._spawn(self._register(card))
+            entry = self._registry.entries.get(card.id)
+            if entry is None or entry.card != card or now_ms - entry.served_ms > self._stamp_ms:
+                self._spawn(self._registry.put(card, now_ms))  # what fails, the next heartbeat tries again
 
-    async def _register(self, card: ModelCard) -> None:
-        try:
-            await self._broker.put(
-                subjects.KV_MODELS, subjects.token(card.id), card.model_dump_json().encode()
-            )
-        except errors.Unavailable:
-            self._registered.pop(card.id, None)  # the next heartbeat tries again
-            raise
-
-    def _on_registered(self, key: str, value: bytes | None) -> None:
-        name = subjects.name(key)
-        self._registered.pop(name, None)
-        if value is not None:
-            try:
-                self._registered[name] = ModelCard.model_validate_json(value)
-            except ValueError:
-                _log.warning("the registry's entry for %s is unreadable", name)
+    async def _forget(self, now: float) -> None:
+        """Let go of models that no worker has served for `forget_after`."""
+        now_ms = replies.now_ms()
+        for name, entry in list(self._registry.entries.items()):
+            if self._fleet.card(name, now) is not None:
+                continue
+            if not entry.served_ms:
+                await self._registry.put(entry.card, now_ms)  # nobody noted when: it counts from now
+            elif now_ms - entry.served_ms > self._config.forget_after * 1000:
+                await self._registry.remove(name)
+                _log.info("model %s is forgotten: no worker serves it any more", name)
 
     async def _watch(self) -> None:
         swept = time.monotonic()
@@ -138,7 +145,8 @@ class Scheduler:
         typo), and those whose deadline passed while their base had no worker."""
         counts = await self._broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS)
         now = time.monotonic()
-        known = {card.base for card in self._registered.values()}
+        await self._forget(now)
+        known = {entry.card.base for entry in self._registry.entries.values()}
         served = {beat.base for beat in self._fleet.live(now)}
         orphans: dict[str, float] = {}
         queued: Counter[tuple[str, str]] = Counter()
@@ -153,8 +161,9 @@ class Scheduler:
             if parsed.base not in known:
                 orphans[subject] = self._orphans.get(subject, now)
             elif parsed.base not in served:
-                await self._expire(subject)
+                await self._each(subject, self._expire)
         self._orphans = orphans
+        self._reached = {subject: seq for subject, seq in self._reached.items() if subject in counts}
         metrics.QUEUED.clear()
         for (base_model, service_class), count in queued.items():
             metrics.QUEUED.labels(base_model, service_class).set(count)
@@ -162,16 +171,34 @@ class Scheduler:
             if now - since >= self._config.orphan_after:
                 bases = ", ".join(sorted(known)) or "none yet"
                 fault = errors.UnknownModel(f"no worker serves {subject}; bases served: {bases}")
-                for record in await self._broker.read(subjects.REQUESTS, subject, limit=_SWEEP_PAGE):
-                    await self._end(record, fault, "orphan")
+                await self._each(subject, functools.partial(self._end, fault=fault, reason="orphan"))
 
-    async def _expire(self, subject: str) -> None:
-        now_ms = replies.now_ms()
-        for record in await self._broker.read(subjects.REQUESTS, subject, limit=_SWEEP_PAGE):
-            deadline = (record.headers or {}).get(subjects.DEADLINE, "")
-            if deadline.isdigit() and int(deadline) <= now_ms:
-                fault = errors.DeadlineExceeded("the request's deadline passed in the queue")
-                await self._end(record, fault, "expired")
+    async def _each(self, subject: str, act: Callable[[base.Record], Awaitable[None]]) -> None:
+        """Do `act` with the messages under `subject`. One that breaks it is logged, and the rest goes on."""
+        start = self._reached.pop(subject, 1)
+        for _ in range(_SWEEP_PAGES):
+            page = await self._broker.read(subjects.REQUESTS, subject, start, _SWEEP_PAGE)
+            for record in page:
+                try:
+                    await act(record)
+                except errors.Unavailable:
+                    raise  # the broker's fault, not the message's
+                except Exception:
+                    _log.exception("message %d could not be swept", record.seq)
+            if len(page) < _SWEEP_PAGE:
+                return
+            start = page[-1].seq + 1
+        self._reached[subject] = start
+
+    async def _expire(self, record: base.Record) -> None:
+        try:
+            deadline_ms = parse_request(record.subject, record.headers, record.data).deadline_ms
+        except errors.MalformedMessage as exc:
+            await self._end(record, exc, "malformed")
+            return
+        if 0 < deadline_ms <= replies.now_ms():
+            fault = errors.DeadlineExceeded("the request's deadline passed in the queue")
+            await self._end(record, fault, "expired")
 
     async def _end(self, record: base.Record, fault: errors.HeadraceError, reason: str) -> None:
         """Take one message out of the queue and tell whoever published it why."""

@@ -84,6 +84,7 @@ def test_the_request_id_is_the_dedup_key_where_there_is_none() -> None:
         ("Reply-To", "out.acme.box.r 1"),
         ("Reply-To", "out.acme.box.r\r\n1"),
         ("Reply-To", "out.acme.box.%FF"),
+        ("Reply-To", "out.acme.box.%ED%A0%80"),
         ("Reply-To", "out.other.box.r1"),
         ("Path", None),
         ("Path", ""),
@@ -93,6 +94,7 @@ def test_the_request_id_is_the_dedup_key_where_there_is_none() -> None:
         ("Deadline", "-1"),
         ("Deadline", "1.5"),
         ("Deadline", "٣"),
+        ("Deadline", "²"),
         ("Deadline", "9" * 5000),
     ],
 )

@@ -8,13 +8,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 
-from broker import codec, errors, replies, subjects
+from broker import base, codec, errors, replies, subjects, usage
 from broker.base import Broker, Delivery
 from broker.memory import MemoryBroker
-from broker.messages import Credit, DeadLetter, FrameKind, Heartbeat, ModelCard, ServiceClass, UsageEvent
+from broker.messages import (
+    Credit,
+    DeadLetter,
+    FrameKind,
+    Heartbeat,
+    ModelCard,
+    Request,
+    ServiceClass,
+    UsageEvent,
+)
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
 from tests.waiting import until
@@ -178,6 +188,76 @@ async def test_workers_are_counted_by_state(broker: Flaky, caller: Caller) -> No
         await until(lambda: metric("headrace_workers", base="sim", state="serving") == 0)
 
 
+async def noted(broker: MemoryBroker, model: str = "sim") -> int:
+    """When the registry says that a worker last served it."""
+    value = broker.hub.bucket(subjects.KV_MODELS).get(model)
+    return int(orjson.loads(value).get("served_ms", 0)) if value else 0
+
+
+async def test_a_model_that_nobody_serves_for_long_is_forgotten(broker: Flaky, caller: Caller) -> None:
+    """By what the registry says, so that a new scheduler goes on where the last one ended."""
+    async with scheduling(broker):
+        await beat(caller.broker)
+        await until(lambda: noted(broker))
+    async with scheduling(broker):
+        await sweeps(broker)
+        assert await noted(broker)
+    async with scheduling(broker, forget_after=0.05):
+        await until(lambda: not broker.hub.bucket(subjects.KV_MODELS))
+        call = await caller.submit()
+        await call.fails("model_not_found")
+
+
+async def test_a_model_that_is_served_stays(broker: Flaky, caller: Caller) -> None:
+    async with scheduling(broker, lost_after=0.3, forget_after=0.05), beating(caller.broker):
+        await until(lambda: noted(broker))
+        first = await noted(broker)
+
+        async def noted_again() -> bool:
+            return await noted(broker) > first + 100
+
+        await until(noted_again)
+        assert await noted(broker)
+
+
+async def test_it_is_noted_seldom_that_a_model_is_served(broker: Flaky, caller: Caller) -> None:
+    writes: list[base.Message] = []
+    await caller.broker.subscribe(f"$KV.{subjects.KV_MODELS}.>", writes.append)
+    async with scheduling(broker):
+        for _ in range(20):
+            await beat(caller.broker)
+            await asyncio.sleep(0)
+        await sweeps(broker)
+    assert len(writes) == 1
+
+
+async def test_an_entry_without_a_date_counts_from_now(broker: Flaky, caller: Caller) -> None:
+    await remember(broker)
+    async with scheduling(broker):
+        await until(lambda: noted(broker))
+    assert await registry(broker) == {"sim": CARD}
+
+
+async def test_garbage_in_the_registry_is_logged_and_left(
+    broker: Flaky, caller: Caller, caplog: pytest.LogCaptureFixture
+) -> None:
+    await broker.put(subjects.KV_MODELS, "%FF", b"{}")
+    await broker.put(subjects.KV_MODELS, "bad", b"\xff")
+    async with scheduling(broker):
+        await beat(caller.broker)
+        await until(lambda: noted(broker))
+    assert caplog.text.count("is unreadable") == 2
+
+
+async def test_it_tells_where_its_metrics_are(broker: Flaky, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        async with scheduling(broker):
+            (record,) = [r for r in caplog.records if r.message == "serving"]
+            async with httpx.AsyncClient() as http:
+                answer = await http.get(vars(record)["metrics_url"])
+    assert "headrace_swept_total" in answer.text
+
+
 # Requests that nobody will pull
 
 
@@ -265,6 +345,58 @@ async def test_an_expired_request_of_a_base_without_workers_ends(
     assert await caller.queued() == 2
     assert not in_time.stream.finished
     assert not endless.stream.finished
+
+
+@pytest.mark.parametrize("deadline", ["9" * 5000, "²"])
+async def test_a_deadline_that_is_no_time_goes_to_the_dead_letters(
+    broker: Flaky, caller: Caller, deadline: str
+) -> None:
+    await remember(broker)
+    headers = {"Nats-Msg-Id": "acme:raw", "Reply-To": "out.acme.box.raw", "Path": PATH, "Deadline": deadline}
+    stream = await caller.publish(headers)
+    async with scheduling(broker):
+        (frame,) = await stream.next(5)
+        assert frame.extra["code"] == "malformed_message"
+        await caller.drained()
+    (record,) = await caller.broker.read(subjects.DEAD, subjects.ALL_DEAD)
+    assert DeadLetter.model_validate_json(record.data).headers["Deadline"] == deadline
+
+
+async def test_a_message_that_breaks_its_sweep_breaks_no_other(
+    broker: Flaky, caller: Caller, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = await caller.submit(deadline_ms=1), await caller.submit(deadline_ms=1)
+    await remember(broker)
+    told = usage.event
+
+    def broken(request: Request, *args: Any, **more: Any) -> UsageEvent:
+        if request.request_id == bad.request.request_id:
+            raise ZeroDivisionError
+        return told(request, *args, **more)
+
+    monkeypatch.setattr(usage, "event", broken)
+    async with scheduling(broker):
+        await good.fails("deadline_exceeded")
+        assert [e.request_id for e in await caller.usage(1)] == ["r2"]
+        await sweeps(broker)
+    assert f"message {bad.stored.seq} could not be swept" in caplog.text
+
+
+async def test_every_message_is_looked_at_however_many_there_are(
+    broker: Flaky, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some pages a sweep, and the next one goes on from there."""
+    monkeypatch.setattr("scheduler.service._SWEEP_PAGE", 2)
+    monkeypatch.setattr("scheduler.service._SWEEP_PAGES", 2)
+    await remember(broker)
+    for _ in range(9):
+        await caller.submit()
+    late = await caller.submit(deadline_ms=1)
+    async with scheduling(broker):
+        await late.fails("deadline_exceeded")
+        soon_late = await caller.submit(deadline_ms=soon(0.02))
+        await soon_late.fails("deadline_exceeded")
+    assert await caller.queued() == 9
 
 
 # Cancels
