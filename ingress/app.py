@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from broker import base, errors, replies, subjects, usage
-from broker.messages import Request
+from broker.messages import PATHS, Request
 from ingress import admit, metrics, pages
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
@@ -24,18 +24,6 @@ from ingress.relay import Relay
 
 _log = logging.getLogger(__name__)
 
-INFERENCE_PATHS = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/responses",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/embeddings",
-        "/tokenize",
-        "/detokenize",
-    }
-)
 _HEADER_ROOM = 4096
 """Bytes of a message kept free for its headers."""
 
@@ -55,7 +43,7 @@ class Ingress:
         self._cancels: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] not in INFERENCE_PATHS:
+        if scope["path"] not in PATHS:
             await self._pages(scope, receive, send)
         elif scope["method"] != "POST":
             await self._refuse(scope, send)
@@ -91,7 +79,7 @@ class Ingress:
         self, request: Request, stream: replies.Stream, relay: Relay, receive: Receive, started: float
     ) -> int:
         """Through the queue and back; the status that the caller was told."""
-        exchange = Exchange(self._config, self._broker, request, stream, relay)
+        exchange = Exchange(self._config, self._broker, request, stream, relay, self._catalogue.served)
         fault: errors.HeadraceError | None = errors.Cancelled("this ingress stopped")
         metrics.STREAMS.inc()
         try:
@@ -214,7 +202,7 @@ async def serve(
 
     `ready` gets the address once connections are accepted. Raises OSError when the port is taken.
     """
-    listener = socket.create_server((config.host, config.port), backlog=2048)
+    listener = _listen(config)
     name = config.name or f"ingress-{replies.now_ms():x}-{listener.getsockname()[1]}"
     async with replies.Mailbox(broker, name) as mailbox, Catalogue(broker) as catalogue:
         ingress = Ingress(config, broker, mailbox, catalogue)
@@ -233,7 +221,7 @@ async def serve(
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=math.ceil(config.drain_timeout),
             ),
-            lambda: ready("http://{}:{}".format(*listener.getsockname()[:2])),
+            lambda: ready(_url(listener)),
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stopping = asyncio.create_task(stop.wait())
@@ -244,3 +232,13 @@ async def serve(
             await ingress.drain()
         finally:
             stopping.cancel()
+
+
+def _listen(config: IngressConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    return socket.create_server((config.host, config.port), family=family, backlog=2048)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -13,13 +13,18 @@ _JSON = (b"content-type", b"application/json")
 
 
 def headers(exc: HeadraceError, request_id: str) -> list[tuple[bytes, bytes]]:
-    """Response headers that go with an error: `Retry-After` in whole seconds where a retry helps."""
+    """Response headers that go with an error."""
     found = [_JSON, (b"x-request-id", request_id.encode("ascii"))]
     if isinstance(exc, BodyTimeout):
         found.append((b"connection", b"close"))  # the rest of the body would be read as the next request
-    if exc.retry:
-        found.append((b"retry-after", b"%d" % max(1, math.ceil(exc.retry_after or 1))))
-    return found
+    return found + retry_after(exc.status, exc.retry_after)
+
+
+def retry_after(status: int, seconds: float | None) -> list[tuple[bytes, bytes]]:
+    """`Retry-After` in whole seconds: where they are known, and where the status promises one."""
+    if seconds is None and status not in (408, 429, 503):
+        return []
+    return [(b"retry-after", b"%d" % max(1, math.ceil(seconds or 0)))]
 
 
 def body(exc_body: bytes, path: str) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 import orjson
 
@@ -31,14 +32,17 @@ class Exchange:
         request: Request,
         stream: replies.Stream,
         relay: Relay,
+        served: Callable[[str], bool],
     ) -> None:
         self._config = config
         self._broker = broker
         self._request = request
         self._stream = stream
         self._relay = relay
+        self._served = served  # whether a worker takes requests for a model now
         self._ack: asyncio.Future[base.Stored] | None = None
         self._published_at = 0.0
+        self._quiet_since = 0.0
         self._taken = False
 
     async def publish(self) -> None:
@@ -72,15 +76,17 @@ class Exchange:
         """
         gone = asyncio.create_task(_disconnected(receive))
         gone.add_done_callback(lambda _: self._stream.wake())
-        quiet_since = time.monotonic()
+        self._quiet_since = time.monotonic()
         try:
             while True:
-                frames = await self._stream.next(self._patience())
+                # A broker that has not said yes may be one that says nothing: its journal can't be asked.
+                accepted = self._ack is not None and self._ack.done()
+                frames = await self._stream.next(self._patience(), ask_journal=accepted)
                 if gone.done():
                     return errors.Cancelled("the client went away")
                 if frames:
                     self._taken = True
-                    quiet_since = time.monotonic()
+                    self._quiet_since = time.monotonic()
                     if await self._relay.frames(frames):
                         return self._relay.fault
                     continue
@@ -88,9 +94,10 @@ class Exchange:
                 if fault is not None:
                     await self._relay.fail(fault)
                     return fault
-                if time.monotonic() - quiet_since >= self._config.keepalive:
-                    quiet_since = time.monotonic()
-                    await self._relay.keepalive()
+                if time.monotonic() - self._quiet_since >= self._config.keepalive:
+                    self._quiet_since = time.monotonic()
+                    model = self._request.subject.model
+                    await self._relay.keepalive("" if self._served(model) else model)
         except errors.MalformedMessage as exc:
             raise errors.FramesLost(f"the reply holds what is no frame: {exc.message}") from exc
         finally:
@@ -98,10 +105,14 @@ class Exchange:
 
     def _patience(self) -> float:
         """Seconds until something is due: a keep-alive, the deadline, the broker's acknowledgement."""
-        left = self._request.deadline_ms / 1000 - time.time()
+        now = time.monotonic()
+        left = min(
+            self._request.deadline_ms / 1000 - time.time(),
+            self._quiet_since + self._config.keepalive - now,
+        )
         if self._ack is not None and not self._ack.done():
-            left = min(left, self._published_at + self._config.publish_timeout - time.monotonic())
-        return max(0.0, min(left, self._config.keepalive))
+            left = min(left, self._published_at + self._config.publish_timeout - now)
+        return max(0.0, left)
 
     def _overdue(self) -> errors.HeadraceError | None:
         """Why to give up now, if so. Called when no frame came within the patience."""

@@ -20,10 +20,10 @@ from ingress.catalogue import Catalogue
 def app(broker: base.Broker, catalogue: Catalogue) -> Starlette:
     async def models(_: Request) -> Response:
         cards = sorted(catalogue.cards().values(), key=lambda card: card.id)
-        return _json(200, {"object": "list", "data": [_model(card) for card in cards]})
+        return _json(200, {"object": "list", "data": [_model(card, catalogue) for card in cards]})
 
     async def model(request: Request) -> Response:
-        return _json(200, _model(catalogue.find(request.path_params["model"])))
+        return _json(200, _model(catalogue.find(request.path_params["model"]), catalogue))
 
     async def live(_: Request) -> Response:
         return _json(200, {"status": "live"})
@@ -53,8 +53,9 @@ def _json(status: int, value: object) -> Response:
     return Response(orjson.dumps(value), status, media_type="application/json")
 
 
-def _model(card: ModelCard) -> dict[str, object]:
-    """OpenAI's model object, and what Headrace knows beyond it."""
+def _model(card: ModelCard, catalogue: Catalogue) -> dict[str, object]:
+    """OpenAI's model object, and what Headrace knows beyond it. `serving` is false while no worker
+    takes requests for it: they wait in the queue."""
     return {
         "id": card.id,
         "object": "model",
@@ -63,6 +64,7 @@ def _model(card: ModelCard) -> dict[str, object]:
         "parent": None if card.id == card.base else card.base,
         "max_model_len": card.context_tokens,
         "paths": list(card.paths),
+        "serving": catalogue.served(card.id),
     }
 
 

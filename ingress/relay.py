@@ -11,6 +11,7 @@ from ingress import metrics
 from ingress.http import Send, answer
 
 _SSE = b"text/event-stream"
+_FROM_ENGINE = ("content-type", "retry-after")
 _QUEUED = b": queued\n\n"
 _ALIVE = b": keep-alive\n\n"
 
@@ -63,9 +64,10 @@ class Relay:
         await self._pass_on(payload)
         return False
 
-    async def keepalive(self) -> None:
+    async def keepalive(self, unserved: str = "") -> None:
         """An SSE comment, so that proxies and clients keep a silent connection.
 
+        `unserved` names the model where it waits for want of a worker.
         Before the head has come this commits to an SSE answer; what goes wrong after that is told
         as an event.
         """
@@ -74,7 +76,13 @@ class Relay:
         if not self.status:
             await self._start_sse(200, [])
         metrics.KEEPALIVES.inc()
-        await self._write(_QUEUED if self._head is None else _ALIVE)
+        if self._head is not None:
+            await self._write(_ALIVE)
+        elif unserved and not self.worker:
+            name = " ".join(unserved.split())  # a line break would end the comment
+            await self._write(f": queued, no worker serves {name} now\n\n".encode())
+        else:
+            await self._write(_QUEUED)
 
     async def fail(self, fault: errors.HeadraceError) -> None:
         """End the answer with an error of our own."""
@@ -142,8 +150,8 @@ class Relay:
             self.first_payload_at = time.monotonic()
         headers = [*self._common]
         for name, value in head.get("headers", {}).items():
-            if name.lower() == "content-type":
-                headers.append((b"content-type", value.encode("latin-1")))
+            if name.lower() in _FROM_ENGINE:
+                headers.append((name.lower().encode(), value.encode("latin-1", "replace")))
         if self.worker:
             headers.append((b"x-headrace-worker", self.worker.encode("latin-1", "replace")))
         await answer(self._send, status, headers, body)
@@ -154,8 +162,7 @@ class Relay:
             return
         self.status = status
         headers = [*self._common, (b"content-type", b"application/json")]
-        if retry_after is not None or status in (429, 503):
-            headers.append((b"retry-after", b"%d" % max(1, round(retry_after or 1))))
+        headers += wording.retry_after(status, retry_after)
         await answer(self._send, status, headers, wording.body(body, self._path))
 
     async def _end_sse(self, body: bytes, status: int) -> None:

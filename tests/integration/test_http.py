@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from broker import base, client, subjects
 from broker.config import BrokerConfig
 from broker.server import NatsServer
-from tests.integration.serving import answer, ingress, ready, register, streaming, worker
+from tests.integration.serving import answer, ingress, ready, register, status, streaming, worker
 from tests.waiting import LIMIT, until
 from workers.engines import sim
 from workers.engines.base import Receive, Scope, Send
@@ -571,6 +573,31 @@ class TestPages:
             return all(after.get(name, 0) >= before.get(name, 0) + least for name, least in expected.items())
 
         await until(measured)  # the worker counts after its last frame
+
+
+async def test_an_ingress_may_listen_on_ipv6(config: BrokerConfig) -> None:
+    async with ingress(config, host="::1") as url:
+        assert url.startswith("http://[::1]:")
+        async with httpx.AsyncClient(base_url=url) as http:
+            assert await status(http, "/health/live") == 200
+
+
+async def test_503_comes_in_time_when_the_broker_hangs(nats_server: NatsServer) -> None:
+    """Stopped, not gone: connections stand, and nobody answers."""
+    config = BrokerConfig(url=nats_server.url, timeout=LIMIT)
+    assert nats_server.pid is not None
+    async with (
+        worker(config),
+        ingress(config, publish_timeout=0.2) as url,
+        httpx.AsyncClient(base_url=url, timeout=LIMIT / 2) as http,
+    ):
+        await serves(http)
+        os.kill(nats_server.pid, signal.SIGSTOP)
+        try:
+            refused(await http.post(CHAT, json=chat()), 503, "unavailable")
+        finally:
+            os.kill(nats_server.pid, signal.SIGCONT)
+        await serves(http)
 
 
 def any_json(value: object) -> bytes:

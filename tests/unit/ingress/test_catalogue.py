@@ -43,10 +43,11 @@ async def test_a_live_worker_tells_its_models_and_a_while_after_it_left(clock: S
         with pytest.raises(errors.UnknownModel, match="none yet"):
             catalogue.find("a.b")
         await beat(broker, "a.b")
-        assert catalogue.serving
+        assert (catalogue.serving, catalogue.served("a.b"), catalogue.served("other")) == (True, True, False)
         assert catalogue.find("a.b") == card("a.b")
         await beat(broker, "a.b", "draining")
         assert not catalogue.serving
+        assert not catalogue.served("a.b")
         assert catalogue.find("a.b") == card("a.b")
         await beat(broker, "a.b", "gone")
         assert not catalogue.serving

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
 import pytest
 
-from broker import base, errors, replies, subjects
+from broker import base, errors, messages, replies, subjects
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
-from broker.messages import ModelCard, ServiceClass
+from broker.messages import Frame, ModelCard, ServiceClass
+from ingress import exchange
 from ingress.app import Ingress
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
+from ingress.relay import Relay
 from tests.asgi import Call, request
 
 CHAT = "/v1/chat/completions"
@@ -118,6 +121,67 @@ async def test_a_full_queue_refuses_and_nothing_is_cancelled() -> None:
             assert (call.status, call.headers["retry-after"]) == (429, "1")
         await at.app.drain()
         assert not cancels
+
+
+class Silence(replies.Stream):
+    """A mailbox into which nothing comes; each wait moves the clock by as long as it was for."""
+
+    def __init__(self, clock: SimpleNamespace) -> None:
+        super().__init__(MemoryBroker(), "out.t.box.r", lambda _: None)
+        self._clock = clock
+
+    async def next(self, timeout: float, *, ask_journal: bool = True) -> list[Frame]:
+        self._clock.at += timeout
+        await asyncio.sleep(0)  # what came meanwhile has come
+        return []
+
+
+async def test_the_first_comment_comes_after_one_keepalive_however_long_the_broker_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(at=1000.0)
+    now = SimpleNamespace(monotonic=lambda: clock.at, time=lambda: clock.at)
+    monkeypatch.setattr(exchange, "time", now)
+    broker, comments = MemoryBroker(), []
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            comments.append((clock.at - 1000.0, message["body"]))
+
+    async def receive() -> Any:
+        return await asyncio.Event().wait()
+
+    asked = messages.Request(
+        subjects.RequestSubject("m", "standard", "t", "m"), "r", "out.t.box.r", CHAT, b"", 1012_000
+    )
+    config = IngressConfig(keepalive=5.0, publish_timeout=2.0)
+    relay = Relay(send, CHAT, "r", streaming=True)
+    told = exchange.Exchange(config, broker, asked, Silence(clock), relay, lambda model: False)
+    await told.publish()
+    fault = await told.follow(receive)
+    assert isinstance(fault, errors.DeadlineExceeded)
+    comment = b": queued, no worker serves m now\n\n"
+    assert comments[:2] == [(5.0, comment), (10.0, comment)]
+
+
+async def test_a_broker_that_hangs_costs_one_publish_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its journal is not asked: that would be another wait for the same silence."""
+    async with rig(publish_timeout=0.05, keepalive=0.01) as at:
+        never: asyncio.Future[base.Stored] = asyncio.get_running_loop().create_future()
+        asked: list[str] = []
+
+        async def enqueue(*_: Any) -> asyncio.Future[base.Stored]:
+            return never
+
+        async def last(stream: str, subject: str) -> None:
+            asked.append(subject)
+
+        monkeypatch.setattr(at.broker, "enqueue", enqueue)
+        monkeypatch.setattr(at.broker, "last", last)
+        async with request(at.app, CHAT, {"model": "m"}) as call:
+            await outcome(call)
+        assert (call.status, asked) == (503, [])
+        never.cancel()
 
 
 async def test_a_client_that_leaves_the_queue_leaves_nothing_in_it() -> None:

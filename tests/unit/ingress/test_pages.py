@@ -27,6 +27,7 @@ async def test_models_are_listed_by_name_and_an_adapter_names_its_base() -> None
     adapter, base = (await get("/v1/models")).json()["data"]
     assert (adapter["id"], adapter["parent"]) == ("a/x y", "b")
     assert (base["id"], base["parent"], base["max_model_len"]) == ("b", None, 9)
+    assert base["serving"] is False
     assert (await get("/v1/models/a%2Fx%20y")).json() == adapter
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from broker import errors
 from broker.messages import Frame, FrameKind
+from ingress import errors as wording
 from ingress.relay import Relay
 
 SSE = {"status": 200, "worker": "w", "headers": {"content-type": "text/event-stream; charset=utf-8"}}
@@ -126,6 +127,25 @@ async def test_comments_say_whether_it_still_waits() -> None:
     assert client.bodies == [b": queued\n\n", b"data: 1\n\n", b": keep-alive\n\n", b'data: {"half']
 
 
+async def test_a_comment_says_that_no_worker_serves_the_model_until_one_has_it() -> None:
+    client = Client()
+    await client.relay.keepalive("a\n\nb")
+    await client.relay.frames([frame("beat", worker="w")])
+    await client.relay.keepalive("m")
+    assert client.bodies == [b": queued, no worker serves a b now\n\n", b": queued\n\n"]
+
+
+async def test_the_engines_own_retry_after_is_passed_on() -> None:
+    client = Client(streaming=False)
+    busy = {
+        "status": 429,
+        "worker": "w",
+        "headers": {"content-type": "application/json", "Retry-After": "17"},
+    }
+    await client.relay.frames([frame("head", b"{}", **busy), frame("end")])
+    assert (client.status, client.headers["retry-after"]) == (429, "17")
+
+
 async def test_a_whole_answer_gets_no_comments() -> None:
     client = Client(streaming=False)
     await client.relay.keepalive()
@@ -146,12 +166,19 @@ async def test_an_engines_refusal_after_a_comment_is_an_event() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "after"), [(errors.Overloaded("full", retry_after=2.6), "3"), (errors.Unavailable("away"), "1")]
+    ("fault", "after"),
+    [
+        (errors.Overloaded("full", retry_after=2.2), "3"),
+        (errors.Unavailable("away"), "1"),
+        (errors.DeadlineExceeded("late"), None),
+        (errors.EngineFailed("broken"), None),
+    ],
 )
-async def test_a_refusal_says_when_to_try_again(fault: errors.HeadraceError, after: str) -> None:
+async def test_a_refusal_says_when_to_try_again(fault: errors.HeadraceError, after: str | None) -> None:
     client = Client()
     await client.relay.fail(fault)
     assert client.status == fault.status
-    assert client.headers["retry-after"] == after
+    assert client.headers.get("retry-after") == after
+    assert dict(wording.headers(fault, "id-1")).get(b"retry-after") == (after and after.encode())
     assert client.headers["x-request-id"] == "id-1"
     assert client.relay.fault is fault
