@@ -133,6 +133,11 @@ def usage(tenant: str, model: str) -> str:
     return f"usage.{token(tenant)}.{token(model)}"
 
 
+def usage_id(tenant: str, request_id: str, seq: int) -> str:
+    """`Nats-Msg-Id` of a usage event: a request is counted once, whoever tells of its end."""
+    return f"{token(tenant)}:{token(request_id)}:{seq}"
+
+
 def dead(reason: str) -> str:
     return f"dead.{token(reason)}"
 

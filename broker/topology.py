@@ -47,6 +47,7 @@ def streams(config: BrokerConfig) -> list[api.StreamConfig]:
             no_ack=True,
             # Synced in batches: a sync for each event would stand in line with the queue's own.
             persist_mode=None if config.replicas > 1 else api.PersistMode.ASYNC,
+            duplicate_window=min(config.dedup_window, config.usage_age),
             max_bytes=config.usage_bytes,
             max_age=config.usage_age,
             num_replicas=config.replicas,

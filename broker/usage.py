@@ -6,9 +6,11 @@ from broker import base, errors, replies, subjects
 from broker.messages import OUTCOME, Latency, Request, UsageEvent
 
 
-async def publish(broker: base.Broker, event: UsageEvent) -> None:
+async def publish(broker: base.Broker, event: UsageEvent, seq: int) -> None:
+    """`seq`: the request's in REQUESTS. USAGE drops a second event of the same one."""
     subject = subjects.usage(event.tenant, event.model)
-    await broker.publish(subject, event.model_dump_json().encode())
+    headers = {subjects.MSG_ID: subjects.usage_id(event.tenant, event.request_id, seq)}
+    await broker.publish(subject, event.model_dump_json().encode(), headers)
 
 
 def outcome(fault: errors.HeadraceError | None, status: int) -> OUTCOME:

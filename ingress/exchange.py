@@ -154,9 +154,9 @@ class Exchange:
                     break
             if self._stream.finished:
                 metrics.CANCEL.observe(time.monotonic() - started)
-            elif deleted and not self._taken:
+            elif seq is not None and deleted and not self._taken:
                 metrics.CANCEL.observe(time.monotonic() - started)
-                await usage.publish(self._broker, usage.event(request, fault, ""))
+                await usage.publish(self._broker, usage.event(request, fault, ""), seq)
         except (errors.Unavailable, errors.FramesLost) as exc:
             _log.warning(
                 "a cancel may not have arrived: %s", exc.message, extra={"request_id": request.request_id}

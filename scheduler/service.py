@@ -214,7 +214,7 @@ class Scheduler:
         # Past every attempt: the reader drops what an earlier epoch says. No later one can come.
         epoch = 0 if newest is None else newest.epoch + 1
         await replies.Writer(self._broker, request.reply_to, epoch).error(fault)
-        await usage.publish(self._broker, usage.event(request, fault, ""))
+        await usage.publish(self._broker, usage.event(request, fault, ""), record.seq)
 
     async def _delete(self, record: base.Record, reason: str) -> bool:
         deleted = await self._broker.delete(subjects.REQUESTS, record.seq)

@@ -10,15 +10,22 @@ from dataclasses import dataclass, field
 from broker import base, errors, messages, replies, usage
 from broker.messages import Latency, Request
 from workers import metrics
-from workers.engines.base import ASGIMessage, Engine, Receive, Scope, Tap, current_tap
+from workers.engines.base import ASGIMessage, Engine, Receive, Refused, Scope, Tap, current_tap
 
 _log = logging.getLogger(__name__)
+
+_TO_CALLER = (b"content-type", b"x-request-id", b"retry-after")
+"""The engine's headers that travel in the head frame."""
 
 _BEAT_AFTER = 0.25
 """Seconds without a head after which the reader is told that a worker has its request."""
 
 _ABORT_GRACE = 2.0
 """Seconds an engine gets to end its run after a disconnect, before its task is cancelled."""
+
+_HAND_BACKS = 3
+"""Deliveries up to which a request that the engine refused goes to another worker. Later ones are
+answered: where every worker's engine refuses, it would go round until its deadline."""
 
 _DEATH_NOTICE = 0.25
 """Seconds until an engine that failed a request counts as alive."""
@@ -102,7 +109,8 @@ class Job:
         self._held_body = b""
         self._status = 0
         self._complete = False
-        labels = request.subject.model, request.subject.service_class
+        served = any(card.id == request.subject.model for card in engine.models)
+        labels = request.subject.model if served else metrics.OTHER, request.subject.service_class
         self._itl = metrics.ITL.labels(*labels)
         self._labels = labels
 
@@ -246,7 +254,7 @@ class Job:
         headers = {
             name.decode("latin-1"): value.decode("latin-1")
             for name, value in head.get("headers", ())
-            if name.lower() in (b"content-type", b"x-request-id")
+            if name.lower() in _TO_CALLER
         }
         await self._writer.head(head["status"], headers, self._worker, body, tokens)
 
@@ -259,19 +267,24 @@ class Job:
         unstarted = isinstance(self._fault, errors.EngineFailed) and not self._writer.head_sent
         if unstarted and await self._engine_died():
             self._fault = HandBack("the engine died")
+        if isinstance(self._fault, Refused) and self.delivery.attempt <= _HAND_BACKS:
+            self._fault = HandBack(self._fault.message)
         if isinstance(self._fault, HandBack):
             if not self._writer.head_sent:
                 metrics.RETURNED.labels(self._fault.code).inc()
                 await self.delivery.nak()
+                _log.info("request handed back: %s", self._fault.message, extra=self.log_extra())
                 return
             self._fault = errors.WorkerLost("the worker stopped while it was answering")
         if self._fault is None:
             await self._writer.end(self._usage_meta())
         else:
             await self._writer.error(self._fault)
+        # The ack last: who finds the request answered but not acked tells of its usage again.
+        event = self._usage_event()
+        await usage.publish(self._broker, event, self.delivery.seq)
         await self.delivery.ack()
-        await usage.publish(self._broker, self._usage_event())
-        self._observe()
+        self._observe(event)
 
     async def _settle_held_head(self) -> None:
         head, self._held_head = self._held_head, None
@@ -318,8 +331,8 @@ class Job:
             **self._usage_meta(),
         )
 
-    def _observe(self) -> None:
-        parts, labels = self.latency(), self._labels
+    def _observe(self, event: messages.UsageEvent) -> None:
+        parts, labels = event.latency, self._labels
         metrics.FRAMES.inc(self._writer.frames)
         metrics.QUEUE_WAIT.labels(*labels).observe(self.timing.queued)
         for histogram, value in (
@@ -330,9 +343,10 @@ class Job:
             if value is not None:
                 histogram.labels(*labels).observe(value)
         if parts.total is not None:
-            metrics.TOTAL.labels(*labels, usage.outcome(self._fault, self._status)).observe(parts.total)
+            metrics.TOTAL.labels(*labels, event.outcome).observe(parts.total)
         for kind, count in self._usage_meta().items():
             metrics.TOKENS.labels(labels[0], kind.removesuffix("_tokens")).inc(count)
+        _log.info("request %s", event.outcome, extra=self.log_extra() | _logged(event))
 
     def log_extra(self) -> dict[str, object]:
         subject = self.request.subject
@@ -342,3 +356,20 @@ class Job:
             "model": subject.model,
             "worker": self._worker,
         }
+
+
+def _logged(event: messages.UsageEvent) -> dict[str, object]:
+    """What a request's one log line says of its end; latency parts in seconds."""
+    parts = event.latency.model_dump(exclude_none=True)
+    return {
+        "path": event.path,
+        "class": event.service_class,
+        "outcome": event.outcome,
+        "status": event.status,
+        "code": event.code,
+        "epoch": event.epoch,
+        "prompt_tokens": event.prompt_tokens,
+        "cached_tokens": event.cached_tokens,
+        "completion_tokens": event.completion_tokens,
+        **{f"{part}_s": round(seconds, 6) for part, seconds in parts.items()},
+    }

@@ -10,6 +10,9 @@ from workers.engines.base import EngineStats
 _FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _LABELS = ["model", "class"]
 
+OTHER = "other"
+"""Label of every model that the worker doesn't serve: a publisher may name as many as it likes."""
+
 QUEUE_WAIT = Histogram(
     "headrace_queue_wait_seconds", "Stored in the queue until taken", _LABELS, buckets=_FAST
 )

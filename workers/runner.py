@@ -61,6 +61,7 @@ class Worker:
         """Serve until `stop`, then drain. Raises errors.EngineFailed when the engine dies."""
         server, _ = start_http_server(self._config.metrics_port, self._config.metrics_host)
         self._metrics_url = f"http://{self._config.metrics_host}:{server.server_port}/metrics"
+        _log.info("serving", extra={"worker": self.name, "metrics_url": self._metrics_url})
         cancels = await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel)
         for number, service_class in enumerate(ServiceClass):
             receive = self._receiver(number)
@@ -198,7 +199,7 @@ class Worker:
             verdict = await screening.screen(job.request, job.delivery, self._engine, self._broker)
             cancelled = self._tombstones.pop(job.request.key, job.delivery.enqueued_ms)
             if verdict is screening.ANSWERED:
-                await job.delivery.ack()
+                await screening.settle(self._broker, job.request, job.delivery)
                 return
             if cancelled:
                 verdict = errors.Cancelled("the caller went away")

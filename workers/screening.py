@@ -7,8 +7,8 @@ from collections import OrderedDict
 
 import orjson
 
-from broker import base, errors, replies
-from broker.messages import TERMINAL, FrameKind, Request
+from broker import base, codec, errors, replies, subjects, usage
+from broker.messages import TERMINAL, FrameKind, Request, UsageEvent
 from workers import metrics
 from workers.engines.base import Engine
 
@@ -16,7 +16,7 @@ _CLOCKS_APART = 60_000
 """Milliseconds that a worker's clock and the broker's may differ."""
 
 ANSWERED = errors.DuplicateRequest("the request was answered before; only its ack was lost")
-"""A verdict of its own: nothing is left to do but to ack."""
+"""A verdict of its own: nothing is left to do but what its worker may not have come to, see `settle`."""
 
 
 class Tombstones:
@@ -82,6 +82,41 @@ async def _earlier_attempt(
     if frame.kind in TERMINAL:
         return ANSWERED
     return errors.WorkerLost("the worker was lost while it was answering; send the request again")
+
+
+async def settle(broker: base.Broker, request: Request, delivery: base.Delivery) -> None:
+    """Tell of the usage of a request that was ANSWERED, from its frames, and ack it.
+
+    Its worker may have gone between the last frame and the usage event; where it had not, the two
+    events are one to the stream.
+    """
+    try:
+        event = await _answered(broker, request, delivery)
+    except (errors.MalformedMessage, ValueError, TypeError, AttributeError):
+        event = None  # someone else wrote there: what they say is no usage
+    if event is not None:
+        await usage.publish(broker, event, delivery.seq)
+    await delivery.ack()
+
+
+async def _answered(broker: base.Broker, request: Request, delivery: base.Delivery) -> UsageEvent | None:
+    """None where the journal holds no `end`: an `error` comes without figures."""
+    records = await broker.read(subjects.REPLIES, request.reply_to, limit=1_000_000)
+    frames = [codec.decode(record.data) for record in records if record.stored_ms >= delivery.enqueued_ms]
+    end = next((frame for frame in frames if frame.kind is FrameKind.END), None)
+    if end is None:
+        return None
+    heads = [f for f in frames if f.kind is FrameKind.HEAD and f.epoch == end.epoch]
+    told = heads[0].extra if heads else {}
+    figures = end.extra.get("usage", {})
+    return usage.event(
+        request,
+        None,
+        told.get("worker", ""),
+        status=told.get("status", 200),
+        epoch=end.epoch,
+        **{name: figures.get(name, 0) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")},
+    )
 
 
 async def repeated(broker: base.Broker, request: Request, delivery: base.Delivery, running: Request) -> None:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from broker import errors
 from broker.messages import ModelCard
 
 Scope = MutableMapping[str, Any]
@@ -22,6 +23,10 @@ Send = Callable[[ASGIMessage], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
+class Refused(errors.Unavailable):
+    """Raised by an engine's app that has sent nothing: it can't serve now, another worker may."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """How full the engine is, as of its last step.
@@ -29,7 +34,7 @@ class EngineStats:
     Attributes:
         running: sequences in the running batch.
         waiting: sequences the engine holds but has not scheduled.
-        max_running: slots: the most sequences one step may hold.
+        max_running: slots: the most sequences one step may hold; 0 while it can take none at all.
         step_tokens: token budget of one step (`max_num_batched_tokens`).
         kv_tokens_total, kv_tokens_free: KV-cache room in tokens; 0 total = unknown or unlimited.
         preemptions: running sequences thrown back for want of KV room, ever.

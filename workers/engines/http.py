@@ -15,21 +15,12 @@ import httpx
 import orjson
 
 from broker import errors
-from broker.messages import ModelCard
+from broker.messages import PATHS, ModelCard
 from workers.config import HttpConfig
 from workers.engines import asgi
-from workers.engines.base import ASGIApp, EngineStats, Receive, Scope, Send, Tap, current_tap
+from workers.engines.base import ASGIApp, EngineStats, Receive, Refused, Scope, Send, Tap, current_tap
 from workers.engines.http_usage import Meter
 
-PATHS = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/embeddings",
-    "/tokenize",
-)
-"""What a worker may send on; a path the server lacks is answered by the server's own 404."""
 STEP_TOKENS = 1 << 20
 """The server's token budget is unknown: the concurrency alone bounds what it is given."""
 _TO_SERVER = (b"content-type", b"accept", b"authorization")
@@ -37,7 +28,10 @@ _FROM_SERVER = ("content-type", "retry-after", "x-request-id")
 
 
 class HttpEngine:
-    """See `workers.engines.base.Engine`; make one with `start`."""
+    """See `workers.engines.base.Engine`; make one with `start`.
+
+    A server that refuses a connection is given nothing more until it passes a health check.
+    """
 
     name = "http"
 
@@ -53,13 +47,14 @@ class HttpEngine:
         self._client, self._probe = client, probe
         self._slots = asyncio.Semaphore(config.concurrency)
         self._running = self._waiting = 0
+        self._refusing = False
         self._watcher = asyncio.create_task(self._watch_health(), name="http-engine-health")
 
     def stats(self) -> EngineStats:
         return EngineStats(
             running=self._running,
             waiting=self._waiting,
-            max_running=self.config.concurrency,
+            max_running=0 if self._refusing else self.config.concurrency,
             step_tokens=STEP_TOKENS,
             kv_tokens_total=0,
             kv_tokens_free=0,
@@ -123,10 +118,8 @@ class HttpEngine:
         try:
             response = await self._client.send(request, stream=True)
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
-            await asgi.respond(
-                send, 503, errors.Unavailable(f"the engine's server refuses connections: {exc}").body()
-            )
-            return
+            self._refusing = True
+            raise Refused(f"the engine's server refuses connections: {exc}") from exc
         except httpx.TransportError as exc:
             await asgi.respond(
                 send, 502, errors.EngineFailed(f"the engine's server broke off: {exc!r}").body()
@@ -153,6 +146,9 @@ class HttpEngine:
                 path = "/v1/models"
                 continue
             failures = failures + 1 if status >= 500 else 0
+            if self._refusing and not failures:
+                self._refusing = False
+                self._changed()
             if failures == self.config.health_failures:
                 text = f"{self.config.url} failed {failures} health checks in a row; the last: {reason}"
                 self.died.set_exception(errors.EngineFailed(text))
@@ -193,6 +189,7 @@ async def _cards(config: HttpConfig, probe: httpx.AsyncClient) -> list[ModelCard
     if not listed:
         raise errors.Unavailable(f"the server at [http] url = {config.url!r} lists no model")
     base = config.base or listed[0][0]
+    # A path that the server lacks is answered by its own 404.
     return [ModelCard(id=name, base=base, context_tokens=context, paths=PATHS) for name, context in listed]
 
 

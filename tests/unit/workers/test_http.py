@@ -12,7 +12,7 @@ from tests import asgi
 from tests.waiting import until
 from workers.config import HttpConfig, SimConfig
 from workers.engines import http, sim
-from workers.engines.base import Tap
+from workers.engines.base import Refused, Tap
 from workers.engines.http_usage import MAX_KEPT, Meter
 
 pytestmark = pytest.mark.anyio
@@ -24,7 +24,7 @@ Handler = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitabl
 
 
 @asynccontextmanager
-async def server(handler: Handler, asked: list[bytes] | None = None) -> AsyncIterator[str]:
+async def server(handler: Handler, asked: list[bytes] | None = None, port: int = 0) -> AsyncIterator[str]:
     """A server that lists two models and hands anything else, as raw bytes, to `handler`.
 
     The paths asked for are noted in `asked`.
@@ -44,7 +44,7 @@ async def server(handler: Handler, asked: list[bytes] | None = None) -> AsyncIte
         finally:
             writer.close()
 
-    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    listener = await asyncio.start_server(serve, "127.0.0.1", port)
     try:
         yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     finally:
@@ -77,15 +77,25 @@ async def test_without_a_server_the_start_says_which_setting_to_look_at() -> Non
         await http.start(HttpConfig(url=url))
 
 
-async def test_a_server_that_refuses_connections_is_a_503() -> None:
+async def test_a_server_that_refuses_a_connection_gets_no_more_until_it_is_well() -> None:
+    async def well(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
     async with server(silent) as url:
-        made = await http.start(HttpConfig(url=url))
+        port = int(url.rpartition(":")[2])
+        made = await http.start(HttpConfig(url=url, health_interval=0.02, health_failures=10_000))
     try:
         # The probe's connection may live on; the requests have a pool of their own.
         async with asgi.request(made.app, CHAT, BODY) as call:
-            answer = await call.json()
-        assert (call.status, answer["error"]["code"]) == (503, "unavailable")
-        assert made.stats().running == 0
+            with pytest.raises(Refused):
+                await call.ended()
+            assert not call.parts
+        assert (made.stats().running, made.stats().max_running) == (0, 0)
+        changed = asyncio.Event()
+        made.on_change = changed.set
+        async with server(well, port=port), asyncio.timeout(10):
+            await changed.wait()
+        assert made.stats().max_running == made.config.concurrency
     finally:
         await made.close()
 

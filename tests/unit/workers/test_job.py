@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from broker.messages import Frame, FrameKind, Request, UsageEvent
 from tests.waiting import until
 from tests.workbench import PATH, WaxEngine, gone, metric, soon, start_response
 from workers import job as jobs
-from workers.engines.base import ASGIApp, Receive, Scope, Send, current_tap
+from workers.engines.base import ASGIApp, Receive, Refused, Scope, Send, current_tap
 
 REPLY = "out.acme.box.r1"
 
@@ -43,17 +44,22 @@ class Delivery:
         self.verdicts.append("wpi")
 
 
+class Killed(BaseException):
+    """The worker's end, in the middle of whatever it was doing."""
+
+
 @dataclass
 class Bench:
     """A job, what it runs on, and what it said."""
 
     app: ASGIApp
     deadline_ms: int = 0
+    model: str = "sim"
     broker: MemoryBroker = field(default_factory=MemoryBroker)
     delivery: Delivery = field(default_factory=Delivery)
 
     def __post_init__(self) -> None:
-        subject = subjects.RequestSubject("sim", "standard", "acme", "sim")
+        subject = subjects.RequestSubject("sim", "standard", "acme", self.model)
         request = Request(subject, "r1", REPLY, PATH, b"{}", self.deadline_ms, traceparent="00-1-2-01")
         self.engine = WaxEngine(self.app)
         self.job = jobs.Job(request, self.delivery, self.broker, self.engine, "w1", jobs.Share())
@@ -225,6 +231,92 @@ async def test_what_it_had_begun_is_told_to_the_caller(anyio_backend: object) ->
     bench = Bench(app)
     await failure(bench, "engine_failed")
     assert bench.engine.died.exception() is not None
+
+
+async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    raise Refused("its server is away")
+
+
+@pytest.mark.parametrize(("attempt", "handed_on"), [(1, True), (3, True), (4, False)])
+async def test_what_the_engine_refuses_goes_to_another_worker_a_few_times_and_is_then_answered(
+    anyio_backend: object, attempt: int, handed_on: bool
+) -> None:
+    bench = Bench(refuse, delivery=Delivery(attempt=attempt))
+    if handed_on:
+        assert await bench.run() == []
+        assert bench.delivery.verdicts == ["nak"]
+        assert await bench.usage() == []
+    else:
+        frame = await failure(bench, "unavailable")
+        assert frame.extra["status"] == 503
+
+
+async def test_usage_is_told_before_the_ack(anyio_backend: object) -> None:
+    """So that a worker that dies between the two leaves a request that is looked at again."""
+
+    class Dying(Delivery):
+        async def ack(self) -> None:
+            raise Killed
+
+    bench = Bench(answer, delivery=Dying(seq=7))
+    with pytest.raises(Killed):
+        await bench.run()
+    (record,) = await bench.broker.read(subjects.USAGE, subjects.ALL_USAGE)
+    assert record.headers == {"Nats-Msg-Id": "acme:r1:7"}
+
+
+async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    await start_response(send)
+    tap = current_tap.get()
+    assert tap is not None
+    tap.tokens(time.monotonic(), 0, [5])
+    await send({"type": "http.response.body", "body": b"two", "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def test_a_request_leaves_one_line_in_the_log(
+    anyio_backend: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        await Bench(answer).run()
+    (record,) = caplog.records
+    line = vars(record)
+    assert record.getMessage() == "request finished"
+    assert (line["request_id"], line["tenant"], line["model"], line["worker"]) == ("r1", "acme", "sim", "w1")
+    assert (line["outcome"], line["status"], line["completion_tokens"]) == ("finished", 200, 1)
+    assert 0 <= line["queue_s"] <= line["ttft_s"] <= line["total_s"]
+
+
+async def test_a_failed_request_leaves_one_line_too(
+    anyio_backend: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        await failure(Bench(wait_for_the_end, deadline_ms=soon(0.02)), "deadline_exceeded")
+    (record,) = caplog.records
+    assert (vars(record)["outcome"], vars(record)["code"]) == ("failed", "deadline_exceeded")
+
+
+async def test_models_that_the_engine_does_not_serve_share_one_label(anyio_backend: object) -> None:
+    def counted(model: str) -> float:
+        return metric("headrace_queue_wait_seconds_count", model=model, **{"class": "standard"})
+
+    before = counted("other")
+    for model in ("made", "up"):
+        bench = Bench(answer, model=model)
+        bench.job.stop(errors.UnknownModel("nobody serves it"))
+        await failure(bench, "model_not_found")
+    assert counted("other") - before == 2
+    assert counted("made") == counted("up") == 0
+
+
+async def test_the_engines_retry_after_reaches_the_head(anyio_backend: object) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"retry-after", b"17"), (b"server", b"x")]
+        await send({"type": "http.response.start", "status": 429, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}", "more_body": False})
+
+    head, _ = await Bench(app).run()
+    assert head.extra["headers"] == {"retry-after": "17"}
 
 
 async def wait_for_the_end(scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import httpx
 import orjson
 import pytest
 
-from broker import codec, errors, replies, subjects
+from broker import codec, errors, replies, subjects, usage
 from broker.base import Delivery
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
-from broker.messages import DeadLetter, FrameKind, Heartbeat, ServiceClass
+from broker.messages import DeadLetter, Frame, FrameKind, Heartbeat, ServiceClass
 from tests.waiting import until
 from tests.workbench import (
     FAST,
@@ -406,22 +408,55 @@ async def test_a_request_whose_worker_died_after_output_is_told_so(
     assert engine.seen == []
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("cancelled", [False, True])
-async def test_a_request_that_was_answered_is_only_acked(
-    broker: MemoryBroker, caller: Caller, cancelled: bool
+async def test_a_request_that_was_answered_is_counted_once_and_acked(
+    broker: MemoryBroker, caller: Caller, cancelled: bool, counted: bool
 ) -> None:
+    """Whether its worker had come to its usage event or not."""
     call = await caller.submit()
     delivery = await deliver_once(broker)
-    await replies.Writer(broker, call.request.reply_to, 1).end({})
+    writer = replies.Writer(broker, call.request.reply_to, 1)
+    await writer.head(400, {}, "dead", b"no", [])
+    await writer.end({"prompt_tokens": 9, "cached_tokens": 4, "completion_tokens": 2})
+    if counted:
+        told = usage.event(call.request, None, "dead", status=400, prompt_tokens=9)
+        await usage.publish(broker, told, delivery.seq)
     await delivery.nak()
     engine = WaxEngine(hold)
     async with serving(broker, engine):
         if cancelled:
             await call.cancel()
         await caller.drained()
-    assert len(await caller.broker.read(subjects.REPLIES, call.request.reply_to)) == 1
-    assert await caller.usage(0) == []
+    assert len(await caller.broker.read(subjects.REPLIES, call.request.reply_to)) == 2
+    (event,) = await caller.usage(1)
+    assert (event.outcome, event.status, event.worker, event.prompt_tokens) == ("failed", 400, "dead", 9)
+    assert (event.cached_tokens, event.completion_tokens) == ((0, 0) if counted else (4, 2))
     assert engine.seen == []
+
+
+@pytest.mark.parametrize("said", [{}, {"usage": []}, {"usage": {"prompt_tokens": "many"}}])
+async def test_an_end_that_tells_no_usage_is_acked_all_the_same(
+    broker: MemoryBroker, caller: Caller, said: dict[str, object]
+) -> None:
+    call = await caller.submit()
+    delivery = await deliver_once(broker)
+    await caller.broker.publish(call.request.reply_to, codec.encode(Frame(1, 0, FrameKind.END, extra=said)))
+    await delivery.nak()
+    async with serving(broker, WaxEngine(hold)):
+        await caller.drained()
+
+
+async def test_a_worker_tells_where_its_metrics_are(
+    broker: MemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        async with serving(broker, WaxEngine(hold)):
+            (record,) = [r for r in caplog.records if r.message == "serving"]
+            async with httpx.AsyncClient() as http:
+                answer = await http.get(vars(record)["metrics_url"])
+    assert vars(record)["worker"] == "w1"
+    assert "headrace_queue_wait_seconds" in answer.text
 
 
 async def test_garbage_where_the_frames_should_be_ends_a_redelivered_request(
