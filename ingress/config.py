@@ -34,3 +34,13 @@ class IngressConfig(BaseModel):
     @classmethod
     def _complete(cls, given: dict[ServiceClass, float]) -> dict[ServiceClass, float]:
         return _DEADLINES | given
+
+    @field_validator("api_keys")
+    @classmethod
+    def _usable(cls, given: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        keys = [key.get_secret_value() for key in given.values()]
+        if not all(given) or not all(key.strip() for key in keys):
+            raise ValueError("a tenant or its key is empty: who sends no key would be let in")
+        if len(set(keys)) < len(keys):
+            raise ValueError("two tenants share a key: each needs its own")
+        return given

@@ -116,6 +116,12 @@ def test_api_keys_come_from_the_environment_or_a_file(text: str, tmp_path: Path)
         assert "s3cret" not in repr(loaded) + loaded.model_dump_json()
 
 
+@pytest.mark.parametrize("text", ['{"acme": ""}', '{"acme": " "}', '{"": "key"}', '{"acme": "k", "other": "k"}'])
+def test_api_keys_that_would_let_others_in_are_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="api_keys"):
+        load(environ={"HEADRACE_INGRESS__API_KEYS": text})
+
+
 def test_api_keys_stand_in_no_file_and_no_flag() -> None:
     with pytest.raises(SettingsError, match="is a secret") as raised:
         load(flags={"ingress.api_keys": "acme=s3cret"}, environ={})
