@@ -25,24 +25,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from broker import errors
-from broker.messages import ModelCard
+from broker.messages import PATHS, ModelCard
 from workers.engines import vllm_core
 from workers.engines.base import ASGIApp, ASGIMessage, EngineStats, Receive, Scope, Send
 from workers.engines.vllm_tap import Steps, TappedLLM
 
 _log = logging.getLogger(__name__)
-
-PATHS = (
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/embeddings",
-    "/tokenize",
-    "/detokenize",
-)
-"""What Headrace offers of an engine's API; a card lists those that the model's tasks bring about."""
 
 Options = Mapping[str, str | int | float | bool]
 
