@@ -788,7 +788,8 @@ async def test_an_outage_is_logged_once(nats_server: NatsServer, caplog: pytest.
                 refused.append(exc)
             await super()._on_error(exc)
 
-    async with Counting(BrokerConfig(url=nats_server.url), "one") as broker:
+    broker = Counting(BrokerConfig(url=nats_server.url), "one")
+    async with broker:
         await broker.open()
         for _ in range(2):
             refused.clear()
