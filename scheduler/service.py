@@ -21,7 +21,7 @@ from typing import Any
 import orjson
 from prometheus_client import start_http_server
 
-from broker import base, errors, fleet, registry, replies, subjects, usage
+from broker import addresses, base, errors, fleet, registry, replies, subjects, usage
 from broker.messages import Request, ServiceClass, parse_request
 from scheduler import metrics
 from scheduler.config import SchedulerConfig
@@ -54,16 +54,18 @@ class Scheduler:
         self._reached: dict[str, int] = {}  # subject -> sequence from which the next sweep goes on
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop`."""
+    async def run(self, stop: asyncio.Event, ready: Callable[[str], None] = lambda url: None) -> None:
+        """Serve until `stop`. `ready` gets the URL of its metrics once it looks after the fleet."""
         server, _ = start_http_server(self._config.metrics_port, self._config.metrics_host)
         subscriptions = [
             await self._broker.subscribe(subjects.ALL_HEARTBEATS, self._on_heartbeat),
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._registry.watch(),
         ]
-        metrics_url = f"http://{self._config.metrics_host}:{server.server_port}/metrics"
+        host = addresses.elsewhere(self._config.metrics_host)
+        metrics_url = addresses.url("http", host, server.server_port) + "/metrics"
         _log.info("serving", extra={"scheduler": self.name, "metrics_url": metrics_url})
+        ready(metrics_url)
         ends = [asyncio.create_task(stop.wait()), asyncio.create_task(self._watch())]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from prometheus_client import start_http_server
 
-from broker import base, errors, replies, subjects
+from broker import addresses, base, errors, replies, subjects
 from broker.messages import Credit, Heartbeat, Request, ServiceClass, parse_request
 from kvstate import budget
 from workers import intake, metrics, screening
@@ -57,11 +57,16 @@ class Worker:
         self._beats = 0
         self._metrics_url = ""
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop`, then drain. Raises errors.EngineFailed when the engine dies."""
+    async def run(self, stop: asyncio.Event, ready: Callable[[str], None] = lambda url: None) -> None:
+        """Serve until `stop`, then drain. Raises errors.EngineFailed when the engine dies.
+
+        `ready` gets the URL of its metrics before the first request is asked for.
+        """
         server, _ = start_http_server(self._config.metrics_port, self._config.metrics_host)
-        self._metrics_url = f"http://{self._config.metrics_host}:{server.server_port}/metrics"
+        host = addresses.elsewhere(self._config.metrics_host)
+        self._metrics_url = addresses.url("http", host, server.server_port) + "/metrics"
         _log.info("serving", extra={"worker": self.name, "metrics_url": self._metrics_url})
+        ready(self._metrics_url)
         cancels = await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel)
         for number, service_class in enumerate(ServiceClass):
             receive = self._receiver(number)
