@@ -116,7 +116,9 @@ def test_api_keys_come_from_the_environment_or_a_file(text: str, tmp_path: Path)
         assert "s3cret" not in repr(loaded) + loaded.model_dump_json()
 
 
-@pytest.mark.parametrize("text", ['{"acme": ""}', '{"acme": " "}', '{"": "key"}', '{"acme": "k", "other": "k"}'])
+@pytest.mark.parametrize(
+    "text", ['{"acme": ""}', '{"acme": " "}', '{"": "key"}', '{"acme": "k", "other": "k"}']
+)
 def test_api_keys_that_would_let_others_in_are_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="api_keys"):
         load(environ={"HEADRACE_INGRESS__API_KEYS": text})
