@@ -420,7 +420,7 @@ class TestStreams:
         deadline = {"X-Headrace-Timeout": "0.3"}
         response = await http.post(CHAT, json=chat(model="lone", stream=True), headers=deadline)
         assert response.status_code == 200
-        assert response.content.count(b": queued\n\n") >= 3
+        assert response.content.count(b": queued, no worker serves lone now\n\n") >= 3
         (event,) = events(response.content)
         assert event["error"]["code"] == "deadline_exceeded"
 
@@ -450,7 +450,7 @@ class TestStreams:
             streaming(http, chat("late", model="late", stream=True)) as (first, rest),
             worker(config, model="late"),
         ):
-            assert first == b": queued\n\n"
+            assert first == b": queued, no worker serves late now\n\n"
             body = first + b"".join([part async for part in rest])
         assert text(body) == answer("late", 5)
 

@@ -36,7 +36,7 @@ from tests.workbench import (
 )
 from workers.config import SimConfig
 from workers.engines import sim
-from workers.engines.base import Engine, Receive, Scope, Send
+from workers.engines.base import Engine, Receive, Refused, Scope, Send
 from workers.engines.sim_pace import StepPacer
 from workers.engines.step_model import IntegrityError
 
@@ -445,6 +445,25 @@ async def test_an_end_that_tells_no_usage_is_acked_all_the_same(
     await delivery.nak()
     async with serving(broker, WaxEngine(hold)):
         await caller.drained()
+
+
+async def test_what_an_engine_refuses_is_run_by_another_worker(broker: MemoryBroker, caller: Caller) -> None:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        sick.slots = 0
+        raise Refused("its server is away")
+
+    gate = Gate()
+    gate.open.set()
+    sick, well = WaxEngine(refuse), WaxEngine(gate)
+    async with serving(broker, sick, "sick"):
+        call = await caller.submit()
+        await until(lambda: metric("headrace_credit_requests") == 0 and sick.seen)
+        assert await caller.queued() == 1
+        async with serving(broker.client(), well, "well"):
+            assert (await call.end()).kind is FrameKind.END
+            await caller.drained()
+            assert [e.worker for e in await caller.usage(1)] == ["well"]
+    assert len(sick.seen) == 1
 
 
 async def test_a_worker_tells_where_its_metrics_are(
