@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from broker import base, errors, replies, subjects, usage
+from broker import addresses, base, errors, replies, subjects, usage
 from broker.messages import PATHS, Request
 from ingress import admit, metrics, pages
 from ingress import errors as wording
@@ -202,7 +202,8 @@ async def serve(
 
     `ready` gets the address once connections are accepted. Raises OSError when the port is taken.
     """
-    listener = _listen(config)
+    address = config.host, config.port
+    listener = socket.create_server(address, family=addresses.family(config.host), backlog=2048)
     name = config.name or f"ingress-{replies.now_ms():x}-{listener.getsockname()[1]}"
     async with replies.Mailbox(broker, name) as mailbox, Catalogue(broker) as catalogue:
         ingress = Ingress(config, broker, mailbox, catalogue)
@@ -221,7 +222,7 @@ async def serve(
                 timeout_keep_alive=75,
                 timeout_graceful_shutdown=math.ceil(config.drain_timeout),
             ),
-            lambda: ready(_url(listener)),
+            lambda: ready(addresses.url("http", *listener.getsockname()[:2])),
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stopping = asyncio.create_task(stop.wait())
@@ -232,13 +233,3 @@ async def serve(
             await ingress.drain()
         finally:
             stopping.cancel()
-
-
-def _listen(config: IngressConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    return socket.create_server((config.host, config.port), family=family, backlog=2048)
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
