@@ -57,6 +57,12 @@ def _kill(process: asyncio.subprocess.Process) -> None:
         process.kill()
 
 
+def rotate(log: Path) -> None:
+    """Keep the last run's log as `<log>.1`, and none before it: logs don't grow for ever."""
+    with contextlib.suppress(FileNotFoundError):
+        log.replace(f"{log}.1")
+
+
 def tail(log: Path, lines: int = 15) -> str:
     """The end of a log file, indented, to show in an error."""
     try:

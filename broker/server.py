@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from broker import errors, processes
+from broker import addresses, errors, processes
 
 _START_TIMEOUT = 30.0  # recovery of a large store included
 _POLL = 0.01
@@ -40,7 +40,8 @@ class NatsServer:
         sync_always: sync each stored message to disk before acknowledging it. Without, an acknowledged
             message can be lost with the host (not with the process), within two minutes.
         max_payload: largest message in bytes.
-        log: file that the server's output is appended to.
+        host: address to listen on. There is no password: beyond loopback, on a network you trust.
+        log: file of the server's output; a run before this one's becomes `<log>.1`.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class NatsServer:
         self.log = log or self.data_dir / "nats-server.log"
         self._process: asyncio.subprocess.Process | None = None
         self._lock: int | None = None
+        self._logs_rotated = False
 
     @property
     def url(self) -> str:
-        return f"nats://{self.host}:{self.port}"
+        """Where processes of this machine reach it."""
+        return addresses.url("nats", addresses.here(self.host), self.port)
 
     @property
     def pid(self) -> int | None:
@@ -72,9 +75,9 @@ class NatsServer:
     async def start(self) -> None:
         """Start and wait until it answers. Raises errors.Unavailable with the reason when it can't."""
         program = binary()
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.data_dir)
         try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.data_dir)
             await self._spawn(program)
             async with asyncio.timeout(_START_TIMEOUT):
                 self.port = await self._listening()
@@ -83,6 +86,9 @@ class NatsServer:
             raise errors.Unavailable(
                 f"nats-server did not answer within {_START_TIMEOUT:.0f} s:\n{processes.tail(self.log)}"
             ) from None
+        except OSError as exc:
+            await self.stop()
+            raise errors.Unavailable(f"nats-server can't keep its files in {self.data_dir}: {exc}") from exc
         except BaseException:
             await self.stop()
             raise
@@ -107,6 +113,9 @@ class NatsServer:
         for stale in self.data_dir.glob("*.ports"):
             stale.unlink()
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        if not self._logs_rotated:  # once the directory is ours; a restart goes on in the same log
+            processes.rotate(self.log)
+            self._logs_rotated = True
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 program,
@@ -128,7 +137,8 @@ class NatsServer:
             store["sync_interval"] = "always"
         # nats-server reads JSON; -1 is its "any free port".
         config = {
-            "listen": f"{self.host}:{self.port or -1}",
+            "host": self.host,
+            "port": self.port or -1,
             "max_payload": self.max_payload,
             "ports_file_dir": str(self.data_dir),
             "jetstream": store,
@@ -147,7 +157,7 @@ class NatsServer:
                 )
             with contextlib.suppress(OSError, ValueError, LookupError):
                 port = int(json.loads(ports.read_text())["nats"][0].rpartition(":")[2])
-                if await _greets(self.host, port):
+                if await _greets(addresses.here(self.host), port):
                     return port
             await asyncio.sleep(_POLL)
 
