@@ -7,15 +7,19 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from broker import processes
+from ops.errors import StartFailed
 
 logger = logging.getLogger(__name__)
+
+Facts = dict[str, Any]
+"""What a part says of itself when it is ready: `part`, `pid`, and its addresses."""
 
 START_TRIES = 3
 """A part that has ended so often before the fleet was ready will not get ready."""
@@ -25,28 +29,31 @@ STEADY = 30.0
 """A process that lived so long is in order: the backoff starts anew."""
 
 
-class StartFailed(Exception):
-    """A fleet that can't be started; the message is for the operator."""
-
-
 class Child:
     """`headrace <arguments>` as a child process, started again whenever it dies.
 
     The child leads a session of its own (Ctrl-C reaches it through us, in order) and is killed with us.
 
     Attributes:
-        ready: done with the first ready line, when the part has been ready once.
+        ready: done with the first ready line, when the part has been ready once; `on_ready` gets each.
         restarts: how often it has ended by itself.
         settled: set by the owner when the fleet is ready: from then on it is started again for ever.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log: Path,
+        on_ready: Callable[[str, Facts], None] = lambda name, facts: None,
+    ) -> None:
         self.name = name
         self.log = log
-        self.ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.ready: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self.restarts = 0
         self.settled = False
         self._arguments = arguments
+        self._on_ready = on_ready
         self._process: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
 
@@ -56,7 +63,7 @@ class Child:
 
     async def keep_alive(self) -> None:
         """Run it until `stop`. Raises StartFailed with the end of its log when it can't be started."""
-        self.log.unlink(missing_ok=True)
+        processes.rotate(self.log)
         delay = BACKOFF
         while not self._stop.is_set():
             began = time.monotonic()
@@ -122,5 +129,8 @@ class Child:
             line = await stream.readline()
         finally:
             transport.close()
-        if line and not self.ready.done():
-            self.ready.set_result(orjson.loads(line))
+        if line:
+            facts: Facts = orjson.loads(line)
+            self._on_ready(self.name, facts)
+            if not self.ready.done():
+                self.ready.set_result(facts)

@@ -34,14 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     flags = flags_of(args)
 
+    from broker import errors
     from ops import settings
 
     try:
         loaded = settings.load(args.config, flags)
+        return int(_COMMANDS[args.command](args, loaded, flags) or 0)
     except settings.SettingsError as exc:
         print(f"headrace {args.command}: the settings are wrong\n{exc}", file=sys.stderr)
         return 2
-    return int(_COMMANDS[args.command](args, loaded, flags) or 0)
+    except errors.HeadraceError as exc:
+        print(f"headrace {args.command}: {exc}", file=sys.stderr)
+        return 1
 
 
 def flags_of(args: argparse.Namespace) -> dict[str, str]:
@@ -59,7 +63,8 @@ def _up(args: argparse.Namespace, settings: Settings, flags: dict[str, str]) -> 
 
     if args.with_parent:
         processes.die_with_parent(signal.SIGTERM)
-    return up.run(settings, up.Options(args.workers, args.ingresses, args.nats_port, args.config, flags))
+    options = up.Options(args.workers, args.ingresses, args.nats_host, args.nats_port, args.config, flags)
+    return up.run(settings, options)
 
 
 def _service(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
@@ -114,7 +119,13 @@ def parser() -> argparse.ArgumentParser:
     _add(up, "engine", "model", "url", "host", "port", "data")
     up.add_argument("--workers", type=_count, default=1, metavar="N")
     up.add_argument("--ingresses", type=_count, default=1, metavar="N", help="on --port and those after it")
-    up.add_argument("--nats-port", type=int, default=4222, metavar="PORT", help="0 = a free one")
+    up.add_argument(
+        "--nats-host",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address of the nats-server; 0.0.0.0 lets other machines join. It asks for no password",
+    )
+    up.add_argument("--nats-port", type=_port, default=4222, metavar="PORT", help="0 = a free one")
     up.add_argument("--with-parent", action="store_true", help="drain when the parent process ends")
 
     ingress = commands.add_parser("ingress", parents=[common, joins], help="serve HTTP for a fleet")
@@ -143,6 +154,12 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, e.g. ingress.port=8001")
     return key, value
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
 
 
 def _count(text: str) -> int:

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ops.errors import StartFailed
+
 if TYPE_CHECKING:
     import gguf
     import numpy as np
@@ -70,7 +72,7 @@ CHAT_TEMPLATE = r"""
 """
 
 
-class DemoModelError(RuntimeError):
+class DemoModelError(StartFailed):
     """The model could not be fetched or written; the message says what to do about it."""
 
 

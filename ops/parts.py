@@ -6,11 +6,9 @@ Imports are local: a process loads only the part that it runs.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ops import ports
 from ops.service import Ready
 from ops.settings import Settings
 
@@ -22,20 +20,28 @@ async def ingress(settings: Settings, stop: asyncio.Event, ready: Ready) -> None
     from broker import client
     from ingress import app
 
-    async with await client.connect(settings.broker, _name("ingress", settings.ingress.name)) as broker:
-        await app.serve(settings.ingress, broker, stop, lambda url: ready({"url": url}))
+    config = settings.ingress
+    ports.free(config.host, config.port, "--port")
+    async with await client.connect(settings.broker, _name("ingress", config.name)) as broker:
+        await app.serve(config, broker, stop, lambda url: ready({"url": url, "metrics": f"{url}/metrics"}))
 
 
 async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     from broker import client
     from workers.runner import Worker
 
+    config = settings.worker
+    ports.free(config.metrics_host, config.metrics_port, "worker.metrics_port")
     # The engine first: while it starts it may hold the event loop longer than the broker waits for a pong.
     engine = await _start_engine(settings)
     try:
-        async with await client.connect(settings.broker, _name("worker", settings.worker.name)) as broker:
-            ready({"engine": engine.name, "base": engine.base, "models": [card.id for card in engine.models]})
-            await Worker(settings.worker, broker, engine).run(stop)
+        facts: dict[str, object] = {
+            "engine": engine.name,
+            "base": engine.base,
+            "models": [card.id for card in engine.models],
+        }
+        async with await client.connect(settings.broker, _name("worker", config.name)) as broker:
+            await Worker(config, broker, engine).run(stop, lambda url: ready(facts | {"metrics": url}))
     finally:
         await engine.close()
 
@@ -44,47 +50,19 @@ async def scheduler(settings: Settings, stop: asyncio.Event, ready: Ready) -> No
     from broker import client
     from scheduler.service import Scheduler
 
-    async with await client.connect(settings.broker, _name("scheduler", settings.scheduler.name)) as broker:
-        ready({})
-        await Scheduler(settings.scheduler, broker).run(stop)
+    config = settings.scheduler
+    ports.free(config.metrics_host, config.metrics_port, "scheduler.metrics_port")
+    async with await client.connect(settings.broker, _name("scheduler", config.name)) as broker:
+        await Scheduler(config, broker).run(stop, lambda url: ready({"metrics": url}))
 
 
 async def sim_engine(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     """The sim engine's app alone, over plain HTTP, at the ingress's host and port."""
-    import uvicorn
-
     from workers.engines import sim
 
-    class Server(uvicorn.Server):
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # ours to handle
-
-    engine = await sim.start(settings.sim)
-    listener = socket.create_server((settings.ingress.host, settings.ingress.port), backlog=2048)
-    config = uvicorn.Config(
-        engine.app,
-        loop="none",
-        http="httptools",
-        interface="asgi3",
-        proxy_headers=False,
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=5,
-    )
-    server = Server(config)
-    serving = asyncio.create_task(server.serve([listener]))
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        host, port = listener.getsockname()[:2]
-        ready({"url": f"http://{host}:{port}", "base": engine.base})
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        server.should_exit = True
-        await serving
-    finally:
-        stopping.cancel()
-        await engine.close()
+    host, port, base = settings.ingress.host, settings.ingress.port, settings.sim.model
+    ports.free(host, port, "--port")
+    await sim.serve(settings.sim, host, port, stop, lambda url: ready({"url": url, "base": base}))
 
 
 async def _start_engine(settings: Settings) -> Engine:

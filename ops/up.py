@@ -9,18 +9,19 @@ import json
 import logging
 import os
 import shlex
-import socket
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from broker import errors
+from broker import addresses
 from broker.server import NatsServer
-from ops import logs, parts, service
-from ops.child import BACKOFF, Child, StartFailed
+from ops import logs, parts, ports, service
+from ops.child import BACKOFF, Child, Facts
+from ops.errors import StartFailed
 from ops.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Options:
     """What `up` decides for the whole fleet.
 
     Attributes:
+        nats_host: address that the nats-server listens on; there is no password on it.
         nats_port: 0 picks a free one.
         config: the settings file, handed on to every part.
         flags: dotted key -> text, likewise.
@@ -42,21 +44,22 @@ class Options:
 
     workers: int = 1
     ingresses: int = 1
+    nats_host: str = "127.0.0.1"
     nats_port: int = 4222
     config: Path | None = None
     flags: Mapping[str, str] | None = None
 
 
 def run(settings: Settings, options: Options) -> int:
-    """Start the fleet and keep it until SIGTERM or SIGINT; the exit status."""
+    """Start the fleet and keep it until SIGTERM or SIGINT; the exit status.
+
+    Raises errors.HeadraceError when it can't be started.
+    """
     logs.configure(settings.log_level, part="up", pid=os.getpid())
     try:
         _check_engine(settings)
         settings = parts.with_model(settings, progress=True)
         asyncio.run(_Fleet(settings, options).run())
-    except (StartFailed, errors.HeadraceError) as exc:
-        print(f"headrace up: {exc}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -69,6 +72,7 @@ class _Fleet:
         self._settings = settings
         self._options = options
         self._logs = settings.data / "logs"
+        self._metrics: dict[str, str] = {}  # the URL of each part that was ready, by its name
         self._flags = dict(options.flags or {})
         if settings.vllm.model:
             self._flags["vllm.model"] = settings.vllm.model
@@ -76,9 +80,15 @@ class _Fleet:
     async def run(self) -> None:
         stop = asyncio.Event()
         service.drain_on_signals(stop)
-        self._logs.mkdir(parents=True, exist_ok=True)
-        nats_port = free_port("127.0.0.1", self._options.nats_port, "--nats-port")
-        nats = NatsServer(self._settings.data / "nats", nats_port, log=self._logs / "nats.log")
+        host = self._options.nats_host
+        port = ports.free(host, self._options.nats_port, "--nats-port")
+        try:
+            self._logs.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise StartFailed(
+                f"the data can't be kept there: {exc}; name another place with --data"
+            ) from None
+        nats = NatsServer(self._settings.data / "nats", port, host, log=self._logs / "nats.log")
         try:
             async with nats, asyncio.TaskGroup() as group:
                 await self._serve(nats, group, stop)
@@ -87,8 +97,8 @@ class _Fleet:
 
     async def _serve(self, nats: NatsServer, group: asyncio.TaskGroup, stop: asyncio.Event) -> None:
         config, options = self._settings, self._options
-        ports = _ports(config.ingress.host, config.ingress.port, options.ingresses)
-        ingresses = [self._ingress(number, port, nats.url) for number, port in enumerate(ports)]
+        free = _ports(config.ingress.host, config.ingress.port, options.ingresses)
+        ingresses = [self._ingress(number, port, nats.url) for number, port in enumerate(free)]
         workers = [self._worker(number, nats.url) for number in range(options.workers)]
         scheduler = self._child("scheduler", nats.url)
         keepers = [group.create_task(_keep_nats(nats))]
@@ -117,7 +127,8 @@ class _Fleet:
             while not await asyncio.to_thread(_answers, f"{url}/health/ready"):  # noqa: ASYNC110
                 await asyncio.sleep(_POLL)  # the state is another process's
         model = next(child.ready.result()["base"] for child in workers if child.ready.done())
-        print(f"ready  {','.join(urls)}  {nats.url}  model {model}")
+        nats_url = addresses.url("nats", addresses.elsewhere(nats.host), nats.port)
+        print(f"ready  {','.join(urls)}  {nats_url}  model {model}")
         print(_curl(urls[0], model), flush=True)
 
     def _ingress(self, number: int, port: int, nats: str) -> Child:
@@ -135,7 +146,26 @@ class _Fleet:
             arguments += ["--config", str(self._options.config)]
         for key, text in (self._flags | own).items():
             arguments += ["--set", f"{key}={text}"]
-        return Child(name, arguments, self._logs / f"{name}.log")
+        return Child(name, arguments, self._logs / f"{name}.log", self._tell)
+
+    def _tell(self, name: str, facts: Facts) -> None:
+        """Say where a part that is ready, for the first time or again, has its metrics.
+
+        All of them stand in `<data>/metrics.json`, a file for Prometheus's `file_sd_configs`.
+        """
+        self._metrics[name] = url = facts["metrics"]
+        logger.info("%s is ready", name, extra={"child": facts["pid"], "metrics": url})
+        groups = [
+            {"targets": [urlsplit(url).netloc], "labels": {"part": part}}
+            for part, url in sorted(self._metrics.items())
+        ]
+        file = self._settings.data / "metrics.json"
+        scratch = file.with_suffix(".tmp")
+        try:
+            scratch.write_text(json.dumps(groups, indent=1))
+            scratch.replace(file)  # a reader sees the old list or the new one, whole
+        except OSError as exc:  # a full disk must not take the fleet down
+            logger.warning("%s could not be written: %s", file, exc)
 
 
 async def _keep_nats(nats: NatsServer) -> None:
@@ -160,20 +190,9 @@ async def _first(*awaitables: Awaitable[object]) -> None:
             task.cancel()
 
 
-def free_port(host: str, port: int, flag: str) -> int:
-    """`port`, or a free one for 0. Raises StartFailed naming the port and `flag` where it is taken."""
-    try:
-        with socket.create_server((host, port)) as listener:
-            return int(listener.getsockname()[1])
-    except OSError as exc:
-        raise StartFailed(
-            f"port {port} on {host} can't be used ({exc.strerror}): name another with {flag}, 0 = a free one"
-        ) from None
-
-
 def _ports(host: str, port: int, count: int) -> Iterator[int]:
     for number in range(count):
-        yield free_port(host, port + number if port else 0, "--port")
+        yield ports.free(host, port + number if port else 0, "--port")
 
 
 def _check_engine(settings: Settings) -> None:

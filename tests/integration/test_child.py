@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ops.child import Child, StartFailed
+from ops.child import Child
+from ops.errors import StartFailed
 
 
 def sim(log: Path) -> Child:

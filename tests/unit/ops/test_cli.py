@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,14 @@ import pytest
 from ops import cli
 
 
-def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
+def headrace(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ops", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "ops", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | environ,
     )
 
 
@@ -33,7 +40,15 @@ def test_a_wrong_setting_is_one_message_and_status_2() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nosuch"], ["up", "--workers", "0"], ["up", "--workers", "many"], ["config", "--set", "x"]],
+    [
+        [],
+        ["nosuch"],
+        ["up", "--workers", "0"],
+        ["up", "--workers", "many"],
+        ["up", "--nats-port", "-1"],
+        ["up", "--nats-port", "65536"],
+        ["config", "--set", "x"],
+    ],
 )
 def test_wrong_flags_are_status_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -47,6 +62,36 @@ def test_a_service_without_broker_fails_with_a_json_line() -> None:
     told = json.loads(done.stderr.splitlines()[-1])
     assert told["level"] == "error"
     assert told["part"] == "scheduler"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "named"),
+    [
+        ("ingress", "ingress.port", "--port"),
+        ("sim-engine", "ingress.port", "--port"),
+        ("worker", "worker.metrics_port", "worker.metrics_port"),
+        ("scheduler", "scheduler.metrics_port", "scheduler.metrics_port"),
+    ],
+)
+def test_a_taken_port_is_told_at_once_in_one_line(part: str, setting: str, named: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = headrace(part, "--set", f"{setting}={port}", "--set", "worker.engine=sim")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert json.loads(line)["msg"] == (
+        f"{part} failed: port {port} on 127.0.0.1 can't be used (Address already in use): "
+        f"name another with {named}, 0 = a free one"
+    )
+
+
+@pytest.mark.parametrize("command", [["demo-model"], ["up", "--engine", "vllm"]])
+def test_a_demo_model_out_of_reach_is_told_without_a_traceback(tmp_path: Path, command: list[str]) -> None:
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:1/", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    done = headrace(*command, "--data", str(tmp_path), **nowhere)
+    assert done.returncode == 1
+    assert f"headrace {command[0]}: pip could not fetch" in done.stderr
     assert "Traceback" not in done.stderr
 
 

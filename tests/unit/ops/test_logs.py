@@ -73,4 +73,4 @@ def test_a_library_that_sets_the_root_level_does_not_silence_us() -> None:
 
 def test_every_package_of_ours_has_its_level() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
-    assert sorted(PACKAGES) == sorted(project["tool"]["mypy"]["packages"])
+    assert sorted(PACKAGES) == sorted(project["tool"]["importlinter"]["root_packages"])
