@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from broker import base, client, processes
 from broker.config import BrokerConfig
 from broker.messages import UsageEvent
-from ops import demo_model, up
+from ops import demo_model, ports
 from tests.waiting import LIMIT, until
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ class Fleet:
 async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
     data = tmp_path_factory.mktemp("fleet")
     model = demo_model.ensure(ROOT / ".data", progress=True)
-    metrics_port = up.free_port("127.0.0.1", 0, "worker.metrics_port")
+    metrics_port = ports.free("127.0.0.1", 0, "worker.metrics_port")
     command = [sys.executable, "-P", "-m", "ops", "up", "--engine", "vllm", "--port", "0", "--nats-port", "0"]
     command += ["--data", str(data), "--model", str(model)]
     for setting in (f"worker.metrics_port={metrics_port}", f"vllm.max_num_seqs={SLOTS}"):
