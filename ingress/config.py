@@ -14,7 +14,7 @@ class IngressConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 or :: is every one")
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free one")
     name: str = Field("", description="mailbox name; unique in the fleet; made up when empty")
     max_body: int = Field(4 * 2**20, ge=1024, description="larger bodies are refused (413)")

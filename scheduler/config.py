@@ -20,4 +20,4 @@ class SchedulerConfig(BaseModel):
         7 * 86400.0, gt=0, description="a model that no worker served for so long leaves the registry"
     )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus; 0 picks a free one")
-    metrics_host: str = "127.0.0.1"
+    metrics_host: str = Field("127.0.0.1", description="address that Prometheus is answered on")
