@@ -39,7 +39,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: Path = Field(Path(".data"), description="directory of the queue, the demo model and the logs")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="the lowest level of our own lines; libraries' start at warning"
+    )
     broker: BrokerConfig = BrokerConfig()
     ingress: IngressConfig = IngressConfig()
     worker: WorkerConfig = WorkerConfig()

@@ -13,14 +13,16 @@ class WorkerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field("", description="unique in the fleet; made up when empty")
-    engine: Literal["vllm", "sim", "http"] = "vllm"
+    engine: Literal["vllm", "sim", "http"] = Field(
+        "vllm", description="what runs the requests; its settings are in the section of its name"
+    )
     prefill_steps: float = Field(
         2.0, gt=0, description="unprefilled work taken ahead, in steps of the engine's token budget"
     )
     drain_timeout: float = Field(30.0, ge=0, description="time for running streams to finish on SIGTERM")
-    heartbeat: float = Field(0.1, gt=0)
+    heartbeat: float = Field(0.1, gt=0, description="interval at which the fleet is told of state and credit")
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus; 0 picks a free one")
-    metrics_host: str = "127.0.0.1"
+    metrics_host: str = Field("127.0.0.1", description="address that Prometheus is answered on")
 
 
 class VllmConfig(BaseModel):
@@ -43,24 +45,28 @@ class VllmConfig(BaseModel):
 
 
 class SimConfig(BaseModel):
-    """`[sim]`: the step model `step = beta0 + beta1*prefill + beta2*prefill*context + beta3*sum(decode kv)
-    + beta4*batch`, in milliseconds; defaults are near a datacentre GPU's (see docs)."""
+    """`[sim]`: an engine without weights whose steps take `beta0 + beta1*prefill + beta2*prefill*context +
+    beta3*decoded + beta4*batch` milliseconds. `prefill` counts the prompt tokens of a step, `context` those
+    of their requests so far, `decoded` the KV tokens that its decodes read, `batch` its requests. A prompt of
+    x tokens in one step so takes 4.21e-7 x² + 0.01518 x + 16.5 ms: the default prefill time of NVIDIA
+    Dynamo's engine simulator (`PerfModel::Polynomial` in its mocker), rounded. beta3 and beta4 are not
+    from there: by default a decode costs no more than the step that it is part of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = "sim"
-    context_tokens: int = Field(8192, ge=16, le=2**18)
-    max_num_seqs: int = Field(256, ge=1)
-    max_num_batched_tokens: int = Field(2048, ge=16)
-    kv_blocks: int = Field(8192, ge=1)
-    block_size: int = Field(16, ge=1)
-    beta0: float = Field(16.5, ge=0)
-    beta1: float = Field(0.01518, ge=0)
-    beta2: float = Field(4.21e-7, ge=0)
-    beta3: float = Field(0.0, ge=0)
-    beta4: float = Field(0.0, ge=0)
+    model: str = Field("sim", description="the name it serves")
+    context_tokens: int = Field(8192, ge=16, le=2**18, description="prompt and answer together, at most")
+    max_num_seqs: int = Field(256, ge=1, description="requests in one step")
+    max_num_batched_tokens: int = Field(2048, ge=16, description="tokens in one step")
+    kv_blocks: int = Field(8192, ge=1, description="KV blocks that it has; without a free one it preempts")
+    block_size: int = Field(16, ge=1, description="tokens in one KV block")
+    beta0: float = Field(16.5, ge=0, description="ms a step, whatever is in it")
+    beta1: float = Field(0.01518, ge=0, description="ms a prompt token")
+    beta2: float = Field(4.21e-7, ge=0, description="ms a prompt token and token of its context")
+    beta3: float = Field(0.0, ge=0, description="ms a KV token that a decode reads")
+    beta4: float = Field(0.0, ge=0, description="ms a request in the step")
     ttft_ms: float = Field(0.0, ge=0, description="with itl_ms: each request on its own clock, no step model")
-    itl_ms: float = Field(0.0, ge=0)
+    itl_ms: float = Field(0.0, ge=0, description="ms between two tokens of a request, likewise")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -80,9 +86,9 @@ class HttpConfig(BaseModel):
     url: str = Field("", pattern=r"^(https?://\S+)?$", description="e.g. http://127.0.0.1:30000")
     base: str = Field("", description="queue name; empty = the server's first model")
     concurrency: int = Field(64, ge=1, description="requests in flight at once")
-    connect_timeout: float = Field(5.0, gt=0)
+    connect_timeout: float = Field(5.0, gt=0, description="time for the server to take a connection")
     read_timeout: float = Field(600.0, gt=0, description="silence of the server that ends a request")
-    health_interval: float = Field(1.0, gt=0)
+    health_interval: float = Field(1.0, gt=0, description="time between two health checks")
     health_failures: int = Field(
         5, ge=1, description="health checks failed in a row after which the server counts as dead"
     )
