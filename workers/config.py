@@ -32,7 +32,7 @@ class VllmConfig(BaseModel):
 
     model: str = Field("", description="directory with the weights; empty = the demo model")
     served_name: str = Field("", description="name of the base model; empty = the directory's name")
-    max_model_len: int = Field(0, ge=0, description="tokens; 0 = 2048 on CPU, the model's own on a GPU")
+    max_model_len: int = Field(0, ge=0, description="tokens; 0 = the model's own, on CPU at most 2048")
     max_num_seqs: int = Field(0, ge=0, description="0 = 32 on CPU, vLLM's choice on a GPU")
     max_num_batched_tokens: int = Field(0, ge=0, description="0 = 512 on CPU, vLLM's choice on a GPU")
     kv_cache_bytes: int = Field(

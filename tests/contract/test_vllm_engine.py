@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.anyio,
     pytest.mark.vllm,
     pytest.mark.timeout(300),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # vLLM's, of its own protocol fields
+    # vLLM's, of its own protocol fields and of FastAPI's.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:ORJSONResponse is deprecated"),
 ]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -315,6 +316,22 @@ async def test_the_core_dies_with_a_killed_worker(process: asyncio.subprocess.Pr
     core = core_of(process.pid)
     process.kill()
     await until(lambda: ended(core), 2.0)
+
+
+async def test_an_embedding_model_offers_embeddings_only(vllm_engine: base.Engine) -> None:
+    """The demo model, its last hidden state taken for an embedding."""
+    engine = await vllm.start(SMALL.model_copy(update={"extra": {"runner": "pooling", "convert": "embed"}}))
+    try:
+        assert "/v1/embeddings" in engine.models[0].paths
+        assert not {CHAT, COMPLETIONS} & set(engine.models[0].paths)
+        body = {"model": engine.base, "input": ["A mill.", "A water wheel."]}
+        async with asgi.request(engine.app, "/v1/embeddings", body) as call:
+            answer = await call.json()
+        assert [len(item["embedding"]) for item in answer["data"]] == [576, 576]
+        assert call.tap.prompt_tokens == answer["usage"]["prompt_tokens"] > 0
+        await until(lambda: idle(engine))
+    finally:
+        await engine.close()
 
 
 async def test_a_killed_core_is_noticed_at_once(vllm_engine: base.Engine) -> None:

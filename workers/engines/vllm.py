@@ -41,9 +41,9 @@ _EAGER_CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 
+_CPU_CONTEXT = 2048
 _CPU_OPTIONS: dict[str, str | int | float | bool] = {
     # What vLLM would take is meant for GPUs, or for a machine that does nothing else.
-    "max-model-len": 2048,
     "max-num-seqs": 32,
     "max-num-batched-tokens": 512,
     "kv-cache-memory-bytes": 512 * 2**20,
@@ -87,6 +87,7 @@ def _prepare(environment: dict[str, str]) -> None:
         os.environ.setdefault(name, value)
     # The child's entry point (vllm_core) is for spawn; vLLM's own server chooses it too.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ["VLLM_API_KEY"] = ""  # who may ask is ingress's to decide
 
 
 def _options(config: VllmConfig, model: Path, cpu: bool) -> dict[str, str | int | float | bool]:
@@ -96,7 +97,6 @@ def _options(config: VllmConfig, model: Path, cpu: bool) -> dict[str, str | int 
         "served-model-name": config.served_name or model.resolve().name,
         "enable-prefix-caching": True,
         "enable-prompt-tokens-details": True,
-        "enable-force-include-usage": False,
         "disable-log-stats": True,  # vllm_engine has its own
         "use-tqdm-on-load": False,
         "disable-fastapi-docs": True,
@@ -106,6 +106,8 @@ def _options(config: VllmConfig, model: Path, cpu: bool) -> dict[str, str | int 
         options |= {"enable-auto-tool-choice": True, "tool-call-parser": config.tool_call_parser}
     if cpu:
         options |= _CPU_OPTIONS
+        own = json.loads((model / "config.json").read_bytes()).get("max_position_embeddings")
+        options["max-model-len"] = min(own or _CPU_CONTEXT, _CPU_CONTEXT)
     settings: dict[str, int] = {
         "max-model-len": config.max_model_len,
         "max-num-seqs": config.max_num_seqs,

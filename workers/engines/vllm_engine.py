@@ -10,6 +10,7 @@ import gc
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -96,10 +97,11 @@ def _parse(options: Options, required: set[str]) -> Namespace:
 
 
 def _adopt_logs() -> None:
-    """vLLM's records go to our handlers instead of its own; the level stays."""
+    """vLLM's records go to our handlers instead of its own, and ours lose what it adds; its level stays."""
     logger = logging.getLogger("vllm")
     logger.handlers.clear()
     logger.propagate = True
+    logging.setLogRecordFactory(logging.LogRecord)
 
 
 class VllmEngine:
@@ -136,7 +138,7 @@ class VllmEngine:
         self.died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.died.add_done_callback(lambda died: died.cancelled() or died.exception())  # may go unread
         self._closed = False
-        self._processes = {
+        self._processes: dict[int, BaseProcess] = {
             process.sentinel: process for process in llm.engine_core.resources.engine_manager.processes
         }
         for sentinel in self._processes:
@@ -148,16 +150,19 @@ class VllmEngine:
 
     async def warm_up(self) -> None:
         """Run what the first request of each kind would otherwise wait for."""
-        body = {
-            "model": self.base,
-            "messages": [{"role": "user", "content": "Hello"}],
-            "max_tokens": 2,
-            "logprobs": True,
-            "top_logprobs": 1,
+        requests: dict[str, dict[str, object]] = {
+            "/v1/chat/completions": {
+                "messages": [{"role": "user", "content": "Hello"}],
+                "max_tokens": 2,
+                "logprobs": True,
+                "top_logprobs": 1,
+            },
+            "/v1/embeddings": {"input": "Hello"},
         }
-        status = await _post(self.app, "/v1/chat/completions", body)
-        if status != 200:
-            _log.warning("the warm-up request was refused", extra={"status": status})
+        for path in requests.keys() & set(self.models[0].paths):
+            status = await _post(self.app, path, {"model": self.base} | requests[path])
+            if status != 200:
+                _log.warning("the warm-up request was refused", extra={"path": path, "status": status})
 
     async def close(self) -> None:
         if self._closed:
@@ -190,13 +195,16 @@ class VllmEngine:
             self.on_change()
 
     def _on_process_end(self, sentinel: int) -> None:
-        process = self._processes[sentinel]
         self._unwatch()
-        process.join(0.2)  # the end shows on the pipe a moment before the exit status is there
-        if not self.died.done():
-            self.died.set_exception(
-                errors.EngineFailed(f"vLLM's {process.name} process ended, exit code {process.exitcode}")
-            )
+        self._report_end(self._processes[sentinel], 20)
+
+    def _report_end(self, process: BaseProcess, tries: int) -> None:
+        """The exit code comes a moment after the end: vLLM's own watcher may be fetching it just now."""
+        if process.exitcode is None and tries:
+            asyncio.get_running_loop().call_later(0.005, self._report_end, process, tries - 1)
+        elif not self.died.done():
+            reason = f"vLLM's {process.name} process ended, exit code {process.exitcode}"
+            self.died.set_exception(errors.EngineFailed(reason))
 
     def _unwatch(self) -> None:
         for sentinel in self._processes:

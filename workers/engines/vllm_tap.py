@@ -32,8 +32,8 @@ class Steps(StatLoggerBase):  # type: ignore[misc]
 
 
 class TappedLLM(AsyncLLM):  # type: ignore[misc]
-    """Every endpoint ends in `generate`, in a task that inherits the caller's context: there the
-    request's tap is found, whatever the endpoint."""
+    """Every endpoint ends in `generate` or `encode`, in a task that inherits the caller's context: there
+    the request's tap is found, whatever the endpoint."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._untold: set[_Untold] = set()
@@ -61,6 +61,15 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
                     yield output
         finally:
             self._untold.discard(untold)
+
+    async def encode(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        tap = current_tap.get()
+        async with aclosing(super().encode(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                if tap is not None and output.finished:
+                    tap.prompt_tokens += len(output.prompt_token_ids)
+                    tap.cached_tokens += output.num_cached_tokens or 0
+                yield output
 
     def tell_first_tokens(self) -> None:
         """A whole answer comes out of `generate` at its end only; its tap learns of the first token here."""
