@@ -54,11 +54,14 @@ class Fleet:
     async def start(self, part: str, **settings: object) -> Part:
         """A part, once it is ready. Settings as `sim__itl_ms=20`."""
         log = self._data / f"{part}-{len(os.listdir(self._data))}.log"
-        command = [sys.executable, "-P", "-m", "ops", part, "--nats", self.nats.url]
-        if part == "ingress":
+        command = [sys.executable, "-P", "-m", "ops", part]
+        if part != "sim-engine":
+            command += ["--nats", self.nats.url]
+        if part in ("ingress", "sim-engine"):
             command += ["--port", "0"]
         elif part == "worker":
-            command += ["--engine", "sim", "--data", str(self._data)]
+            command += ["--data", str(self._data)]
+            settings = {"worker__engine": "sim"} | settings
         for key, value in settings.items():
             command += ["--set", f"{key.replace('__', '.')}={value}"]
         read, write = os.pipe()

@@ -327,6 +327,28 @@ async def test_a_disconnect_frees_the_worker_and_its_metrics_tell(
     assert found[cancelled] == before.get(cancelled, 0) + 1
 
 
+async def test_a_worker_before_another_server(fleet: Fleet, https: list[httpx.AsyncClient]) -> None:
+    server = await fleet.start("sim-engine", sim__model="front", sim__ttft_ms=5, sim__itl_ms=5)
+    async with connected(server.url) as direct:
+        body = chat("directly", 9, "front")
+        assert text((await direct.post(CHAT, json=body)).content) == answer("directly", 9)
+    worker = await fleet.start("worker", worker__name="proxy", worker__engine="http", http__url=server.url)
+    assert worker.facts["base"] == "front"
+    await until(lambda: lists(https[0], "front"))
+    assert (
+        await asyncio.gather(*(ask(https[n % 2], f"f{n}", 20, "front") for n in range(10))) == ["proxy"] * 10
+    )
+    # What the server says against a request reaches its caller as it is.
+    refused = await https[0].post(CHAT, json=chat("x" * 200_000, 5, "front"))
+    assert refused.status_code == 400
+    assert "context length" in refused.json()["error"]["message"]
+    async with streaming(https[0], chat("cut", 5000, "front")) as (_, rest):
+        await server.kill()
+        assert b"engine_failed" in await rest_of(rest)
+    assert await worker.ended() == 1
+    assert "Traceback" not in worker.log.read_text()
+
+
 class TestTheOpenAIClient:
     @pytest.fixture
     async def api(self, https: list[httpx.AsyncClient]) -> AsyncIterator[openai.AsyncOpenAI]:
