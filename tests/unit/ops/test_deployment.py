@@ -24,6 +24,9 @@ def test_a_service_starts_with_valid_flags_and_settings(name: str) -> None:
     environ = dict.fromkeys(service.get("environment", {}), "") | {"HEADRACE_DATA": "/data"}
     loaded = settings.load(flags=cli.flags_of(args), environ=environ)
     assert loaded.broker.url == "nats://nats:4222"
+    if args.command != "ingress":  # its metrics are at its HTTP port
+        part = getattr(loaded, args.command)
+        assert (part.metrics_host, part.metrics_port) == ("0.0.0.0", 9100)
 
 
 @pytest.mark.parametrize("name", OURS)
