@@ -209,7 +209,7 @@ async def serve(
             lifespan="off",
             proxy_headers=False,
             access_log=False,
-            log_level="warning",
+            log_config=None,  # whoever composes the process has set logs up
         )
         server = _Server(options)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
