@@ -135,7 +135,8 @@ class Broker(abc.ABC):
         """Publish into a durable stream now; the future is the stream's acknowledgement.
 
         The future raises errors.Overloaded when the stream is full, errors.Unavailable when no
-        stream answers. Nothing is retried: a repeat is safe under the same `Nats-Msg-Id`.
+        stream answers, errors.Unconfirmed when the answer is lost or late. Nothing is retried: a
+        repeat is safe under the same `Nats-Msg-Id`.
         """
 
     @abc.abstractmethod

@@ -34,6 +34,8 @@ _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
 _DELETE_FAILED = 10057  # the message is not, or no longer, there
 _READ_BATCH = 256
+_RECOVER_AFTER = 0.5
+"""Seconds between a pull that was refused and the next try."""
 
 
 async def connect(config: BrokerConfig, name: str) -> NatsBroker:
@@ -168,13 +170,23 @@ class NatsBroker(base.Broker):
         number = str(next(self._ack_numbers))
         future: asyncio.Future[base.Stored] = asyncio.get_running_loop().create_future()
         self._acks[number] = future
-        future.add_done_callback(lambda _: self._acks.pop(number, None))
+        late = asyncio.get_running_loop().call_later(2 * self._config.timeout, self._unconfirmed, future)
+
+        def answered(_: object) -> None:
+            late.cancel()
+            self._acks.pop(number, None)
+
+        future.add_done_callback(answered)
         try:
             await self.publish(subject, data, headers, self._ack_inbox + number)
         except errors.HeadraceError:
             future.cancel()
             raise
         return future
+
+    def _unconfirmed(self, future: asyncio.Future[base.Stored]) -> None:
+        if not future.done():
+            future.set_exception(errors.Unconfirmed("the broker did not say whether it accepted"))
 
     def _on_ack(self, msg: base.Message) -> None:
         future = self._acks.get(msg.subject[len(self._ack_inbox) :])
@@ -333,8 +345,7 @@ class NatsBroker(base.Broker):
             return
         _log.warning("the broker connection is lost; reconnecting")
         for future in list(self._acks.values()):
-            if not future.done():
-                future.set_exception(errors.Unavailable("the broker connection broke before it accepted"))
+            self._unconfirmed(future)
 
     async def _on_reconnected(self) -> None:
         _log.info("the broker is back")
@@ -349,7 +360,7 @@ class NatsBroker(base.Broker):
         Tried until it is done: a server answers pings before its JetStream is ready.
         """
         again = AsyncRetrying(
-            retry=retry_if_exception_type(errors.Unavailable),
+            retry=retry_if_exception_type(Exception),
             wait=wait_exponential(multiplier=0.1, max=2.0),
             before_sleep=before_sleep_log(_log, logging.WARNING),
         )
@@ -446,6 +457,7 @@ class _Puller:
         self._closed = False
         self.subscription: _Subscription | None = None
         self._naks: set[asyncio.Task[None]] = set()
+        self._recovering: asyncio.Task[None] | None = None
         self.outstanding = 0
 
     async def ask(self, n: int) -> None:
@@ -476,13 +488,27 @@ class _Puller:
             self._handler(delivery)
 
     def _on_status(self, head: Mapping[str, str]) -> None:
-        """408 = expired, 409 = the consumer moved or went, 503 = nobody answers: asks come back."""
-        if head.get("Status") == "100":
+        """408 = expired: asks come back. Anything else (409 = the consumer moved or went, 503 = nobody
+        answers) would come again at once: the consumer is looked after first."""
+        status = head.get("Status", "")
+        if status == "100":
             return
-        given_up = head.get("Nats-Pending-Messages")
-        self.outstanding = max(0, self.outstanding - int(given_up)) if given_up else 0
-        if not self._closed:
+        given_up = head.get("Nats-Pending-Messages", "")
+        self.outstanding = max(0, self.outstanding - int(given_up)) if given_up.isdecimal() else 0
+        if self._closed:
+            return
+        if status == "408":
             self._lapsed()
+        elif self._recovering is None or self._recovering.done():
+            _log.warning("a pull ended: %s", head.get("Description") or status)
+            self._recovering = asyncio.create_task(self._recover())
+
+    async def _recover(self) -> None:
+        await asyncio.sleep(_RECOVER_AFTER)
+        try:
+            await self.restore()
+        except errors.Unavailable as exc:
+            _log.warning("the queue can't be pulled from: %s", exc.message)  # the next pull tries again
 
     async def restore(self) -> None:
         """After a reconnect the server knows our pulls no more, and perhaps not the consumer."""
@@ -496,6 +522,8 @@ class _Puller:
             return
         self._closed = True
         self._broker._pullers.discard(self)
+        if self._recovering is not None:
+            self._recovering.cancel()
         if self.subscription is not None:
             # The server drops pulls that nobody listens to. What it has sent already is still heard,
             # and handed back at once instead of lying out its ack wait.

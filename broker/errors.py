@@ -99,6 +99,12 @@ class Unavailable(HeadraceError):
     code, status, kind, retry = "unavailable", 503, "server_error", True
 
 
+class Unconfirmed(Unavailable):
+    """The broker was told, and its answer never came: it may have accepted the request or not."""
+
+    code = "unconfirmed"
+
+
 class EngineFailed(HeadraceError):
     """The engine died or broke under the request."""
 

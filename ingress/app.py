@@ -115,14 +115,15 @@ class Ingress:
         """Everything that can be refused before the queue is touched."""
         config = self._config
         limit = min(config.max_body, self._broker.max_payload - _HEADER_ROOM)
-        body = await read_body(headers, receive, limit, config.body_timeout)
+        # Who may not ask, or asks too much, is told before a body is held for them.
         tenant = self._tenants.of(headers)
         admit.check_request_id(headers)
+        if len(self._mailbox) >= config.max_streams:
+            raise errors.Overloaded(f"this ingress has its {config.max_streams} streams open", retry_after=1)
+        body = await read_body(headers, receive, limit, config.body_timeout)
         priority = headers.get(b"x-priority")
         asked = admit.read_body(body, None if priority is None else priority.decode("latin-1"))
         card = self._catalogue.find(asked.model)
-        if len(self._mailbox) >= config.max_streams:
-            raise errors.Overloaded(f"this ingress has its {config.max_streams} streams open", retry_after=1)
         return (
             Request(
                 subject=subjects.RequestSubject(card.base, asked.service_class, tenant, asked.model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -17,6 +18,12 @@ from ingress.http import Receive
 from ingress.relay import Relay
 
 _log = logging.getLogger(__name__)
+
+_WORKER_FIRST = 0.25
+"""Seconds in which a worker that had the request says so."""
+
+_REPEAT = 1.0
+"""Seconds after which a cancel that nobody confirmed is sent again."""
 
 _CONFIRM_TIMEOUT = 5.0
 """Seconds to wait for a worker's word that a cancelled request stopped."""
@@ -50,11 +57,13 @@ class Exchange:
 
         Raises errors.Unavailable, errors.TooLarge.
         """
-        request = self._request
         self._published_at = time.monotonic()
-        ack = await self._broker.enqueue(str(request.subject), request.body, request.headers())
-        ack.add_done_callback(self._on_ack)
-        self._ack = ack
+        self._ack = await self._publish()
+        self._ack.add_done_callback(self._on_ack)
+
+    async def _publish(self) -> asyncio.Future[base.Stored]:
+        request = self._request
+        return await self._broker.enqueue(str(request.subject), request.body, request.headers())
 
     def _on_ack(self, ack: asyncio.Future[base.Stored]) -> None:
         metrics.PUBLISH.observe(time.monotonic() - self._published_at)
@@ -67,7 +76,9 @@ class Exchange:
         ack = self._ack
         if ack is None or not ack.done():
             return ack is not None
-        return not (ack.cancelled() or ack.exception() or ack.result().duplicate)
+        if ack.cancelled() or isinstance(ack.exception(), errors.Unconfirmed):
+            return True
+        return not (ack.exception() or ack.result().duplicate)
 
     async def follow(self, receive: Receive) -> errors.HeadraceError | None:
         """Relay frames until the answer is complete. Returns the fault that ended it, if one did.
@@ -127,7 +138,7 @@ class Exchange:
                 return errors.DuplicateRequest(
                     f"request id {self._request.request_id!r} was used within the dedup window"
                 )
-        elif time.monotonic() - self._published_at >= self._config.publish_timeout:
+        elif not self._taken and time.monotonic() - self._published_at >= self._config.publish_timeout:
             return errors.Unavailable("the broker did not accept the request in time")
         if time.time() * 1000 >= self._request.deadline_ms:
             return errors.DeadlineExceeded("the request's deadline passed")
@@ -136,41 +147,58 @@ class Exchange:
     async def cancel(self, fault: errors.HeadraceError) -> None:
         """Stop the request wherever it is, and see to it that its usage event is written once.
 
-        The running one is told first; then the queued message is deleted by its sequence, so that
-        it never runs. A worker that had it confirms with its terminal frame.
+        The worker that runs it is told, again and again, since it may be reconnecting; a queued message
+        is deleted by its sequence, so that it never runs. A worker that had it confirms with its
+        terminal frame; where none does in time the message goes all the same, and nobody runs it anew.
         """
         started = time.monotonic()
-        request, seq = self._request, await self._sequence()
-        # Without the sequence: deleting the queued message is ours, not the scheduler's.
-        body = orjson.dumps({"at": replies.now_ms()})
         try:
-            await self._broker.publish(f"cancel.{request.key}", body)
-            deleted = (
-                seq is not None and not self._taken and await self._broker.delete(subjects.REQUESTS, seq)
-            )
-            while not self._stream.finished and time.monotonic() - started < _CONFIRM_TIMEOUT:
-                self._taken = bool(await self._stream.next(0.25)) or self._taken
-                if deleted and not self._taken:
-                    break
-            if self._stream.finished:
+            deleted = await self._stop_until(started + _CONFIRM_TIMEOUT)
+            if self._stream.finished or deleted:
                 metrics.CANCEL.observe(time.monotonic() - started)
-            elif seq is not None and deleted and not self._taken:
-                metrics.CANCEL.observe(time.monotonic() - started)
-                await usage.publish(self._broker, usage.event(request, fault, ""), seq)
+            if deleted and not self._stream.finished:
+                await usage.publish(self._broker, usage.event(self._request, fault, ""), deleted)
         except (errors.Unavailable, errors.FramesLost) as exc:
             _log.warning(
-                "a cancel may not have arrived: %s", exc.message, extra={"request_id": request.request_id}
+                "a cancel may not have arrived: %s",
+                exc.message,
+                extra={"request_id": self._request.request_id},
             )
 
+    async def _stop_until(self, end: float) -> int | None:
+        """The sequence of the message if it was deleted, else None; returns when the reply has ended,
+        when nobody had the request, or at monotonic time `end`."""
+        # Without the sequence: deleting the queued message is ours, not the scheduler's.
+        body = orjson.dumps({"at": replies.now_ms()})
+        seq: int | None = None
+        while not self._stream.finished:
+            await self._broker.publish(f"cancel.{self._request.key}", body)
+            if seq is None:
+                seq = await self._sequence()
+            over = time.monotonic() >= end
+            if seq is not None and (over or not self._taken):
+                deleted = await self._broker.delete(subjects.REQUESTS, seq)
+                self._taken = bool(await self._stream.next(_WORKER_FIRST)) or self._taken
+                if deleted and (over or not self._taken):
+                    return seq
+            if over:
+                break
+            self._taken = bool(await self._stream.next(_REPEAT)) or self._taken
+        return None
+
     async def _sequence(self) -> int | None:
-        """Where the request lies in the queue; None if it was never accepted."""
+        """Where the request lies in the queue; None if it was never accepted, or if nobody can tell."""
         if self._ack is None:
             return None
         try:
-            stored = await asyncio.wait_for(asyncio.shield(self._ack), self._config.publish_timeout)
-        except (errors.HeadraceError, TimeoutError, asyncio.CancelledError):
+            return (await asyncio.wait_for(asyncio.shield(self._ack), self._config.publish_timeout)).seq
+        except (errors.Unconfirmed, TimeoutError):
+            # The same message again, under the same id, tells. If it is news, it is deleted as such.
+            with contextlib.suppress(errors.Unavailable):
+                self._ack = await self._publish()
             return None
-        return stored.seq
+        except (errors.HeadraceError, asyncio.CancelledError):
+            return None
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -22,7 +22,7 @@ import orjson
 from prometheus_client import start_http_server
 
 from broker import addresses, base, errors, fleet, registry, replies, subjects, usage
-from broker.messages import Request, ServiceClass, parse_request
+from broker.messages import ModelCard, Request, ServiceClass, parse_request
 from scheduler import metrics
 from scheduler.config import SchedulerConfig
 
@@ -35,7 +35,7 @@ _SWEEP_PAGES = 8
 _STAMP = 3600.0
 """Seconds after which the registry is told again that a model is served."""
 
-_WORKER_FIRST = 0.25
+_WORKER_FIRST = 0.5
 """Seconds that a cancelled request's worker has to end it. It may have said nothing yet, so that the
 journal can't tell a running request from a queued one; ended by both, it would be counted twice."""
 
@@ -104,8 +104,15 @@ class Scheduler:
         now_ms = replies.now_ms()
         for card in beat.models:
             entry = self._registry.entries.get(card.id)
-            if entry is None or entry.card != card or now_ms - entry.served_ms > self._stamp_ms:
+            if entry is None or now_ms - entry.served_ms > self._stamp_ms or self._outdated(entry.card, card):
                 self._spawn(self._registry.put(card, now_ms))  # what fails, the next heartbeat tries again
+
+    def _outdated(self, stored: ModelCard, announced: ModelCard) -> bool:
+        """Where workers differ about a model (an upgrade, two kinds of machine) the first card stands as
+        long as anyone announces it: else each heartbeat would write another."""
+        return stored != announced and not any(
+            stored in beat.models for beat in self._fleet.live(time.monotonic())
+        )
 
     async def _forget(self, now: float) -> None:
         """Let go of models that no worker has served for `forget_after`."""

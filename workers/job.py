@@ -24,8 +24,9 @@ _ABORT_GRACE = 2.0
 """Seconds an engine gets to end its run after a disconnect, before its task is cancelled."""
 
 _HAND_BACKS = 3
-"""Deliveries up to which a request that the engine refused goes to another worker. Later ones are
-answered: where every worker's engine refuses, it would go round until its deadline."""
+"""Deliveries up to which a request that the engine refused, or died of, goes to another worker. Later
+ones are answered: where every worker's engine refuses, it would go round until its deadline, and one
+that kills engines would kill them all."""
 
 _DEATH_NOTICE = 0.25
 """Seconds until an engine that failed a request counts as alive."""
@@ -265,9 +266,10 @@ class Job:
         if self._fault is None and not self._complete:
             self._fault = errors.EngineFailed("the engine ended without finishing its answer")
         unstarted = isinstance(self._fault, errors.EngineFailed) and not self._writer.head_sent
-        if unstarted and await self._engine_died():
+        again = self.delivery.attempt <= _HAND_BACKS
+        if again and unstarted and await self._engine_died():
             self._fault = HandBack("the engine died")
-        if isinstance(self._fault, Refused) and self.delivery.attempt <= _HAND_BACKS:
+        if again and isinstance(self._fault, Refused):
             self._fault = HandBack(self._fault.message)
         if isinstance(self._fault, HandBack):
             if not self._writer.head_sent:
@@ -289,7 +291,7 @@ class Job:
     async def _settle_held_head(self) -> None:
         head, self._held_head = self._held_head, None
         assert head is not None
-        if self._status >= 500 and await self._engine_died():
+        if self._status >= 500 and self.delivery.attempt <= _HAND_BACKS and await self._engine_died():
             self._fault = HandBack("the engine died")
         else:
             await self._send_head(head, self._held_body)

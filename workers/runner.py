@@ -105,6 +105,16 @@ class Worker:
 
     def _take(self, number: int, delivery: base.Delivery) -> None:
         """Start a delivery, or hand it back when the credit it came against is gone or more urgent work's."""
+        try:
+            request = parse_request(delivery.subject, delivery.headers, delivery.data)
+        except errors.MalformedMessage as exc:
+            self._spawn(screening.reject(self._broker, delivery, exc))
+            return
+        running = self._jobs.get(request.key)
+        if running is not None and running.delivery.seq == delivery.seq:
+            # Our `in_progress` came too late, and the broker handed us what we are running.
+            running.delivery = delivery
+            return
         for queue, puller in zip(self._queues, self._pullers, strict=True):
             queue.outstanding = puller.outstanding
         if self._state != "serving" or self._credit() <= intake.owed(self._queues[:number]):
@@ -114,17 +124,8 @@ class Worker:
             return
         intake.taken(self._queues, number, delivery.pending, asyncio.get_running_loop().time())
         self._top_up()
-        try:
-            request = parse_request(delivery.subject, delivery.headers, delivery.data)
-        except errors.MalformedMessage as exc:
-            self._spawn(screening.reject(self._broker, delivery, exc))
-            return
-        running = self._jobs.get(request.key)
         if running is None:
             self._start(request, delivery)
-        elif running.delivery.seq == delivery.seq:
-            # Our `in_progress` came too late, and the broker handed us what we are running.
-            running.delivery = delivery
         else:
             self._spawn(screening.repeated(self._broker, request, delivery, running.request))
 

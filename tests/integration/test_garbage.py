@@ -65,3 +65,20 @@ async def test_requests_nobody_can_read_end_in_the_dead_letters(nats_url: str, s
             return not await broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS)
 
         await until(queue_empty)
+
+
+async def test_a_consumer_that_was_deleted_is_made_again(nats_url: str, sim_worker: Worker) -> None:
+    """By an operator's slip, say; and no pull is repeated thousands of times meanwhile."""
+    async with await client.connect(BrokerConfig(url=nats_url), "slip") as broker:
+        name = subjects.consumer("sim", "standard")
+        gone = await broker._api(f"CONSUMER.DELETE.{subjects.REQUESTS}.{name}", {})
+        assert gone["success"]
+        request = subjects.RequestSubject("sim", "standard", "acme", "sim")
+        headers = {"Nats-Msg-Id": "acme:1", "Reply-To": "out.acme.box.1", "Path": "/v1/completions"}
+        await (await broker.enqueue(str(request), b'{"model":"sim","prompt":"x"}', headers))
+
+        async def answered() -> bool:
+            record = await broker.last(subjects.REPLIES, "out.acme.box.1")
+            return record is not None and b'"kind":"end"' in record.data
+
+        await until(answered)

@@ -20,6 +20,7 @@ WIRE = {
     "Overloaded": ("overloaded", 429, "rate_limit_error", True),
     "Cancelled": ("cancelled", 499, "cancelled", False),
     "Unavailable": ("unavailable", 503, "server_error", True),
+    "Unconfirmed": ("unconfirmed", 503, "server_error", True),
     "EngineFailed": ("engine_failed", 500, "server_error", True),
     "WorkerLost": ("worker_lost", 500, "server_error", True),
     "FramesLost": ("frames_lost", 500, "server_error", True),

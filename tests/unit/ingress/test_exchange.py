@@ -211,3 +211,52 @@ async def test_a_client_that_leaves_a_run_has_it_stopped() -> None:
         assert (await cancels.get()).subject.startswith("cancel.anonymous.req_")
         await writer.error(errors.Cancelled("stopped"))
         await call.ended()
+
+
+async def test_a_request_whose_acceptance_was_never_told_is_taken_out_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The acknowledgement is lost with the connection; the caller is told 503, and nothing runs."""
+    async with rig() as at:
+        enqueue, lost = at.broker.enqueue, []
+
+        async def losing(*message: Any) -> asyncio.Future[base.Stored]:
+            ack = await enqueue(*message)
+            if lost:
+                return ack
+            await ack
+            lost.append(message)
+            broken: asyncio.Future[base.Stored] = asyncio.get_running_loop().create_future()
+            broken.set_exception(errors.Unconfirmed("the connection broke"))
+            return broken
+
+        monkeypatch.setattr(at.broker, "enqueue", losing)
+        async with request(at.app, CHAT, {"model": "m"}) as call:
+            await outcome(call)
+        assert call.status == 503
+        await at.app.drain()
+        assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}
+
+
+async def test_a_cancel_that_nobody_confirms_is_repeated_and_the_message_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its worker died in the prefill: the next must not run it for nobody."""
+    monkeypatch.setattr(exchange, "_REPEAT", 0.01)
+    monkeypatch.setattr(exchange, "_WORKER_FIRST", 0.01)
+    monkeypatch.setattr(exchange, "_CONFIRM_TIMEOUT", 0.1)
+    async with rig() as at, request(at.app, CHAT, BODY) as call:
+        cancels: asyncio.Queue[base.Message] = asyncio.Queue()
+        usage: asyncio.Queue[base.Message] = asyncio.Queue()
+        await at.broker.subscribe(subjects.ALL_CANCELS, cancels.put_nowait)
+        await at.broker.subscribe(subjects.ALL_USAGE, usage.put_nowait)
+        _, writer = await at.take()
+        await writer.head(200, SSE, "w", b"data: 1\n\n", [])
+        await anext(call.chunks())
+        call.disconnect()
+        await call.ended()
+        await at.app.drain()
+        assert cancels.qsize() > 1
+        assert orjson.loads((await usage.get()).data)["outcome"] == "cancelled"
+        assert usage.empty()
+        assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}

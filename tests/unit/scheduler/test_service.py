@@ -150,6 +150,28 @@ async def test_a_card_that_changed_is_written_again(broker: Flaky, caller: Calle
         await until(written)
 
 
+async def test_workers_that_differ_about_a_model_do_not_write_in_turns(broker: Flaky, caller: Caller) -> None:
+    wider = CARD.model_copy(update={"context_tokens": 8192})
+    writes: list[str] = []
+    await caller.broker.watch(subjects.KV_MODELS, lambda key, value: writes.append(key))
+    async with scheduling(broker):
+        await beat(caller.broker, "w1")
+        await until(lambda: writes)
+        for number in range(5):
+            await beat(caller.broker, "w1", seq=number)
+            await beat(caller.broker, "w2", seq=number, models=(wider,))
+        await until(lambda: metric("headrace_workers", base="sim", state="serving") == 2)
+        assert await registry(broker) == {"sim": CARD}
+        assert writes == ["sim"]
+        await beat(caller.broker, "w1", state="gone")
+        await beat(caller.broker, "w2", seq=6, models=(wider,))
+
+        async def written() -> bool:
+            return await registry(broker) == {"sim": wider}
+
+        await until(written)
+
+
 async def test_a_registry_that_could_not_be_written_is_written_later(broker: Flaky, caller: Caller) -> None:
     broker.refusals = 2
     async with scheduling(broker):

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import httpx
 import orjson
@@ -240,6 +241,35 @@ async def test_cancel_in_the_middle_of_prefill(broker: MemoryBroker, caller: Cal
         await call.cancel()
         await check_cancelled(caller, call, engine)
         assert [f.kind for f in call.frames] == [FrameKind.ERROR]
+
+
+async def test_a_full_worker_keeps_what_it_runs_when_that_is_delivered_again(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    """Its `in_progress` came too late: handed to another worker, the live stream would be broken."""
+    gate = Gate()
+    engine = WaxEngine(gate, slots=1)
+    async with serving(broker, engine) as worker:
+        call = await caller.submit()
+        await call.reach(FrameKind.HEAD)
+        (job,) = worker.worker._jobs.values()
+        again = SimpleNamespace(
+            subject=job.delivery.subject,
+            headers=job.delivery.headers,
+            data=job.delivery.data,
+            seq=job.delivery.seq,
+            pending=0,
+            attempt=2,
+        )
+        worker.worker._take(1, again)  # type: ignore[arg-type]
+        assert job.delivery is again
+        job.delivery = SimpleNamespace(**vars(again), ack=_nothing, enqueued_ms=0.0)  # type: ignore[assignment]
+        gate.open.set()
+        assert (await call.end()).kind is FrameKind.END
+
+
+async def _nothing() -> None:
+    return None
 
 
 async def test_cancel_of_a_request_that_waits_for_a_busy_worker(broker: MemoryBroker, caller: Caller) -> None:
