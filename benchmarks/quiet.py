@@ -16,22 +16,28 @@ T = TypeVar("T")
 FOREIGN = 0.1
 """Cores that others may use during a run that counts."""
 TRIES = 6
-PAUSE = 5.0
-"""Seconds before a disturbed run is repeated."""
+LOOK, PATIENCE = 2.0, 300.0
+"""Seconds in which the machine must be quiet before a run, and for which that is waited for."""
 
 
 def undisturbed(run: Callable[[], T]) -> tuple[T, float]:
     """The first of TRIES runs in which the machine was ours, else the last; and the cores others used."""
-    for attempt in range(TRIES):
-        if attempt:
-            time.sleep(PAUSE)
-        started, foreign = time.monotonic(), _foreign_seconds()
-        result = run()
-        cores = (_foreign_seconds() - foreign) / (time.monotonic() - started)
+    for _ in range(TRIES):
+        until = time.monotonic() + PATIENCE
+        while _watched(lambda: time.sleep(LOOK))[1] > FOREIGN and time.monotonic() < until:
+            pass
+        result, cores = _watched(run)
         if cores <= FOREIGN:
             break
         results.say(f"  disturbed: others used {cores:.2f} cores")
-    return result, max(0.0, cores)
+    return result, cores
+
+
+def _watched(run: Callable[[], T]) -> tuple[T, float]:
+    """What `run` returns, and the cores that others used meanwhile."""
+    started, foreign = time.monotonic(), _foreign_seconds()
+    result = run()
+    return result, max(0.0, (_foreign_seconds() - foreign) / (time.monotonic() - started))
 
 
 def _foreign_seconds() -> float:

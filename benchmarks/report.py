@@ -29,18 +29,66 @@ def write() -> Path:
     if (record := results.load("overhead")) is not None:
         plot(record, results.load("vllm_throughput"))
     path = DOCS / "benchmarks.md"
-    path.write_text("\n".join([_HEAD, *sections]))
+    head = _HEAD.format(foreign=quiet.FOREIGN, tries=quiet.TRIES)
+    path.write_text("\n".join([head, *sections]))
     return path
 
 
-_HEAD = f"""\
+_HEAD = """\
 # Benchmarks
 
 `make bench` runs them all and writes this page; `python -m benchmarks NAME` runs one. The two sides of a
 comparison are measured in turns within one run. Figures are medians over the rounds, with their range in
-brackets. A run during which other processes used more than {quiet.FOREIGN:g} cores is repeated, {quiet.TRIES} times at most.
+brackets. A run during which other processes used more than {foreign:g} cores is repeated, {tries} times at
+most.
 
 ![Added latency, and throughput of vLLM](benchmarks.png)
+"""
+
+_OVERHEAD = """\
+## Added latency
+
+The sim engine served directly over HTTP, against the same behind ingress, queue and worker: {ttft_ms} ms to
+the first token, {itl_ms} ms between tokens, {tokens} tokens, {rounds} rounds. Every request is synced to
+disk before it is acknowledged (`sync_interval: always`), every frame journaled. "Added" is the difference
+of the two sides' percentiles. TTFT runs from the write of the request to the read of the first event with
+text. Load generator, nats-server, ingress and worker share the cores. Other processes used
+{cores_used_by_others:.2f} cores at most.
+"""
+
+_FORWARD = """\
+## Forwarding
+
+SSE events of {streams} streams through one ingress process, against the sim's app served directly, each
+alone on one core. On the other core runs the load and, for Headrace, nats-server and a source of prebuilt
+frames. Paced means {paced[itl_ms]:g} ms between two tokens of a stream, saturated {saturated[itl_ms]:g} ms;
+ingress then used {saturated[headrace_core_used][median]:.0%} of its core.
+"""
+
+_MEMORY = """\
+## Memory
+
+Resident MiB of each process at rest, and with {streams:,} streams that idle after their first token (sim
+engine).
+"""
+
+_VLLM = """\
+## Throughput of real vLLM
+
+Tokens a second of {model} on vLLM's CPU build, {tokens} tokens a request, greedy, closed loop, {rounds}
+rounds: `AsyncLLM` called directly, against HTTP through ingress, queue and worker. Two engines with the
+same options, loaded in turn. Other processes used {cores_used_by_others:.2f} cores at most.
+"""
+
+_BATCHING = """\
+## Continuous against static batching
+
+Real vLLM on CPU, {rounds} rounds of {requests} requests with {least} to {most} output tokens (exponential,
+{mean_tokens:.0f} on average), batches of {batch}. The first row offers all requests at once. The others are
+Poisson arrivals at {rate_per_s:.2f} requests/s, {load:.0%} of what continuous batching can do. A static
+batch waits {wait:g} s at most for company and answers when its longest member is done. vLLM drops finished
+members from its steps, so that this baseline computes no padding: it is kinder than the classic one. The
+ratio says how many times better continuous is.
 """
 
 
@@ -52,9 +100,10 @@ def _origin(record: Record) -> str:
     )
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _section(text: str, head: list[str], rows: list[list[str]], record: Record) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{text}\n{table}\n\n{_origin(record)}\n"
 
 
 def _range(value: dict[str, float], digits: int = 2) -> str:
@@ -93,19 +142,8 @@ def _overhead(record: Record) -> str:
                         _against(added["median"], _TARGETS.get((streams, name, p))),
                     ]
                 )
-    return f"""\
-## Added latency
-
-The sim engine served directly over HTTP, against the same behind ingress, queue and worker: {record["ttft_ms"]} ms
-to the first token, {record["itl_ms"]} ms between tokens, {record["tokens"]} tokens, {record["rounds"]} rounds. Every request is
-synced to disk before it is acknowledged (`sync_interval: always`), every frame journaled. "Added" is the
-difference of the two sides' percentiles. TTFT runs from the write of the request to the read of the first event
-with text. Load generator, nats-server, ingress and worker share the cores. Other processes used
-{record["cores_used_by_others"]:.2f} cores at most.
-
-{_table(["streams", "ms", "direct", "Headrace", "added", "target"], rows)}
-{_origin(record)}
-"""
+    head = ["streams", "ms", "direct", "Headrace", "added", "target"]
+    return _section(_OVERHEAD.format_map(record), head, rows, record)
 
 
 def _forward(record: Record) -> str:
@@ -125,18 +163,8 @@ def _forward(record: Record) -> str:
                     _against(ratio["median"], target, least=True),
                 ]
             )
-    used = record["saturated"]["headrace_core_used"]["median"]
-    return f"""\
-## Forwarding
-
-SSE events of {record["streams"]} streams through one ingress process, against the sim's app served directly, each alone
-on one core. On the other core runs the load and, for Headrace, nats-server and a source of prebuilt frames. Paced
-means {record["paced"]["itl_ms"]:g} ms between two tokens of a stream, saturated {record["saturated"]["itl_ms"]:g} ms; ingress then used
-{used:.0%} of its core.
-
-{_table(["pace", "", "direct", "ingress", "ratio", "target"], rows)}
-{_origin(record)}
-"""
+    head = ["pace", "", "direct", "ingress", "ratio", "target"]
+    return _section(_FORWARD.format_map(record), head, rows, record)
 
 
 def _memory(record: Record) -> str:
@@ -145,15 +173,8 @@ def _memory(record: Record) -> str:
         [name, f"{record['rss_mib_before'][name]:.0f}", f"{mib:.0f}", _against(mib, targets.get(name))]
         for name, mib in record["rss_mib"].items()
     ]
-    return f"""\
-## Memory
-
-Resident MiB of each process at rest, and with {record["streams"]:,} streams that idle after their first token
-(sim engine).
-
-{_table(["process", "at rest", "with the streams", "target"], rows)}
-{_origin(record)}
-"""
+    head = ["process", "at rest", "with the streams", "target"]
+    return _section(_MEMORY.format_map(record), head, rows, record)
 
 
 def _vllm(record: Record) -> str:
@@ -167,16 +188,8 @@ def _vllm(record: Record) -> str:
         ]
         for streams, found in record["streams"].items()
     ]
-    return f"""\
-## Throughput of real vLLM
-
-Tokens a second of {record["model"]} on vLLM's CPU build, {record["tokens"]} tokens a request, greedy, closed
-loop, {record["rounds"]} rounds: `AsyncLLM` called directly, against HTTP through ingress, queue and worker. Two engines
-with the same options, loaded in turn. Other processes used {record["cores_used_by_others"]:.2f} cores at most.
-
-{_table(["streams", "AsyncLLM", "Headrace", "ratio", "target"], rows)}
-{_origin(record)}
-"""
+    head = ["streams", "AsyncLLM", "Headrace", "ratio", "target"]
+    return _section(_VLLM.format_map(record), head, rows, record)
 
 
 def _batching(record: Record) -> str:
@@ -198,19 +211,8 @@ def _batching(record: Record) -> str:
         ]
         for name, found in record["latency"].items()
     ]
-    return f"""\
-## Continuous against static batching
-
-Real vLLM on CPU, {record["rounds"]} rounds of {record["requests"]} requests with {batching.MIN_TOKENS} to {batching.MAX_TOKENS} output
-tokens (exponential, {record["mean_tokens"]:.0f} on average), batches of {record["batch"]}. The first row offers all requests at once.
-The others are Poisson arrivals at {record["rate_per_s"]:.2f} requests/s, {record["load"]:.0%} of what continuous batching can do. A
-static batch waits {batching.WAIT:g} s at most for company and answers when its longest member is done. vLLM drops finished
-members from its steps, so that this baseline computes no padding: it is kinder than the classic one. The ratio
-says how many times better continuous batching is.
-
-{_table(["", "static", "continuous", "ratio"], rows)}
-{_origin(record)}
-"""
+    text = _BATCHING.format(**record, least=batching.MIN_TOKENS, most=batching.MAX_TOKENS, wait=batching.WAIT)
+    return _section(text, ["", "static", "continuous", "ratio"], rows, record)
 
 
 def plot(latency: Record, throughput: Record | None) -> None:

@@ -110,22 +110,19 @@ async def chat(args: argparse.Namespace) -> int:
                     fault = json.loads(payload)["error"]
                     print(f"\n{meta['status']} {meta['code']}: {fault['message']}", file=sys.stderr)
                     return 0 if meta["code"] == "cancelled" and args.cancel_after else 1
-                elif meta["kind"] == "end":
+                if meta["kind"] == "end":
                     print(f"\n{json.dumps(meta['usage'])}", file=sys.stderr)
                     return 0 if status == 200 else 1
-                else:
-                    status = meta.get("status", status)
-                    if status != 200:  # the engine refused the request: this is its error object
-                        print(payload.decode(), file=sys.stderr)
-                        continue
-                    for piece in text.feed(payload):
-                        print(piece, end="", flush=True)
-                        printed += 1
-                        if printed == args.cancel_after:
-                            cancel = {"at": int(time.time() * 1000), "seq": stored.seq}
-                            await connection.publish(
-                                f"cancel.{tenant}.{request}", json.dumps(cancel).encode()
-                            )
+                status = meta.get("status", status)
+                if status != 200:  # the engine refused the request: this is its error object
+                    print(payload.decode(), file=sys.stderr)
+                    continue
+                for piece in text.feed(payload):
+                    print(piece, end="", flush=True)
+                    printed += 1
+                    if printed == args.cancel_after:
+                        cancel = {"at": int(time.time() * 1000), "seq": stored.seq}
+                        await connection.publish(f"cancel.{tenant}.{request}", json.dumps(cancel).encode())
     finally:
         await connection.close()
 
