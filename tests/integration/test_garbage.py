@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from urllib.parse import urlsplit
 
+import nats
 import pytest
 
 from broker import client, subjects
@@ -71,8 +72,9 @@ async def test_a_consumer_that_was_deleted_is_made_again(nats_url: str, sim_work
     """By an operator's slip, say; and no pull is repeated thousands of times meanwhile."""
     async with await client.connect(BrokerConfig(url=nats_url), "slip") as broker:
         name = subjects.consumer("sim", "standard")
-        gone = await broker._api(f"CONSUMER.DELETE.{subjects.REQUESTS}.{name}", {})
-        assert gone["success"]
+        operator = await nats.connect(nats_url)
+        await operator.jetstream().delete_consumer(subjects.REQUESTS, name)
+        await operator.close()
         request = subjects.RequestSubject("sim", "standard", "acme", "sim")
         headers = {"Nats-Msg-Id": "acme:1", "Reply-To": "out.acme.box.1", "Path": "/v1/completions"}
         await (await broker.enqueue(str(request), b'{"model":"sim","prompt":"x"}', headers))

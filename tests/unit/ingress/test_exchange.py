@@ -218,7 +218,8 @@ async def test_a_request_whose_acceptance_was_never_told_is_taken_out_again(
 ) -> None:
     """The acknowledgement is lost with the connection; the caller is told 503, and nothing runs."""
     async with rig() as at:
-        enqueue, lost = at.broker.enqueue, []
+        enqueue = at.broker.enqueue
+        lost: list[Any] = []
 
         async def losing(*message: Any) -> asyncio.Future[base.Stored]:
             ack = await enqueue(*message)

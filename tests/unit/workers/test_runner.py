@@ -261,9 +261,9 @@ async def test_a_full_worker_keeps_what_it_runs_when_that_is_delivered_again(
             pending=0,
             attempt=2,
         )
-        worker.worker._take(1, again)  # type: ignore[arg-type]
+        worker.worker._take(1, again)
         assert job.delivery is again
-        job.delivery = SimpleNamespace(**vars(again), ack=_nothing, enqueued_ms=0.0)  # type: ignore[assignment]
+        job.delivery = SimpleNamespace(**vars(again), ack=_nothing, enqueued_ms=0.0)
         gate.open.set()
         assert (await call.end()).kind is FrameKind.END
 
