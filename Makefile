@@ -1,11 +1,12 @@
-# make up      set up what is missing and serve on this machine (GPU=1: with the CUDA engine)
+# make up      set up what is missing and serve on this machine
 # make test    run every test
 # make lint    static checks of code, settings reference, workflow and deployment files
 # make bench   measure; writes docs/benchmarks.md
 # make docs    write docs/configuration.md from the settings models
 # make clean   remove what was installed and built; `make clean-data` removes the queue and the model
 #
-# PYTHON=python3.12   the interpreter to make .venv with
+# GPU=1               with vLLM's CUDA build, in .venv-gpu; holds for every target that installs
+# PYTHON=python3.12   the interpreter to make the venv with
 # ARGS='--port 0'     more flags for `headrace up`
 # TORCH_INDEX=URL     where PyTorch's CPU wheels are, for when the configured package index has none
 
@@ -14,15 +15,18 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: up test lint bench docs clean clean-data
 
-VENV := .venv
+# The two builds of vLLM are packages of the same files: in one venv each would overwrite the other's.
+VENV := $(if $(GPU),.venv-gpu,.venv)
 BIN := $(VENV)/bin
 ENGINE := $(if $(GPU),gpu,cpu)
 PYTHONS := $(or $(PYTHON),python3.11 python3.12 python3.13 python3)
 
-up: $(VENV)/.$(ENGINE)
+up: $(VENV)/.engine
 	@exec $(BIN)/headrace up --with-parent $(ARGS)
 
+# The model first: a download is not to count against a test's time.
 test: $(VENV)/.dev
+	$(BIN)/headrace demo-model --data .data
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev
@@ -41,19 +45,19 @@ docs: $(VENV)/.dev
 	$(BIN)/headrace config --markdown > docs/configuration.md
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-gpu build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 clean-data:
 	rm -rf .data
 
 # An install is done when its stamp is newer than pyproject.toml.
-$(VENV)/.cpu $(VENV)/.gpu: $(VENV)/.%: pyproject.toml | $(VENV)/.made
-	$(call install,$*)
+$(VENV)/.engine: pyproject.toml | $(VENV)/.made
+	$(call install,$(ENGINE))
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.made
-	$(call install,cpu$(comma)dev)
-	@touch $@ $(VENV)/.cpu
+	$(call install,$(ENGINE)$(comma)dev)
+	@touch $@ $(VENV)/.engine
 
 $(VENV)/.made:
 	@for python in $(PYTHONS); do \
