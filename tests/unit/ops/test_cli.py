@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ops import cli
+from ops import cli, logs
 
 
 def headrace(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -93,6 +94,18 @@ def test_a_demo_model_out_of_reach_is_told_without_a_traceback(tmp_path: Path, c
     assert done.returncode == 1
     assert f"headrace {command[0]}: pip could not fetch" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_library_that_vllm_misses_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", absent)
+    monkeypatch.setattr(logs, "configure", lambda level, **fields: None)
+    assert cli.main(["up", "--engine", "vllm"]) == 1
+    assert "Debian: libnuma1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
