@@ -7,8 +7,11 @@ runs vLLM's CPU and GPU builds.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +68,7 @@ async def start(config: VllmConfig) -> VllmEngine:
     if not (model / "config.json").is_file():
         raise errors.EngineFailed(f"[vllm] model: {config.model!r} is no directory with a model in it")
     _prepare(_ENVIRONMENT)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _root_level_kept():
         warnings.simplefilter("ignore")  # vLLM's imports warn of deprecations among themselves
         try:
             from vllm.platforms import current_platform
@@ -80,6 +83,17 @@ async def start(config: VllmConfig) -> VllmEngine:
         from workers.engines import vllm_engine
 
         return await vllm_engine.start(options, required={name.replace("_", "-") for name in config.extra})
+
+
+@contextmanager
+def _root_level_kept() -> Iterator[None]:
+    """vLLM's start sets the root logger's level, and would silence all that log through it."""
+    root = logging.getLogger()
+    level = root.level
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 def _prepare(environment: dict[str, str]) -> None:
