@@ -39,17 +39,20 @@ def bound_to_me() -> Callable[[], None]:
 
 async def end(process: asyncio.subprocess.Process, grace: float) -> int:
     """SIGTERM, then SIGKILL after `grace` seconds, or at once when cancelled; returns the exit status."""
+    # Not asyncio.timeout: in a task that was cancelled before, Python 3.11.2 takes its end for the cancel.
+    waiting = asyncio.ensure_future(process.wait())
     try:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
-        async with asyncio.timeout(grace):
-            return await process.wait()
-    except TimeoutError:
-        _kill(process)
-        return await process.wait()
+        done, _ = await asyncio.wait({waiting}, timeout=grace)
+        if not done:
+            _kill(process)
+        return await waiting
     except BaseException:
         _kill(process)
         raise
+    finally:
+        waiting.cancel()
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
