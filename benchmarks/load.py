@@ -18,6 +18,7 @@ import itertools
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -292,12 +293,15 @@ def measure(load: Load, core: int | None = None) -> Result:
     if core is not None:
         command = ["taskset", "-c", str(core), *command]
     limit = load.spread + load.timeout * (1 + load.requests // load.streams)
-    done = subprocess.run(
-        command, input=orjson.dumps(asdict(load)), stdout=subprocess.PIPE, timeout=limit, check=True
-    )
-    return Result(**orjson.loads(done.stdout))
+    # A file, not a pipe: results of over 64 KiB came back cut off there now and then.
+    with tempfile.TemporaryFile() as answer:
+        asked = orjson.dumps(asdict(load))
+        subprocess.run(command, input=asked, stdout=answer, timeout=limit, check=True)
+        answer.seek(0)
+        return Result(**orjson.loads(answer.read()))
 
 
 if __name__ == "__main__":
     answer = run(Load(**orjson.loads(sys.stdin.buffer.read())))
-    sys.stdout.buffer.write(orjson.dumps(asdict(answer)))
+    with open(1, "wb", closefd=False) as out:  # buffered even under PYTHONUNBUFFERED: no partial writes
+        out.write(orjson.dumps(asdict(answer)))

@@ -15,9 +15,9 @@ from benchmarks.load import Load, Result, measure
 
 TTFT_MS = ITL_MS = 20
 TOKENS = 40
-STREAMS = {1: 12, 32: 320, 100: 800, 200: 1600}
+STREAMS = {1: 8, 32: 160, 100: 400, 200: 800}
 """Concurrent streams -> requests of one side in one round."""
-ROUNDS = 5
+ROUNDS = 3
 PERCENTILES = (50, 99)
 
 

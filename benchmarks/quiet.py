@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 FOREIGN = 0.1
 """Cores that others may use during a run that counts."""
-TRIES = 6
-LOOK, PATIENCE = 2.0, 300.0
+TRIES = 2
+LOOK, PATIENCE = 2.0, 60.0
 """Seconds in which the machine must be quiet before a run, and for which that is waited for."""
 
 
