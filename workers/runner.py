@@ -123,11 +123,11 @@ class Worker:
             self._spawn(delivery.nak())
             return
         intake.taken(self._queues, number, delivery.pending, asyncio.get_running_loop().time())
-        self._top_up()
         if running is None:
             self._start(request, delivery)
         else:
             self._spawn(screening.repeated(self._broker, request, delivery, running.request))
+        self._top_up()  # after it: asking for the next request must not hold this one up
 
     def _start(self, request: Request, delivery: base.Delivery) -> None:
         job = Job(request, delivery, self._broker, self._engine, self.name, self._share)
