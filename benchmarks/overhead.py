@@ -2,7 +2,8 @@
 
 Both sides stand for the whole run and are loaded in turn, the order changing each round. Durable (each
 request synced to disk before it is acknowledged) and journaled. The load, and all parts of Headrace,
-share the machine.
+share the machine. Beside it, in the same run and at the same rate of requests, what the broker alone
+takes (`floor`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from benchmarks import fleet, quiet, results
+from benchmarks import fleet, floor, quiet, results
 from benchmarks.load import Load, Result, measure
 
 TTFT_MS = ITL_MS = 20
@@ -29,6 +30,7 @@ def run(quick: bool) -> dict[str, Any]:
         for url in urls.values():
             _measure(url, 32, 64)
         taken: dict[int, list[dict[str, Result]]] = {streams: [] for streams in STREAMS}
+        floors: dict[int, list[list[float]]] = {streams: [] for streams in STREAMS}
         foreign = []
         for number in range(rounds):
             for streams, requests in STREAMS.items():
@@ -37,6 +39,8 @@ def run(quick: bool) -> dict[str, Any]:
                 pair, others = quiet.undisturbed(functools.partial(_pair, urls, order, streams, count))
                 foreign.append(others)
                 taken[streams].append(pair)
+                rate = streams / (TTFT_MS + TOKENS * ITL_MS) * 1000
+                floors[streams].append(floor.round_trips(rate, count))
                 results.say(f"  round {number + 1}, {streams} streams: {_line(pair)}")
         memory = {name: round(fleet.rss_mib(up.part(name)), 1) for name in ("ingress", "worker")}
     return {
@@ -46,7 +50,7 @@ def run(quick: bool) -> dict[str, Any]:
         "rounds": rounds,
         "cores_used_by_others": max(foreign),
         "rss_mib_after": memory,
-        "streams": {str(streams): _summary(pairs) for streams, pairs in taken.items()},
+        "streams": {str(streams): _summary(pairs, floors[streams]) for streams, pairs in taken.items()},
     }
 
 
@@ -72,8 +76,10 @@ def added(pair: dict[str, Result], what: str, p: float) -> float:
     return (slow - fast) * 1000
 
 
-def _summary(pairs: list[dict[str, Result]]) -> dict[str, Any]:
+def _summary(pairs: list[dict[str, Result]], floors: list[list[float]]) -> dict[str, Any]:
     found: dict[str, Any] = {"requests": sum(len(pair["headrace"].ttft) for pair in pairs)}
+    for p in PERCENTILES:
+        found[f"floor_p{p}_ms"] = results.spread([results.percentile(trips, p) * 1000 for trips in floors])
     for name, what in (("ttft", "ttft"), ("itl", "gaps")):
         for p in PERCENTILES:
             found[f"added_{name}_p{p}_ms"] = results.spread([added(pair, what, p) for pair in pairs])

@@ -52,7 +52,9 @@ The sim engine served directly over HTTP, against the same behind ingress, queue
 the first token, {itl_ms} ms between tokens, {tokens} tokens, {rounds} rounds. Every request is synced to
 disk before it is acknowledged (`sync_interval: always`), every frame journaled. "Added" is the difference
 of the two sides' percentiles. TTFT runs from the write of the request to the read of the first event with
-text. Load generator, nats-server, ingress and worker share the cores. Other processes used
+text. Load generator, nats-server, ingress and worker share the cores. "Floor" is what the broker alone takes
+on this machine at that rate of requests, and nothing else running: publish to disk, pull, one frame back
+(`benchmarks/floor.py`). Other processes used
 {cores_used_by_others:.2f} cores at most.
 """
 
@@ -139,10 +141,11 @@ def _overhead(record: Record) -> str:
                         f"{found[f'direct_{name}_p{p}_ms']['median']:.2f}",
                         f"{found[f'headrace_{name}_p{p}_ms']['median']:.2f}",
                         _range(added),
+                        _range(found[f"floor_p{p}_ms"]) if name == "ttft" else "",
                         _against(added["median"], _TARGETS.get((streams, name, p))),
                     ]
                 )
-    head = ["streams", "ms", "direct", "Headrace", "added", "target"]
+    head = ["streams", "ms", "direct", "Headrace", "added", "floor", "target"]
     return _section(_OVERHEAD.format_map(record), head, rows, record)
 
 

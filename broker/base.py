@@ -17,8 +17,7 @@ from typing import NamedTuple, Protocol
 from broker.messages import ServiceClass
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """A core message. `reply` is "" where no answer is wanted."""
 
     subject: str
@@ -120,10 +119,6 @@ class Broker(abc.ABC):
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
     ) -> None:
         """Core publish: no acknowledgement; subjects of a stream are captured by it."""
-
-    async def publish_soon(self, subject: str, data: bytes) -> None:
-        """As `publish`, but the message may wait a moment for others to leave with it."""
-        await self.publish(subject, data)
 
     @abc.abstractmethod
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> Subscription: ...

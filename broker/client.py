@@ -146,10 +146,6 @@ class NatsBroker(base.Broker):
         with _translated:
             await self._nc.publish(subject, data, reply, headers)
 
-    async def publish_soon(self, subject: str, data: bytes) -> None:
-        with _translated:
-            await self._nc.publish_gathered(subject, data)
-
     async def subscribe(self, subject: str, handler: Callable[[base.Message], None]) -> _Subscription:
         async def on_message(msg: Msg) -> None:
             handler(base.Message(msg.subject, msg.data, msg.headers, msg.reply))

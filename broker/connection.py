@@ -8,41 +8,33 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from nats.aio.client import Client
+from nats.aio.transport import TcpTransport
+from nats.protocol.command import pub_cmd
 
 from broker import base
 
 _log = logging.getLogger(__name__)
-
-GATHER = 0.001
-"""Seconds at most for which a gathered message waits for company."""
 
 _BACKLOG = 64 * 1024
 """Bytes that the socket has not taken, past which nats-py's flusher waits for it; asyncio's own mark."""
 
 
 class Connection(Client):
-    """Core messages go from the socket to their handler at once, and back to it by the end of the turn;
-    small messages leave together.
+    """Core messages go from the socket to their handler at once, and back to it by the end of the turn.
 
     nats-py's own way in, a reading task and then a queue and a task for each subscription, costs three
     more turns of the event loop a message; handlers here are plain functions, so nothing piles up. Its
-    own way out, a queue and a flushing task, costs one more than needed. And a write to the socket for
-    each message wakes the server, and the server the reader: with many streams that, not the bytes, is
-    what a token costs.
+    own way out, a queue and a flushing task, costs one more than needed, and Python's time.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.handlers: dict[int, Callable[[base.Message], None]] = {}
-        self._gathering = False
-        self._flushed_at = 0.0
         self._fault: asyncio.Task[None] | None = None
-        self._gathered: asyncio.TimerHandle | None = None
         self._turn: asyncio.Handle | None = None
 
     # The way in
@@ -93,36 +85,31 @@ class Connection(Client):
 
     # The way out
 
-    async def publish_gathered(self, subject: str, data: bytes) -> None:
-        """Publish, leaving at once if nothing left within `GATHER`, else by its end, together with
-        what has come until then. Any other publish takes along what waits: order is kept."""
-        self._gathering = True
-        try:
-            await self.publish(subject, data)
-        finally:
-            self._gathering = False
+    async def publish(
+        self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, Any] | None = None
+    ) -> None:
+        """nats-py's, less its checks for what goes along with a write that is due already."""
+        if self._turn is None or headers or len(payload) + self._pending_data_size > _BACKLOG:
+            await super().publish(subject, payload, reply, headers)
+            return
+        command = pub_cmd(subject, reply, payload)
+        self._pending.append(command)
+        self._pending_data_size += len(command)
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
-        if force_flush or not self.is_connected or self._unsent() > _BACKLOG:
+        """Not now, since uvloop writes at once: by the end of this turn, with what falls due until then."""
+        tcp = isinstance(self._transport, TcpTransport)
+        if not tcp or force_flush or not self.is_connected or self._socket().get_write_buffer_size() > _BACKLOG:
             return await super()._flush_pending(force_flush)
-        loop = asyncio.get_running_loop()
-        if self._gathering and time.monotonic() - self._flushed_at < GATHER:
-            if self._gathered is None:
-                self._gathered = loop.call_later(GATHER, self._flush)
-        elif self._turn is None:
-            # uvloop writes at once: by the end of this turn, what fell due with it can go along.
-            self._turn = loop.call_soon(self._flush)
+        if self._turn is None:
+            self._turn = asyncio.get_running_loop().call_soon(self._flush)
         return None
 
-    def _unsent(self) -> int:
-        size: int = self._transport._io_writer.transport.get_write_buffer_size()
-        return size
-
     def _flush(self) -> None:
-        if self._gathered is not None:
-            self._gathered.cancel()
-        self._gathered = self._turn = None
-        self._flushed_at = time.monotonic()
+        self._turn = None
         if self._pending and self.is_connected:  # else a reconnect sends what waits
             pending, self._pending, self._pending_data_size = self._pending, [], 0
-            self._transport.writelines(pending)
+            self._socket().write(b"".join(pending))
+
+    def _socket(self) -> asyncio.WriteTransport:
+        return cast("asyncio.WriteTransport", self._transport._io_writer.transport)  # type: ignore[union-attr]

@@ -20,9 +20,6 @@ from broker.messages import TERMINAL, DeadLetter, Frame, FrameKind
 _log = logging.getLogger(__name__)
 
 _HELD_LIMIT = 4096
-_AT_ONCE = 2
-"""Frames of an answer that wait for no others: engines open it with a chunk that names the role, and the
-first token comes in the next."""
 _CLOCKS_APART = 60_000
 """Milliseconds that a reader's clock and the broker's may differ; half the default dedup window."""
 
@@ -83,9 +80,7 @@ class Writer:
             raise errors.TooLarge("the answer holds more tokens than one reply frame can name")
         self.frames += 1
         if over <= 0:
-            # The start of an answer is waited for, a further token may come with its neighbours'.
-            soon = kind is FrameKind.DATA and self.frames > _AT_ONCE
-            await (self._broker.publish_soon if soon else self._broker.publish)(self._reply_to, data)
+            await self._broker.publish(self._reply_to, data)
             return
         await self._broker.publish(self._reply_to, data[:-over])
         await self._send(FrameKind.DATA, payload[-over:])

@@ -1,0 +1,105 @@
+"""What the broker alone takes, on this machine now: the least that a durable request can add.
+
+One bare client publishes a request into the durable queue, another, in a process of its own, takes it by a
+standing pull and answers with one frame: no HTTP, no engine, no tokens beside it. Timed from the publish to
+the frame, at the rate at which the load of `overhead` starts requests.
+
+    python -m benchmarks.floor NATS_URL       the side that answers
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvloop
+
+from benchmarks import fleet
+from broker import base, client, processes, replies, subjects
+from broker.config import BrokerConfig
+from broker.messages import ServiceClass
+from broker.server import NatsServer
+
+BODY = b"x" * 300
+"""As large as the load's requests."""
+
+
+def round_trips(rate: float, count: int) -> list[float]:
+    """Seconds from publish to frame of `count` requests, Poisson at `rate` a second."""
+    return uvloop.run(_measure(rate, count))
+
+
+async def _measure(rate: float, count: int) -> list[float]:
+    dice = random.Random(0)
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
+        async with NatsServer(Path(scratch)) as server:
+            with _answering(server.url):
+                async with await client.connect(BrokerConfig(url=server.url), "floor") as broker:
+                    async with replies.Mailbox(broker, "floor") as mailbox, asyncio.TaskGroup() as group:
+                        started = []
+                        for number in range(count):
+                            started.append(group.create_task(_one(broker, mailbox, str(number))))
+                            await asyncio.sleep(dice.expovariate(rate))
+    return [task.result() for task in started]
+
+
+async def _one(broker: base.Broker, mailbox: replies.Mailbox, number: str) -> float:
+    stream = mailbox.open("bench", number)
+    start = time.perf_counter()
+    subject = subjects.RequestSubject("floor", ServiceClass.STANDARD, "bench", "floor")
+    headers = {subjects.MSG_ID: f"bench:{number}", subjects.REPLY_TO: stream.subject}
+    ack = await broker.enqueue(str(subject), BODY, headers)
+    if not await stream.next(10.0):
+        raise RuntimeError("no answer within 10 s")
+    took = time.perf_counter() - start
+    await ack
+    stream.close()
+    return took
+
+
+@contextlib.contextmanager
+def _answering(url: str) -> Iterator[None]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.floor", url],
+        stdout=subprocess.PIPE,
+        preexec_fn=processes.bound_to_me(),
+    )
+    assert process.stdout is not None
+    try:
+        if process.stdout.readline() != b"ready\n":
+            raise RuntimeError("the answering side did not start")
+        yield
+    finally:
+        fleet.stop(process)
+        process.stdout.close()
+
+
+async def _answer(url: str) -> None:
+    async with await client.connect(BrokerConfig(url=url), "floor-answers") as broker:
+        tasks: set[asyncio.Task[None]] = set()
+
+        def take(delivery: base.Delivery) -> None:
+            task = asyncio.create_task(_reply(broker, delivery))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        puller = await broker.pull("floor", ServiceClass.STANDARD, take, lambda: None)
+        await puller.ask(1_000_000)
+        print("ready", flush=True)
+        await asyncio.Future()
+
+
+async def _reply(broker: base.Broker, delivery: base.Delivery) -> None:
+    await replies.Writer(broker, (delivery.headers or {})[subjects.REPLY_TO], delivery.attempt).end({})
+    await delivery.ack()
+
+
+if __name__ == "__main__":
+    uvloop.run(_answer(sys.argv[1]))
