@@ -40,13 +40,13 @@ async def _measure(rate: float, count: int) -> list[float]:
     dice = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         async with NatsServer(Path(scratch)) as server:
+            broker = await client.connect(BrokerConfig(url=server.url), "floor")
             with _answering(server.url):
-                async with await client.connect(BrokerConfig(url=server.url), "floor") as broker:
-                    async with replies.Mailbox(broker, "floor") as mailbox, asyncio.TaskGroup() as group:
-                        started = []
-                        for number in range(count):
-                            started.append(group.create_task(_one(broker, mailbox, str(number))))
-                            await asyncio.sleep(dice.expovariate(rate))
+                async with broker, replies.Mailbox(broker, "floor") as mailbox, asyncio.TaskGroup() as group:
+                    started = []
+                    for number in range(count):
+                        started.append(group.create_task(_one(broker, mailbox, str(number))))
+                        await asyncio.sleep(dice.expovariate(rate))
     return [task.result() for task in started]
 
 

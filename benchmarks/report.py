@@ -79,7 +79,9 @@ _VLLM = """\
 
 Tokens a second of {model} on vLLM's CPU build, {tokens} tokens a request, greedy, closed loop, {rounds}
 rounds: `AsyncLLM` called directly, against HTTP through ingress, queue and worker. Two engines with the
-same options, loaded in turn. Other processes used {cores_used_by_others:.2f} cores at most.
+same options, loaded in turn. On CPU the engine's threads fill every core, and what the other processes of a
+side use is taken from it: "serving ms" is their CPU time for a token, without the engine's and the load's.
+With a GPU that time is no longer the engine's. Other processes used {cores_used_by_others:.2f} cores at most.
 """
 
 _BATCHING = """\
@@ -186,12 +188,14 @@ def _vllm(record: Record) -> str:
             streams,
             f"{found['direct_tokens_per_s']['median']:.0f}",
             f"{found['headrace_tokens_per_s']['median']:.0f}",
+            f"{found['direct_serving_ms_per_token']['median']:.2f}",
+            f"{found['headrace_serving_ms_per_token']['median']:.2f}",
             _range(found["ratio"], 3),
             _against(found["ratio"]["median"], 0.95, least=True),
         ]
         for streams, found in record["streams"].items()
     ]
-    head = ["streams", "AsyncLLM", "Headrace", "ratio", "target"]
+    head = ["streams", "AsyncLLM", "Headrace", "serving ms, AsyncLLM", "Headrace's", "ratio", "target"]
     return _section(_VLLM.format_map(record), head, rows, record)
 
 

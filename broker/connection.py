@@ -98,8 +98,8 @@ class Connection(Client):
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         """Not now, since uvloop writes at once: by the end of this turn, with what falls due until then."""
-        tcp = isinstance(self._transport, TcpTransport)
-        if not tcp or force_flush or not self.is_connected or self._socket().get_write_buffer_size() > _BACKLOG:
+        theirs = force_flush or not (self.is_connected and isinstance(self._transport, TcpTransport))
+        if theirs or self._socket().get_write_buffer_size() > _BACKLOG:
             return await super()._flush_pending(force_flush)
         if self._turn is None:
             self._turn = asyncio.get_running_loop().call_soon(self._flush)
