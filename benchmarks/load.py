@@ -232,7 +232,7 @@ def _events(reads: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
             event = bytes(body[:end])
             del body[: end + 2]
             if event.startswith(b"data: "):
-                yield at, event[6:]
+                yield at, event[6:].partition(b"\n")[0]  # Headrace adds an id
 
 
 def _text(event: dict[str, Any]) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from broker import base, codec, errors, subjects
@@ -308,12 +309,27 @@ class Stream:
         seen = self._assembler.epoch, self._assembler.next_seq
         return newest is not None and (newest.epoch, newest.seq) >= seen
 
+    async def begin(self) -> list[Frame]:
+        """For a reader who comes late: what the journal has of the newest request of this id.
+
+        Raises errors.FramesLost when it no longer has the beginning, errors.Unavailable.
+        """
+        records = await self._journal()
+        frames = [codec.decode(record.data) for record in records]
+        start = max((n for n, frame in enumerate(frames) if frame.epoch == 1 and frame.seq == 0), default=0)
+        self._since_ms = records[start].stored_ms if records else self._since_ms
+        return self._fill(frames[start:])
+
     async def _repair(self) -> list[Frame]:
         """Read the journal and pass on what is new."""
-        ready: list[Frame] = []
-        for record in await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000):
-            if record.stored_ms >= self._since_ms:
-                ready += self._assembler.feed(codec.decode(record.data))
+        records = [record for record in await self._journal() if record.stored_ms >= self._since_ms]
+        return self._fill([codec.decode(record.data) for record in records])
+
+    async def _journal(self) -> list[base.Record]:
+        return await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000)
+
+    def _fill(self, frames: list[Frame]) -> list[Frame]:
+        ready = [passed for frame in frames for passed in self._assembler.feed(frame)]
         if self._assembler.gap:
             raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
         return ready
@@ -322,6 +338,19 @@ class Stream:
         if self._timer is not None:
             self._timer.cancel()
         self._close(self.subject)
+
+
+@contextlib.asynccontextmanager
+async def following(broker: base.Broker, tenant: str, request_id: str) -> AsyncIterator[Stream]:
+    """The reply to any request, whoever it goes to: live, and from the journal by `Stream.begin`."""
+    subject = subjects.replies_to(tenant, request_id)
+    stream = Stream(broker, subject, lambda _: None)
+    subscription = await broker.subscribe(subject, lambda message: stream.push(message.data))
+    try:
+        yield stream
+    finally:
+        stream.close()
+        await subscription.close()
 
 
 class Mailbox:

@@ -96,6 +96,11 @@ def reply(tenant: str, mailbox: str, request_id: str) -> str:
     return f"out.{token(tenant)}.{token(mailbox)}.{token(request_id)}"
 
 
+def replies_to(tenant: str, request_id: str) -> str:
+    """All frames of one request, whoever it replies to."""
+    return f"out.{token(tenant)}.*.{token(request_id)}"
+
+
 def is_reply(subject: str) -> bool:
     """Whether `subject` is a literal `out.<tenant>.<mailbox>.<request>`."""
     parts = subject.split(".")

@@ -14,11 +14,11 @@ import uvicorn
 
 from broker import addresses, base, errors, replies, subjects, usage
 from broker.messages import PATHS, Request
-from ingress import admit, metrics, pages
+from ingress import admit, metrics, pages, resume, sse
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
-from ingress.exchange import Exchange
+from ingress.exchange import Exchange, Repeated
 from ingress.http import ClientGone, Receive, Scope, Send, answer, read_body
 from ingress.relay import Relay
 
@@ -41,9 +41,13 @@ class Ingress:
         self._tenants = admit.Tenants(config)
         self._pages = pages.app(broker, catalogue)
         self._cancels: set[asyncio.Task[None]] = set()
+        self._resumed = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] not in PATHS:
+        resumed = resume.requested(scope["path"])
+        if resumed is not None and scope["method"] == "GET":
+            await self._resume(resumed, scope, receive, send)
+        elif scope["path"] not in PATHS:
             await self._pages(scope, receive, send)
         elif scope["method"] != "POST":
             await self._refuse(scope, send)
@@ -56,6 +60,61 @@ class Ingress:
         head = wording.headers(fault, admit.request_id(dict(scope["headers"])))
         await answer(send, fault.status, [*head, (b"allow", b"POST")], wording.body(fault.body(), path))
 
+    async def _resume(self, request_id: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """`GET /v1/requests/<id>/stream`: a reply to this tenant, on from where its reader was."""
+        headers = dict(scope["headers"])
+        # Whether it is a stream shows when it begins.
+        relay = Relay(send, scope["path"], request_id, streaming=False)
+        try:
+            tenant = self._tenants.of(headers)
+            self._check_room()
+            relay.after = sse.last_event(headers)
+            await self._read_on(tenant, request_id, relay, receive)
+        except errors.HeadraceError as exc:
+            await relay.fail(exc)
+        finally:
+            metrics.REQUESTS.labels(resume.PATH, str(relay.status or 499)).inc()
+
+    async def _repeat(
+        self, request: Request, relay: Relay, receive: Receive, exc: errors.DuplicateRequest
+    ) -> None:
+        """Answer a request whose idempotency key is known with the reply to the first one under it."""
+        tenant, patience = request.subject.tenant, request.deadline_ms / 1000 - time.time()
+        try:
+            if isinstance(exc, Repeated):
+                first = await resume.queued(self._broker, exc.seq)
+                if first is None:
+                    patience = 0.0  # it has ended: all there is of it is in the journal
+                elif first.request_id != request.request_id:
+                    raise errors.KeyReused("this Idempotency-Key stands for another request: use a new one")
+            await self._read_on(tenant, request.request_id, relay, receive, patience)
+        except errors.NotFound:
+            await relay.fail(
+                errors.KeyReused(
+                    "this Idempotency-Key stands for another request, or the reply to it is no longer kept: "
+                    "use a new one"
+                )
+            )
+        except errors.HeadraceError as fault:
+            await relay.fail(fault)
+
+    async def _read_on(
+        self, tenant: str, request_id: str, relay: Relay, receive: Receive, patience: float = 0.0
+    ) -> None:
+        self._resumed += 1
+        metrics.STREAMS.inc()
+        try:
+            keepalive = self._config.keepalive
+            await resume.follow(self._broker, tenant, request_id, relay, receive, keepalive, patience)
+        finally:
+            self._resumed -= 1
+            metrics.STREAMS.dec()
+
+    def _check_room(self) -> None:
+        if len(self._mailbox) + self._resumed >= self._config.max_streams:
+            most = self._config.max_streams
+            raise errors.Overloaded(f"this ingress has its {most} streams open", retry_after=1)
+
     async def _infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.monotonic()
         path: str = scope["path"]
@@ -63,10 +122,18 @@ class Ingress:
         request_id = admit.request_id(headers)
         status = 499
         try:
+            detached = admit.detached(headers)
             request, streaming = await self._admit(path, headers, request_id, receive)
-            stream = self._mailbox.open(request.subject.tenant, request_id)
-            relay = Relay(send, path, request_id, streaming)
-            status = await self._exchange(request, stream, relay, receive, started)
+            relay = Relay(send, path, request.request_id, streaming)
+            try:
+                stream = self._mailbox.open(request.subject.tenant, request.request_id)
+                status = await self._exchange(request, stream, relay, receive, started, detached)
+            except errors.DuplicateRequest as exc:
+                if not request.dedup_key:
+                    raise
+                relay.after = sse.last_event(headers)
+                await self._repeat(request, relay, receive, exc)
+                status = relay.status or 499
         except ClientGone:
             return
         except errors.HeadraceError as exc:
@@ -76,7 +143,13 @@ class Ingress:
             metrics.REQUESTS.labels(path, str(status)).inc()
 
     async def _exchange(
-        self, request: Request, stream: replies.Stream, relay: Relay, receive: Receive, started: float
+        self,
+        request: Request,
+        stream: replies.Stream,
+        relay: Relay,
+        receive: Receive,
+        started: float,
+        detached: bool,
     ) -> int:
         """Through the queue and back; the status that the caller was told."""
         exchange = Exchange(self._config, self._broker, request, stream, relay, self._catalogue.served)
@@ -87,7 +160,8 @@ class Ingress:
             self._observe(request, relay, fault, started)
         finally:
             metrics.STREAMS.dec()
-            if fault is not None and exchange.cancellable:
+            left_alone = detached and isinstance(fault, errors.Cancelled)
+            if fault is not None and exchange.cancellable and not left_alone:
                 self._cancel(exchange, stream, fault)
             else:
                 stream.close()
@@ -101,6 +175,8 @@ class Ingress:
             await exchange.publish()
             metrics.ADMIT.observe(time.monotonic() - started)
             return await exchange.follow(receive)
+        except Repeated:
+            raise
         except errors.HeadraceError as exc:
             fault = exc
         except Exception:
@@ -118,12 +194,14 @@ class Ingress:
         # Who may not ask, or asks too much, is told before a body is held for them.
         tenant = self._tenants.of(headers)
         admit.check_request_id(headers)
-        if len(self._mailbox) >= config.max_streams:
-            raise errors.Overloaded(f"this ingress has its {config.max_streams} streams open", retry_after=1)
+        self._check_room()
         body = await read_body(headers, receive, limit, config.body_timeout)
         priority = headers.get(b"x-priority")
         asked = admit.read_body(body, None if priority is None else priority.decode("latin-1"))
         card = self._catalogue.find(asked.model)
+        key = admit.idempotency_key(headers)
+        if key:
+            request_id = admit.keyed_id(key, path, body)
         return (
             Request(
                 subject=subjects.RequestSubject(card.base, asked.service_class, tenant, asked.model),
@@ -132,6 +210,8 @@ class Ingress:
                 path=path,
                 body=body,
                 deadline_ms=admit.deadline_ms(headers, asked.service_class, config),
+                # With a space, which no request id has: the two never meet.
+                dedup_key=f"key {key}" if key else "",
                 traceparent=admit.traceparent(headers),
             ),
             asked.stream,

@@ -29,6 +29,14 @@ _CONFIRM_TIMEOUT = 5.0
 """Seconds to wait for a worker's word that a cancelled request stopped."""
 
 
+class Repeated(errors.DuplicateRequest):
+    """The request's idempotency key is known: `seq` in REQUESTS is, or was, the first request under it."""
+
+    def __init__(self, seq: int) -> None:
+        super().__init__("the idempotency key was used before")
+        self.seq = seq
+
+
 class Exchange:
     """Owned by the task that handles the HTTP request."""
 
@@ -83,9 +91,9 @@ class Exchange:
     async def follow(self, receive: Receive) -> errors.HeadraceError | None:
         """Relay frames until the answer is complete. Returns the fault that ended it, if one did.
 
-        Raises errors.FramesLost, errors.Unavailable when the reply can't be read to its end.
+        Raises errors.FramesLost, errors.Unavailable when the reply can't be read to its end, Repeated.
         """
-        gone = asyncio.create_task(_disconnected(receive))
+        gone = asyncio.create_task(disconnected(receive))
         gone.add_done_callback(lambda _: self._stream.wake())
         self._quiet_since = time.monotonic()
         try:
@@ -135,6 +143,8 @@ class Exchange:
             if exc is not None and not self._taken:
                 return exc if isinstance(exc, errors.HeadraceError) else errors.Unavailable(str(exc))
             if exc is None and self._ack.result().duplicate:
+                if self._request.dedup_key:
+                    raise Repeated(self._ack.result().seq)
                 return errors.DuplicateRequest(
                     f"request id {self._request.request_id!r} was used within the dedup window"
                 )
@@ -201,6 +211,6 @@ class Exchange:
             return None
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

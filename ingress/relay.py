@@ -1,4 +1,4 @@
-"""Frames out of the mailbox into one HTTP answer. The engine's bytes pass through unparsed."""
+"""Frames out of the mailbox into one HTTP answer. The engine's bytes pass through; its events get ids."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from broker import errors
 from broker.messages import Frame, FrameKind
 from ingress import errors as wording
-from ingress import metrics
+from ingress import metrics, sse
 from ingress.http import Send, answer
 
 _SSE = b"text/event-stream"
@@ -23,6 +23,7 @@ class Relay:
     Attributes:
         status: as sent to the client; 0 before anything was.
         worker: who answers, once known.
+        after: what the client has of the answer already; None = nothing.
         first_payload_at: `time.monotonic()` of the first payload byte sent.
     """
 
@@ -37,6 +38,7 @@ class Relay:
         self._at_boundary = True
         self.status = 0
         self.worker = ""
+        self.after: sse.Position | None = None
         self.first_payload_at: float | None = None
         self.fault: errors.HeadraceError | None = None
 
@@ -45,7 +47,7 @@ class Relay:
         payload = b""
         for frame in frames:
             if frame.kind is FrameKind.DATA:
-                payload += frame.payload
+                payload += self._payload(frame)
             elif frame.kind is FrameKind.HEAD:
                 payload += await self._begin(frame)
             elif frame.kind is FrameKind.BEAT:
@@ -71,7 +73,8 @@ class Relay:
         Before the head has come this commits to an SSE answer; what goes wrong after that is told
         as an event.
         """
-        if not self._streaming or not self._at_boundary or (self._head is not None and not self._sse):
+        events = self._sse or (self._streaming and self._head is None)
+        if not events or not self._at_boundary:
             return
         if not self.status:
             await self._start_sse(200, [])
@@ -100,7 +103,10 @@ class Relay:
             self._sse = True
             if not self.status:
                 await self._start_sse(frame.extra.get("status", 200), [])
-        return frame.payload
+        return self._payload(frame)
+
+    def _payload(self, frame: Frame) -> bytes:
+        return sse.numbered(frame, self.after) if self._sse else frame.payload
 
     async def _start_sse(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status

@@ -198,9 +198,16 @@ async def _pass_on(response: httpx.Response, send: Send, tap: Tap) -> None:
         (name.encode(), value.encode()) for name, value in response.headers.items() if name in _FROM_SERVER
     ]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
-    meter = Meter(tap, streamed=response.headers.get("content-type", "").startswith("text/event-stream"))
+    streamed = response.headers.get("content-type", "").startswith("text/event-stream")
+    meter = Meter(tap, streamed=streamed)
+    held = b""
     async for chunk in response.aiter_raw():
         meter.feed(chunk)
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        body, held = held + chunk, b""
+        if streamed and body.endswith(b"\n") and not body.endswith(b"\n\n"):
+            # Half of an event's end: in two frames nobody would know it as one.
+            body, held = body[:-1], b"\n"
+        if body:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
     meter.end()
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    await send({"type": "http.response.body", "body": held, "more_body": False})

@@ -69,7 +69,7 @@ async def test_frames_become_the_answer() -> None:
         await writer.head(200, SSE, "w", b"data: 1\n\n", [(0, [1])])
         await writer.data(b"data: 2\n\n", [(0, [2])])
         await writer.end({})
-        assert (await outcome(call))[1] == b"data: 1\n\ndata: 2\n\n"
+        assert (await outcome(call))[1] == b"data: 1\nid: 1-0-0\n\ndata: 2\nid: 1-1-0\n\n"
         assert call.status == 200
         assert call.headers["x-headrace-worker"] == "w"
 
@@ -80,7 +80,7 @@ async def test_what_is_no_frame_ends_the_answer_and_the_run() -> None:
         await at.broker.subscribe(subjects.ALL_CANCELS, cancels.put_nowait)
         delivery, writer = await at.take()
         await writer.head(200, SSE, "w", b"data: 1\n\n", [])
-        assert await anext(call.chunks()) == b"data: 1\n\n"
+        assert await anext(call.chunks()) == b"data: 1\nid: 1-0-0\n\n"
         assert delivery.headers is not None
         await at.broker.publish(delivery.headers[subjects.REPLY_TO], b"garbage")
         _, body = await outcome(call)

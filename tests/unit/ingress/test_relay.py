@@ -47,6 +47,11 @@ def frame(kind: str, payload: bytes = b"", **extra: Any) -> Frame:
     return Frame(1, 0, FrameKind(kind), payload=payload, extra=extra)
 
 
+def event(number: int) -> bytes:
+    """As the client gets it, from a frame of `frame`."""
+    return b"data: %d\nid: 1-0-0\n\n" % number
+
+
 def error(fault: errors.HeadraceError, **extra: Any) -> Frame:
     return frame("error", fault.body(), status=fault.status, code=fault.code, **extra)
 
@@ -56,13 +61,13 @@ async def test_frames_that_wait_together_go_out_together() -> None:
     assert not await client.relay.frames(
         [frame("head", b"data: 1\n\n", **SSE), frame("data", b"data: 2\n\n")]
     )
-    assert client.bodies == [b"data: 1\n\ndata: 2\n\n"]
+    assert client.bodies == [event(1) + event(2)]
     assert client.headers["x-request-id"] == "id-1"
     assert client.headers["x-headrace-worker"] == "w"
     assert await client.relay.frames(
         [frame("data", b"data: 3\n\n"), frame("data", b"data: 4\n\n"), frame("end")]
     )
-    assert client.bodies[1:] == [b"data: 3\n\ndata: 4\n\n", b""]
+    assert client.bodies[1:] == [event(3) + event(4), b""]
     assert client.complete
 
 
@@ -93,7 +98,7 @@ async def test_an_error_in_a_stream_is_its_last_event() -> None:
     assert client.status == 200
     assert client.relay.status == 500
     *_, passed_on, last = client.bodies
-    assert passed_on == b"data: 2\n\n"
+    assert passed_on == event(2)
     assert orjson.loads(last.removeprefix(b"data: "))["error"]["code"] == "worker_lost"
     assert client.complete
 
@@ -124,7 +129,7 @@ async def test_comments_say_whether_it_still_waits() -> None:
     await client.relay.keepalive()
     await client.relay.frames([frame("data", b'data: {"half')])
     await client.relay.keepalive()  # a comment here would end up inside the event
-    assert client.bodies == [b": queued\n\n", b"data: 1\n\n", b": keep-alive\n\n", b'data: {"half']
+    assert client.bodies == [b": queued\n\n", event(1), b": keep-alive\n\n", b'data: {"half']
 
 
 async def test_a_comment_says_that_no_worker_serves_the_model_until_one_has_it() -> None:

@@ -112,7 +112,7 @@ async def test_a_server_that_hangs_up_before_it_answers_is_a_502() -> None:
 async def test_a_server_that_dies_within_a_stream_fails_the_request() -> None:
     async def die(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         start = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        writer.write(start + b"9\r\ndata: {}\n\r\n")
+        writer.write(start + b"8\r\ndata: {}\r\n")
         await writer.drain()
         raise ConnectionError
 
@@ -120,8 +120,27 @@ async def test_a_server_that_dies_within_a_stream_fails_the_request() -> None:
         async with asgi.request(made.app, CHAT, BODY) as call:
             with pytest.raises(errors.EngineFailed, match="within a response"):
                 await call.ended()
-        assert call.parts == [b"data: {}\n"]
+        assert call.parts == [b"data: {}"]
         assert made.stats().running == 0
+
+
+async def test_the_end_of_an_event_is_passed_on_whole() -> None:
+    """Each body becomes a frame, and within frames the events are told apart by their ends."""
+    parts = [b"data: 1\n", b"\ndata: 2", b"\n\nda", b"ta: 3\n\n", b"data: 4\n"]
+
+    async def split(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.01)  # or one read would take two of them
+        raise ConnectionError  # closes it
+
+    async with server(split) as url, engine(url) as made, asgi.request(made.app, CHAT, BODY) as call:
+        await call.ended()
+    assert b"".join(call.parts) == b"".join(parts)
+    assert not any(part.endswith(b"\n") and not part.endswith(b"\n\n") for part in call.parts[:-1])
+    assert len(call.parts) > 2
 
 
 async def test_a_disconnect_closes_the_connection_so_that_the_server_stops_too() -> None:

@@ -1,0 +1,352 @@
+"""A reply read on at another ingress, by whoever comes back: nothing missing, nothing twice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from broker import base, client, subjects
+from broker.config import BrokerConfig
+from broker.server import NatsServer
+from tests.integration.fleet import Fleet
+from tests.integration.serving import answer, ingress, ready, register, worker
+from tests.waiting import LIMIT, until
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+async def config(
+    anyio_backend: object, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[BrokerConfig]:
+    async with NatsServer(tmp_path_factory.mktemp("nats")) as server:
+        yield BrokerConfig(url=server.url)
+
+
+@pytest.fixture(scope="module")
+async def broker(config: BrokerConfig) -> AsyncIterator[base.Broker]:
+    async with await client.connect(config, "test") as connected:
+        await register(connected, "lone")
+        await register(connected, "nowhere")
+        yield connected
+
+
+@pytest.fixture(scope="module")
+async def https(config: BrokerConfig, broker: base.Broker) -> AsyncIterator[list[httpx.AsyncClient]]:
+    """A client for each of two ingresses before one worker."""
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(worker(config, model="sim", itl_ms=10))
+        urls = [await stack.enter_async_context(ingress(config, keepalive=0.05)) for _ in range(2)]
+        found = [await stack.enter_async_context(connected(url)) for url in urls]
+        for http in found:
+            await until(lambda http=http: ready(http))  # type: ignore[misc]
+        yield found
+
+
+def connected(url: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, timeout=LIMIT, trust_env=False)
+
+
+def chat(content: str, tokens: int, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": content}]
+    return {"model": "sim", "max_tokens": tokens, "stream": True, "messages": messages} | more
+
+
+def where(request_id: str) -> str:
+    return f"/v1/requests/{request_id}/stream"
+
+
+class Reader:
+    """An SSE client: the data of each whole event, and the id of the last."""
+
+    def __init__(self) -> None:
+        self.data: list[bytes] = []
+        self.last = ""
+        self._rest = b""
+
+    def feed(self, part: bytes) -> None:
+        *blocks, self._rest = (self._rest + part).split(b"\n\n")
+        for block in blocks:
+            for line in block.split(b"\n"):
+                name, _, value = line.partition(b": ")
+                if name == b"data":
+                    self.data.append(value)
+                elif name == b"id":
+                    self.last = value.decode()
+
+    async def read(
+        self, http: httpx.AsyncClient, method: str, url: str, until_events: float = float("inf"), **more: Any
+    ) -> httpx.Response:
+        """Read on to the end, or leave once there are that many events."""
+        async with http.stream(method, url, **more) as response:
+            assert response.status_code == 200, await response.aread()
+            async for part in response.aiter_raw():
+                self.feed(part)
+                if len(self.data) >= until_events:
+                    break
+        self._rest = b""
+        return response
+
+    async def resume(self, http: httpx.AsyncClient, request_id: str, **more: Any) -> httpx.Response:
+        headers = {"Last-Event-ID": self.last} if self.last else {}
+        return await self.read(http, "GET", where(request_id), headers=headers, **more)
+
+    @property
+    def text(self) -> str:
+        *chunks, done = self.data
+        assert done == b"[DONE]"
+        deltas = (choice["delta"] for chunk in chunks for choice in json.loads(chunk)["choices"])
+        return "".join(delta.get("content") or "" for delta in deltas)
+
+
+@pytest.mark.parametrize("events", [1, 7, 30])
+async def test_a_detached_stream_goes_on_where_it_was_left(
+    https: list[httpx.AsyncClient], events: int
+) -> None:
+    reader = Reader()
+    head = {"X-Detach": "true", "X-Request-Id": f"left-{events}"}
+    await reader.read(https[0], "POST", CHAT, events, json=chat("left", 60), headers=head)
+    assert len(reader.data) < 60
+    response = await reader.resume(https[1], f"left-{events}")
+    assert reader.text == answer("left", 60)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["x-request-id"] == f"left-{events}"
+
+
+async def test_a_reader_may_leave_again_and_again(https: list[httpx.AsyncClient]) -> None:
+    reader = Reader()
+    head = {"X-Detach": "true", "X-Request-Id": "restless"}
+    await reader.read(https[0], "POST", CHAT, 3, json=chat("restless", 50), headers=head)
+    for stay in range(8, 48, 5):
+        await reader.resume(https[stay % 2], "restless", until_events=stay)
+    await reader.resume(https[0], "restless")
+    assert reader.text == answer("restless", 50)
+
+
+async def test_several_readers_follow_one_stream(https: list[httpx.AsyncClient]) -> None:
+    first, *others = [Reader() for _ in range(4)]
+    head = {"X-Request-Id": "watched"}
+    asking = asyncio.create_task(first.read(https[0], "POST", CHAT, json=chat("watched", 80), headers=head))
+    await until(lambda: len(first.data) > 5)
+    await asyncio.gather(*(other.resume(https[n % 2], "watched") for n, other in enumerate(others)))
+    await asking
+    for reader in (first, *others):
+        assert reader.text == answer("watched", 80)
+        assert reader.last == first.last
+
+
+async def test_an_answer_in_one_piece_is_fetched_again(https: list[httpx.AsyncClient]) -> None:
+    head = {"X-Request-Id": "whole"}
+    response = await https[0].post(CHAT, json=chat("whole", 5, stream=False), headers=head)
+    again = await https[1].get(where("whole"))
+    assert again.status_code == 200
+    assert again.content == response.content
+    assert again.headers["content-type"] == response.headers["content-type"]
+
+
+async def test_an_answer_in_one_piece_is_waited_for(
+    https: list[httpx.AsyncClient], broker: base.Broker
+) -> None:
+    head = {"X-Request-Id": "awaited"}
+    asking = asyncio.create_task(https[0].post(CHAT, json=chat("awaited", 80, stream=False), headers=head))
+
+    async def taken() -> bool:
+        return bool(await broker.read(subjects.REPLIES, subjects.replies_to("anonymous", "awaited")))
+
+    await until(taken)
+    again = await https[1].get(where("awaited"))
+    assert again.headers["content-type"] == "application/json"
+    assert again.content == (await asking).content
+
+
+async def test_a_refusal_is_fetched_again(https: list[httpx.AsyncClient]) -> None:
+    head = {"X-Request-Id": "refused"}
+    response = await https[0].post(CHAT, json=chat("refused", -1, stream=False), headers=head)
+    again = await https[1].get(where("refused"))
+    assert again.status_code == response.status_code == 400
+    assert again.json() == response.json()
+
+
+async def test_a_detached_request_is_not_cancelled(
+    https: list[httpx.AsyncClient], broker: base.Broker
+) -> None:
+    for request_id, detach, outcome in (("stays", "true", "finished"), ("goes", "false", "cancelled")):
+        head = {"X-Detach": detach, "X-Request-Id": request_id, "X-Headrace-Tenant": request_id}
+        await Reader().read(https[0], "POST", CHAT, 2, json=chat("detach", 40), headers=head)
+        assert await _outcome(broker, request_id) == outcome
+
+
+async def _outcome(broker: base.Broker, tenant: str) -> str:
+    events: list[base.Record] = []
+
+    async def told() -> bool:
+        events[:] = await broker.read(subjects.USAGE, subjects.usage(tenant, "sim"))
+        return bool(events)
+
+    await until(told)
+    return str(json.loads(events[0].data)["outcome"])
+
+
+async def test_the_id_of_an_earlier_request_is_answered_by_the_newest(
+    https: list[httpx.AsyncClient], broker: base.Broker
+) -> None:
+    """The journal outlives the dedup window."""
+    head = {"X-Request-Id": "reused"}
+    await https[0].post(CHAT, json=chat("first of the id", 30), headers=head)
+    (old, *_) = await broker.read(subjects.REPLIES, subjects.replies_to("anonymous", "reused"))
+    for record in await broker.read(subjects.REPLIES, subjects.replies_to("anonymous", "reused")):
+        await broker.publish(old.subject, record.data)
+    reader = Reader()
+    await reader.resume(https[1], "reused")
+    assert reader.text == answer("first of the id", 30)
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status", "code"),
+    [
+        (where("nobody"), {}, 404, "not_found"),
+        (where("whole"), {"X-Headrace-Tenant": "another"}, 404, "not_found"),
+        (where("whole"), {"Last-Event-ID": "seventeen"}, 400, "invalid_request"),
+        (where("a b"), {}, 404, "not_found"),
+        (where("\N{SNOWMAN}"), {}, 404, "not_found"),
+        (where("x" * 129), {}, 404, "not_found"),
+        ("/v1/requests//stream", {}, 404, "not_found"),
+    ],
+)
+async def test_what_cannot_be_resumed_is_told(
+    https: list[httpx.AsyncClient], path: str, headers: dict[str, str], status: int, code: str
+) -> None:
+    response = await https[0].get(path, headers=headers)
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+
+
+@pytest.mark.parametrize("at", [0, 1])
+async def test_a_key_runs_once_and_answers_each_time(
+    https: list[httpx.AsyncClient], broker: base.Broker, at: int
+) -> None:
+    """The second comes while the first runs, at the same ingress or another; the third when it has ended."""
+    tenant = f"keys-{at}"
+    head = {"Idempotency-Key": f"once-{at}", "X-Headrace-Tenant": tenant}
+    body = chat("once", 60)
+    first, second, third = Reader(), Reader(), Reader()
+    asking = asyncio.create_task(first.read(https[0], "POST", CHAT, json=body, headers=head))
+    await until(lambda: len(first.data) > 5)
+    response = await second.read(https[at], "POST", CHAT, json=body, headers=head)
+    assert (await asking).headers["x-request-id"] == response.headers["x-request-id"]
+    await third.read(https[1], "POST", CHAT, json=body, headers=head)
+    for reader in (first, second, third):
+        assert reader.text == answer("once", 60)
+    assert await _outcome(broker, tenant) == "finished"
+    assert len(await broker.read(subjects.USAGE, subjects.usage(tenant, "sim"))) == 1
+
+
+async def test_a_key_of_a_queued_request_waits_with_it(
+    https: list[httpx.AsyncClient], config: BrokerConfig, broker: base.Broker
+) -> None:
+    head = {"Idempotency-Key": "patient", "X-Headrace-Timeout": "30"}
+    body = chat("patient", 5, model="lone")
+    readers = [Reader(), Reader()]
+    both = []
+    for http, reader in zip(https, readers, strict=True):
+        both.append(asyncio.create_task(reader.read(http, "POST", CHAT, json=body, headers=head)))
+        await until(lambda: _queued(broker, "lone"))
+    async with worker(config, model="lone"):
+        await asyncio.gather(*both)
+    for reader in readers:
+        assert reader.text == answer("patient", 5)
+
+
+async def _queued(broker: base.Broker, model: str) -> bool:
+    counts = await broker.counts(subjects.REQUESTS, f"req.*.*.*.{subjects.token(model)}")
+    return sum(counts.values()) == 1
+
+
+async def test_a_queued_key_ends_with_its_deadline(https: list[httpx.AsyncClient]) -> None:
+    body = chat("late", 5, model="nowhere", stream=False)
+    head = {"Idempotency-Key": "late", "X-Headrace-Timeout": "0.3"}
+    both = [asyncio.create_task(http.post(CHAT, json=body, headers=head)) for http in https]
+    for response in await asyncio.gather(*both):
+        assert response.status_code == 504, response.text
+
+
+async def test_a_stream_with_a_key_goes_on_where_it_was_left(https: list[httpx.AsyncClient]) -> None:
+    """It needs no X-Detach: who sends a key means to come again."""
+    reader, body = Reader(), chat("again", 60)
+    await reader.read(https[0], "POST", CHAT, 9, json=body, headers={"Idempotency-Key": "again"})
+    head = {"Idempotency-Key": "again", "Last-Event-ID": reader.last}
+    await reader.read(https[1], "POST", CHAT, json=body, headers=head)
+    assert reader.text == answer("again", 60)
+
+
+async def test_one_key_for_two_requests_is_refused(https: list[httpx.AsyncClient]) -> None:
+    head = {"Idempotency-Key": "two"}
+    first = await https[0].post(CHAT, json=chat("one", 5, stream=False), headers=head)
+    assert first.status_code == 200
+    for http in https:
+        other = await http.post(CHAT, json=chat("two", 5, stream=False), headers=head)
+        assert other.status_code == 422
+        assert other.json()["error"]["code"] == "idempotency_key_reused"
+    again = await https[1].post(CHAT, json=chat("one", 5, stream=False), headers=head)
+    assert again.content == first.content
+
+
+async def test_one_key_for_two_requests_at_once_is_refused(https: list[httpx.AsyncClient]) -> None:
+    head = {"Idempotency-Key": "at-once"}
+    reader = Reader()
+    asking = asyncio.create_task(reader.read(https[0], "POST", CHAT, json=chat("a", 60), headers=head))
+    await until(lambda: len(reader.data) > 2)
+    other = await https[1].post(CHAT, json=chat("b", 60), headers=head)
+    assert other.status_code == 422
+    assert other.json()["error"]["code"] == "idempotency_key_reused"
+    await asking
+    assert reader.text == answer("a", 60)
+
+
+async def test_a_key_is_its_tenants_own(https: list[httpx.AsyncClient]) -> None:
+    for tenant in ("t1", "t2"):
+        head = {"Idempotency-Key": "shared", "X-Headrace-Tenant": tenant}
+        response = await https[0].post(CHAT, json=chat(tenant, 5, stream=False), headers=head)
+        assert response.json()["choices"][0]["message"]["content"] == answer(tenant, 5)
+
+
+@pytest.mark.parametrize("key", ["", "a b", "x" * 129])
+async def test_a_key_that_cannot_be_used_is_refused(https: list[httpx.AsyncClient], key: str) -> None:
+    response = await https[0].post(CHAT, json=chat("x", 1), headers={"Idempotency-Key": key})
+    assert response.status_code == 400
+    assert "Idempotency-Key" in response.json()["error"]["message"]
+
+
+async def test_detach_is_true_or_false(https: list[httpx.AsyncClient]) -> None:
+    response = await https[0].post(CHAT, json=chat("x", 1), headers={"X-Detach": "maybe"})
+    assert response.status_code == 422
+    assert "X-Detach" in response.json()["error"]["message"]
+
+
+async def test_a_stream_survives_its_ingress(tmp_path: Path) -> None:
+    """SIGKILL to the ingress that had the client: the other one goes on at the next event."""
+    async with Fleet(tmp_path / "fleet") as fleet:
+        dying, other, _ = await asyncio.gather(
+            fleet.start("ingress"),
+            fleet.start("ingress"),
+            fleet.start("worker", sim__ttft_ms=5, sim__itl_ms=10),
+        )
+        async with connected(dying.url) as http, connected(other.url) as elsewhere:
+            await until(lambda: ready(http))
+            reader = Reader()
+            asking = asyncio.create_task(
+                reader.read(http, "POST", CHAT, json=chat("killed", 100), headers={"X-Request-Id": "killed"})
+            )
+            await until(lambda: len(reader.data) > 10)
+            await dying.kill()
+            with pytest.raises(httpx.TransportError):
+                await asking
+            await reader.resume(elsewhere, "killed")
+            assert reader.text == answer("killed", 100)
