@@ -30,6 +30,9 @@ from broker.server import NatsServer
 BODY = b"x" * 300
 """As large as the load's requests."""
 
+WARM_UP = 20
+"""Round trips before those that count."""
+
 
 def round_trips(rate: float, count: int) -> list[float]:
     """Seconds from publish to frame of `count` requests, Poisson at `rate` a second."""
@@ -43,6 +46,8 @@ async def _measure(rate: float, count: int) -> list[float]:
             broker = await client.connect(BrokerConfig(url=server.url), "floor")
             with _answering(server.url):
                 async with broker, replies.Mailbox(broker, "floor") as mailbox, asyncio.TaskGroup() as group:
+                    for number in range(WARM_UP):
+                        await _one(broker, mailbox, f"warm-{number}")
                     started = []
                     for number in range(count):
                         started.append(group.create_task(_one(broker, mailbox, str(number))))

@@ -53,8 +53,8 @@ the first token, {itl_ms} ms between tokens, {tokens} tokens, {rounds} rounds. E
 disk before it is acknowledged (`sync_interval: always`), every frame journaled. "Added" is the difference
 of the two sides' percentiles. TTFT runs from the write of the request to the read of the first event with
 text. Load generator, nats-server, ingress and worker share the cores. "Floor" is what the broker alone takes
-on this machine at that rate of requests, and nothing else running: publish to disk, pull, one frame back
-(`benchmarks/floor.py`). Other processes used
+on this machine at that rate of requests, while nothing else is asked of it: publish to disk, pull, one frame
+back (`benchmarks/floor.py`). Other processes used
 {cores_used_by_others:.2f} cores at most.
 """
 
@@ -80,8 +80,8 @@ _VLLM = """\
 Tokens a second of {model} on vLLM's CPU build, {tokens} tokens a request, greedy, closed loop, {rounds}
 rounds: `AsyncLLM` called directly, against HTTP through ingress, queue and worker. Two engines with the
 same options, loaded in turn. On CPU the engine's threads fill every core, and what the other processes of a
-side use is taken from it: "serving ms" is their CPU time for a token, without the engine's and the load's.
-With a GPU that time is no longer the engine's. Other processes used {cores_used_by_others:.2f} cores at most.
+side use is taken from it: "serving ms" is their CPU time for a token, without the engine's; on the direct side
+the load is a part of it. With a GPU that time is no longer the engine's. Other processes used {cores_used_by_others:.2f} cores at most.
 """
 
 _BATCHING = """\

@@ -11,9 +11,11 @@ import logging
 from collections.abc import Callable
 from typing import Any, cast
 
-from nats.aio.client import Client
+import nats.errors
+from nats.aio.client import PONG_PROTO, Client
 from nats.aio.transport import TcpTransport
 from nats.protocol.command import pub_cmd
+from nats.protocol.parser import PERMISSIONS_ERR
 
 from broker import base
 
@@ -24,7 +26,7 @@ _BACKLOG = 64 * 1024
 
 
 class Connection(Client):
-    """Core messages go from the socket to their handler at once, and back to it by the end of the turn.
+    """Core messages go from the socket to their handler at once, and back to it in the loop's next turn.
 
     nats-py's own way in, a reading task and then a queue and a task for each subscription, costs three
     more turns of the event loop a message; handlers here are plain functions, so nothing piles up. Its
@@ -44,15 +46,18 @@ class Connection(Client):
         reader: asyncio.StreamReader | None = getattr(self._transport, "_io_reader", None)
         if reader is not None:  # a WebSocket has none
             reader.feed_data = functools.partial(self._on_bytes, reader)  # type: ignore[method-assign]
+        self._ps.reset()  # what an earlier connection left in it is not this one's
         await super()._read_loop()
 
     def _on_bytes(self, reader: asyncio.StreamReader, data: bytes) -> None:
+        if self.is_reconnecting or self.is_closed:
+            return  # given up, but not closed yet
         if reader._buffer:  # type: ignore[attr-defined]  # not read yet, and first
             asyncio.StreamReader.feed_data(reader, data)
             return
         parsing = self._ps.parse(data)
         try:
-            # One step does it: the parser awaits nothing that waits.
+            # One step does it: what the parser awaits does not wait.
             parsing.send(None)
         except StopIteration:
             return
@@ -63,6 +68,22 @@ class Connection(Client):
             fault = RuntimeError("nats-py's parser waited for something")
         _log.error("the connection can't be read", exc_info=fault)
         self._fault = asyncio.create_task(self._process_op_err(fault))
+
+    async def _process_ping(self) -> None:
+        """nats-py's, which would wait where much is unsent."""
+        self._pending.append(PONG_PROTO)
+        self._pending_data_size += len(PONG_PROTO)
+        await self._flush_pending()
+
+    async def _process_err(self, err_msg: str) -> None:
+        """nats-py gives a connection up for good when the server refuses what it was sent, and nobody would
+        notice: a new one may do."""
+        if not self.is_connected or PERMISSIONS_ERR in err_msg:
+            await super()._process_err(err_msg)
+            return
+        fault = nats.errors.Error(f"nats: {err_msg}")
+        await self._error_cb(fault)
+        await self._process_op_err(fault)
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         """What is raised here would end nats-py's read loop, and with it the connection: anybody may
@@ -89,7 +110,9 @@ class Connection(Client):
         self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, Any] | None = None
     ) -> None:
         """nats-py's, less its checks for what goes along with a write that is due already."""
-        if self._turn is None or headers or len(payload) + self._pending_data_size > _BACKLOG:
+        size = len(payload)
+        checked = headers or size > self._max_payload or size + self._pending_data_size > _BACKLOG
+        if self._turn is None or checked:
             await super().publish(subject, payload, reply, headers)
             return
         command = pub_cmd(subject, reply, payload)
@@ -97,7 +120,7 @@ class Connection(Client):
         self._pending_data_size += len(command)
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
-        """Not now, since uvloop writes at once: by the end of this turn, with what falls due until then."""
+        """In the loop's next turn, with what falls due until then: uvloop writes at once."""
         theirs = force_flush or not (self.is_connected and isinstance(self._transport, TcpTransport))
         if theirs or self._socket().get_write_buffer_size() > _BACKLOG:
             return await super()._flush_pending(force_flush)
@@ -107,9 +130,15 @@ class Connection(Client):
 
     def _flush(self) -> None:
         self._turn = None
-        if self._pending and self.is_connected:  # else a reconnect sends what waits
-            pending, self._pending, self._pending_data_size = self._pending, [], 0
-            self._socket().write(b"".join(pending))
+        if not (self._pending and self.is_connected) or self._socket().is_closing():
+            return  # a reconnect sends what waits
+        pending, self._pending, self._pending_data_size = self._pending, [], 0
+        self._socket().write(b"".join(pending))
+
+    async def flush(self, timeout: int = 10) -> None:
+        """nats-py's, whose PING would overtake what waits."""
+        self._flush()
+        await super().flush(timeout)
 
     def _socket(self) -> asyncio.WriteTransport:
         return cast("asyncio.WriteTransport", self._transport._io_writer.transport)  # type: ignore[union-attr]

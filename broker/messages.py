@@ -92,12 +92,17 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         ServiceClass(parsed.service_class)
     except ValueError as exc:
         raise errors.MalformedMessage(str(exc)) from exc
-    reply_to = head.get(subjects.REPLY_TO, "")
-    tokens = reply_to.split(".")
-    if len(tokens) != 4 or tokens[0] != "out" or not all(tokens) or set(reply_to) & set("*> \t\r\n"):
+    if len(str(parsed)) > subjects.MAX:
         raise errors.MalformedMessage(
-            f"header {subjects.REPLY_TO} must be out.<tenant>.<mailbox>.<request>, not {reply_to!r:.200}"
+            f"the names in the subject take more than {subjects.MAX} bytes, percent-encoded"
         )
+    reply_to = head.get(subjects.REPLY_TO, "")
+    if not subjects.is_reply(reply_to):
+        raise errors.MalformedMessage(
+            f"header {subjects.REPLY_TO} must be out.<tenant>.<mailbox>.<request> of at most {subjects.MAX} "
+            f"bytes, not {reply_to!r:.200}"
+        )
+    tokens = reply_to.split(".")
     try:
         request_id = subjects.name(tokens[3])
         request_id.encode()

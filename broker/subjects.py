@@ -40,6 +40,10 @@ DEADLINE = "Deadline"
 REQUEST_ID = "Request-Id"
 TRACEPARENT = "traceparent"
 
+MAX = 3000
+"""Bytes of a subject. The server closes a connection that sends it a line of more than 4,096, and a line
+holds a second subject for the answer."""
+
 # Unreserved characters of RFC 3986, less '.', which separates NATS tokens.
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_\-]")
 
@@ -102,9 +106,10 @@ def replies_to(tenant: str, request_id: str) -> str:
 
 
 def is_reply(subject: str) -> bool:
-    """Whether `subject` is a literal `out.<tenant>.<mailbox>.<request>`."""
+    """Whether `subject` is a literal `out.<tenant>.<mailbox>.<request>`, and not too long for one."""
     parts = subject.split(".")
-    return len(parts) == 4 and parts[0] == "out" and all(parts) and not set(subject) & set("*> \t\r\n")
+    legal = len(parts) == 4 and parts[0] == "out" and all(parts) and not set(subject) & set("*> \t\r\n")
+    return legal and len(subject.encode("utf-8", "surrogatepass")) <= MAX
 
 
 def may_answer(request: str, reply: str) -> bool:
