@@ -80,8 +80,9 @@ _VLLM = """\
 Tokens a second of {model} on vLLM's CPU build, {tokens} tokens a request, greedy, closed loop, {rounds}
 rounds: `AsyncLLM` called directly, against HTTP through ingress, queue and worker. Two engines with the
 same options, loaded in turn. On CPU the engine's threads fill every core, and what the other processes of a
-side use is taken from it: "serving ms" is their CPU time for a token, without the engine's; on the direct side
-the load is a part of it. With a GPU that time is no longer the engine's. Other processes used {cores_used_by_others:.2f} cores at most.
+side use is taken from it: "serving ms" is their CPU time for a token, without the engine's; on the direct
+side the load is a part of it. With a GPU that time is no longer the engine's. Other processes used
+{cores_used_by_others:.2f} cores at most.
 """
 
 _BATCHING = """\

@@ -84,3 +84,33 @@ async def test_a_consumer_that_was_deleted_is_made_again(nats_url: str, sim_work
             return record is not None and b'"kind":"end"' in record.data
 
         await until(answered)
+
+
+@pytest.mark.parametrize(
+    ("subject", "reply_to"),
+    [
+        ("req.sim.standard.acme.sim", "out.acme.box." + "r" * 5000),
+        ("req.sim.standard.acme." + "ü" * 1000, "out.acme.box.long"),
+        ("req.sim.standard." + "ü" * 1000 + ".sim", "out.acme.box.long"),
+    ],
+)
+async def test_names_too_long_for_a_line_are_dead_letters_and_the_worker_goes_on(
+    nats_url: str, sim_worker: Worker, subject: str, reply_to: str
+) -> None:
+    """The server closes a connection that sends such a line, as an answer would."""
+    body = b'{"model":"sim","prompt":"x","max_tokens":3}'
+    async with await client.connect(BrokerConfig(url=nats_url), "publisher") as broker:
+        for number, (to, reply) in enumerate(
+            [(subject, reply_to), ("req.sim.standard.acme.sim", "out.acme.box.good")]
+        ):
+            headers = {"Nats-Msg-Id": f"acme:{number}", "Reply-To": reply, "Path": "/v1/completions"}
+            await (await broker.enqueue(to, body, headers))
+
+        async def answered() -> bool:
+            record = await broker.last(subjects.REPLIES, "out.acme.box.good")
+            return record is not None and b'"kind":"end"' in record.data
+
+        await until(answered)
+        (letter,) = await broker.read(subjects.DEAD, subjects.ALL_DEAD)
+        assert DeadLetter.model_validate_json(letter.data).reason == "malformed_message"
+        assert sim_worker._broker.connected
