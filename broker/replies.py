@@ -316,9 +316,17 @@ class Stream:
         """
         records = await self._journal()
         frames = [codec.decode(record.data) for record in records]
-        start = max((n for n, frame in enumerate(frames) if frame.epoch == 1 and frame.seq == 0), default=0)
+        start, ended = 0, False
+        for n, frame in enumerate(frames):
+            if ended and frame.seq == 0:  # else it is a late frame of an attempt that was given up
+                start, ended = n, False
+            ended = ended or frame.kind in TERMINAL
         self._since_ms = records[start].stored_ms if records else self._since_ms
         return self._fill(frames[start:])
+
+    async def forgotten(self) -> bool:
+        """Whether the journal keeps nothing of the reply any more."""
+        return await self._broker.last(subjects.REPLIES, self.subject) is None
 
     async def _repair(self) -> list[Frame]:
         """Read the journal and pass on what is new."""
@@ -341,11 +349,17 @@ class Stream:
 
 
 @contextlib.asynccontextmanager
-async def following(broker: base.Broker, tenant: str, request_id: str) -> AsyncIterator[Stream]:
-    """The reply to any request, whoever it goes to: live, and from the journal by `Stream.begin`."""
-    subject = subjects.replies_to(tenant, request_id)
-    stream = Stream(broker, subject, lambda _: None)
-    subscription = await broker.subscribe(subject, lambda message: stream.push(message.data))
+async def following(broker: base.Broker, tenant: str, request_id: str) -> AsyncIterator[Stream | None]:
+    """The reply to any request, whoever it goes to: live, and from the journal by `Stream.begin`.
+
+    None where the journal has none. An id that was used at two ingresses is that of the newer request.
+    """
+    newest = await broker.last(subjects.REPLIES, subjects.replies_to(tenant, request_id))
+    if newest is None:
+        yield None
+        return
+    stream = Stream(broker, newest.subject, lambda _: None)
+    subscription = await broker.subscribe(newest.subject, lambda message: stream.push(message.data))
     try:
         yield stream
     finally:

@@ -101,26 +101,9 @@ def check_request_id(headers: Mapping[bytes, bytes]) -> None:
         raise errors.InvalidRequest("X-Request-Id must be 1 to 128 visible ASCII characters")
 
 
-def idempotency_key(headers: Mapping[bytes, bytes]) -> str:
-    """The caller's `Idempotency-Key`; "" where there is none. Raises errors.InvalidRequest."""
-    given = headers.get(b"idempotency-key")
-    if given is None:
-        return ""
-    if not _REQUEST_ID.fullmatch(given):
-        raise errors.InvalidRequest("Idempotency-Key must be 1 to 128 visible ASCII characters")
-    return given.decode("ascii")
-
-
-def keyed_id(key: str, path: str, body: bytes) -> str:
-    """The id of a request with an idempotency key: the same for the same request, at every ingress."""
-    asked = hashlib.sha256(path.encode() + b"\n" + body).hexdigest()
-    return f"key_{hashlib.sha256(key.encode()).hexdigest()[:32]}_{asked[:32]}"
-
-
 def detached(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether the request goes on when its client goes: as it says, else where a key tells that the client
-    may come again. Raises errors.InvalidType."""
-    given = headers.get(b"x-detach", b"true" if b"idempotency-key" in headers else b"false").strip().lower()
+    """Whether the request goes on when its client goes. Raises errors.InvalidType."""
+    given = headers.get(b"x-detach", b"false").strip().lower()
     if given not in (b"true", b"false"):
         raise errors.InvalidType("X-Detach must be true or false")
     return given == b"true"

@@ -18,7 +18,7 @@ from ingress import admit, metrics, pages, resume, sse
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
-from ingress.exchange import Exchange, Repeated
+from ingress.exchange import Exchange
 from ingress.http import ClientGone, Receive, Scope, Send, answer, read_body
 from ingress.relay import Relay
 
@@ -64,51 +64,26 @@ class Ingress:
         """`GET /v1/requests/<id>/stream`: a reply to this tenant, on from where its reader was."""
         headers = dict(scope["headers"])
         # Whether it is a stream shows when it begins.
-        relay = Relay(send, scope["path"], request_id, streaming=False)
+        relay = Relay(send, scope["path"], request_id, streaming=False, live=False)
+        self._resumed += 1
+        metrics.STREAMS.inc()
+        gone = False
         try:
             tenant = self._tenants.of(headers)
             self._check_room()
             relay.after = sse.last_event(headers)
-            await self._read_on(tenant, request_id, relay, receive)
+            gone = not await resume.follow(
+                self._broker, tenant, request_id, relay, receive, self._config.keepalive
+            )
         except errors.HeadraceError as exc:
             await relay.fail(exc)
-        finally:
-            metrics.REQUESTS.labels(resume.PATH, str(relay.status or 499)).inc()
-
-    async def _repeat(
-        self, request: Request, relay: Relay, receive: Receive, exc: errors.DuplicateRequest
-    ) -> None:
-        """Answer a request whose idempotency key is known with the reply to the first one under it."""
-        tenant, patience = request.subject.tenant, request.deadline_ms / 1000 - time.time()
-        try:
-            if isinstance(exc, Repeated):
-                first = await resume.queued(self._broker, exc.seq)
-                if first is None:
-                    patience = 0.0  # it has ended: all there is of it is in the journal
-                elif first.request_id != request.request_id:
-                    raise errors.KeyReused("this Idempotency-Key stands for another request: use a new one")
-            await self._read_on(tenant, request.request_id, relay, receive, patience)
-        except errors.NotFound:
-            await relay.fail(
-                errors.KeyReused(
-                    "this Idempotency-Key stands for another request, or the reply to it is no longer kept: "
-                    "use a new one"
-                )
-            )
-        except errors.HeadraceError as fault:
-            await relay.fail(fault)
-
-    async def _read_on(
-        self, tenant: str, request_id: str, relay: Relay, receive: Receive, patience: float = 0.0
-    ) -> None:
-        self._resumed += 1
-        metrics.STREAMS.inc()
-        try:
-            keepalive = self._config.keepalive
-            await resume.follow(self._broker, tenant, request_id, relay, receive, keepalive, patience)
+        except Exception:
+            _log.exception("a reply could not be read on")
+            await relay.fail(errors.HeadraceError("the ingress failed on this request"))
         finally:
             self._resumed -= 1
             metrics.STREAMS.dec()
+            metrics.REQUESTS.labels(resume.PATH, str(499 if gone else relay.status or 499)).inc()
 
     def _check_room(self) -> None:
         if len(self._mailbox) + self._resumed >= self._config.max_streams:
@@ -124,16 +99,9 @@ class Ingress:
         try:
             detached = admit.detached(headers)
             request, streaming = await self._admit(path, headers, request_id, receive)
-            relay = Relay(send, path, request.request_id, streaming)
-            try:
-                stream = self._mailbox.open(request.subject.tenant, request.request_id)
-                status = await self._exchange(request, stream, relay, receive, started, detached)
-            except errors.DuplicateRequest as exc:
-                if not request.dedup_key:
-                    raise
-                relay.after = sse.last_event(headers)
-                await self._repeat(request, relay, receive, exc)
-                status = relay.status or 499
+            stream = self._mailbox.open(request.subject.tenant, request_id)
+            relay = Relay(send, path, request_id, streaming)
+            status = await self._exchange(request, stream, relay, receive, started, detached)
         except ClientGone:
             return
         except errors.HeadraceError as exc:
@@ -175,8 +143,6 @@ class Ingress:
             await exchange.publish()
             metrics.ADMIT.observe(time.monotonic() - started)
             return await exchange.follow(receive)
-        except Repeated:
-            raise
         except errors.HeadraceError as exc:
             fault = exc
         except Exception:
@@ -199,9 +165,6 @@ class Ingress:
         priority = headers.get(b"x-priority")
         asked = admit.read_body(body, None if priority is None else priority.decode("latin-1"))
         card = self._catalogue.find(asked.model)
-        key = admit.idempotency_key(headers)
-        if key:
-            request_id = admit.keyed_id(key, path, body)
         return (
             Request(
                 subject=subjects.RequestSubject(card.base, asked.service_class, tenant, asked.model),
@@ -210,8 +173,6 @@ class Ingress:
                 path=path,
                 body=body,
                 deadline_ms=admit.deadline_ms(headers, asked.service_class, config),
-                # With a space, which no request id has: the two never meet.
-                dedup_key=f"key {key}" if key else "",
                 traceparent=admit.traceparent(headers),
             ),
             asked.stream,

@@ -29,14 +29,6 @@ _CONFIRM_TIMEOUT = 5.0
 """Seconds to wait for a worker's word that a cancelled request stopped."""
 
 
-class Repeated(errors.DuplicateRequest):
-    """The request's idempotency key is known: `seq` in REQUESTS is, or was, the first request under it."""
-
-    def __init__(self, seq: int) -> None:
-        super().__init__("the idempotency key was used before")
-        self.seq = seq
-
-
 class Exchange:
     """Owned by the task that handles the HTTP request."""
 
@@ -91,7 +83,7 @@ class Exchange:
     async def follow(self, receive: Receive) -> errors.HeadraceError | None:
         """Relay frames until the answer is complete. Returns the fault that ended it, if one did.
 
-        Raises errors.FramesLost, errors.Unavailable when the reply can't be read to its end, Repeated.
+        Raises errors.FramesLost, errors.Unavailable when the reply can't be read to its end.
         """
         gone = asyncio.create_task(disconnected(receive))
         gone.add_done_callback(lambda _: self._stream.wake())
@@ -143,8 +135,6 @@ class Exchange:
             if exc is not None and not self._taken:
                 return exc if isinstance(exc, errors.HeadraceError) else errors.Unavailable(str(exc))
             if exc is None and self._ack.result().duplicate:
-                if self._request.dedup_key:
-                    raise Repeated(self._ack.result().seq)
                 return errors.DuplicateRequest(
                     f"request id {self._request.request_id!r} was used within the dedup window"
                 )

@@ -27,10 +27,11 @@ class Relay:
         first_payload_at: `time.monotonic()` of the first payload byte sent.
     """
 
-    def __init__(self, send: Send, path: str, request_id: str, streaming: bool) -> None:
+    def __init__(self, send: Send, path: str, request_id: str, streaming: bool, live: bool = True) -> None:
         self._send = send
         self._path = path
         self._streaming = streaming
+        self._live = live  # frames come straight from their worker, not from the journal
         self._common = [(b"x-request-id", request_id.encode("latin-1"))]
         self._buffer: list[bytes] = []
         self._head: Frame | None = None
@@ -44,26 +45,26 @@ class Relay:
 
     async def frames(self, frames: list[Frame]) -> bool:
         """Pass on what came, joined into one send; True when the answer is complete."""
-        payload = b""
+        parts: list[bytes] = []
         for frame in frames:
             if frame.kind is FrameKind.DATA:
-                payload += self._payload(frame)
+                parts.append(self._payload(frame))
             elif frame.kind is FrameKind.HEAD:
-                payload += await self._begin(frame)
+                parts.append(await self._begin(frame))
             elif frame.kind is FrameKind.BEAT:
                 self.worker = frame.extra.get("worker", "")
             elif frame.kind is FrameKind.END:
-                _observe_transit(frame)
-                await self._finish(payload)
+                self._observe_transit(frame)
+                await self._finish(b"".join(parts))
                 return True
             elif frame.kind is FrameKind.ERROR:
-                _observe_transit(frame)
-                await self._pass_on(payload)
+                self._observe_transit(frame)
+                await self._pass_on(b"".join(parts))
                 await self._break(
                     frame.extra.get("status", 500), frame.payload, frame.extra.get("retry_after")
                 )
                 return True
-        await self._pass_on(payload)
+        await self._pass_on(b"".join(parts))
         return False
 
     async def keepalive(self, unserved: str = "") -> None:
@@ -95,7 +96,7 @@ class Relay:
     # Head
 
     async def _begin(self, frame: Frame) -> bytes:
-        _observe_transit(frame)
+        self._observe_transit(frame)
         self._head = frame
         self.worker = frame.extra.get("worker", self.worker)
         content_type = frame.extra.get("headers", {}).get("content-type", "").encode("latin-1")
@@ -178,8 +179,7 @@ class Relay:
             event = b"\n\n" + event
         await self._send({"type": "http.response.body", "body": event})
 
-
-def _observe_transit(frame: Frame) -> None:
-    at = frame.extra.get("at")
-    if isinstance(at, (int, float)):
-        metrics.FRAME.observe(max(0.0, time.time() - at / 1000))
+    def _observe_transit(self, frame: Frame) -> None:
+        at = frame.extra.get("at")
+        if self._live and isinstance(at, (int, float)):
+            metrics.FRAME.observe(max(0.0, time.time() - at / 1000))

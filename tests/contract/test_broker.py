@@ -610,6 +610,10 @@ async def test_the_newest_message_of_a_subject(broker: Broker) -> None:
     record = await broker.last(subjects.REPLIES, REPLY)
     assert record is not None
     assert (record.subject, record.data) == (REPLY, b"b")
+    record = await broker.last(subjects.REPLIES, "out.acme.*.r2")
+    assert record is not None
+    assert (record.subject, record.data) == ("out.acme.box.r2", b"c")
+    assert await broker.last(subjects.REPLIES, "out.acme.*.nobody") is None
 
 
 async def test_counts_by_subject(broker: Broker) -> None:

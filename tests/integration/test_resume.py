@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from broker import base, client, subjects
+from broker import base, client, codec, subjects
 from broker.config import BrokerConfig
+from broker.messages import Frame, FrameKind
 from broker.server import NatsServer
 from tests.integration.fleet import Fleet
-from tests.integration.serving import answer, ingress, ready, register, worker
+from tests.integration.serving import answer, ingress, ready, worker
 from tests.waiting import LIMIT, until
 
 CHAT = "/v1/chat/completions"
@@ -33,8 +34,6 @@ async def config(
 @pytest.fixture(scope="module")
 async def broker(config: BrokerConfig) -> AsyncIterator[base.Broker]:
     async with await client.connect(config, "test") as connected:
-        await register(connected, "lone")
-        await register(connected, "nowhere")
         yield connected
 
 
@@ -194,25 +193,68 @@ async def _outcome(broker: base.Broker, tenant: str) -> str:
     return str(json.loads(events[0].data)["outcome"])
 
 
-async def test_the_id_of_an_earlier_request_is_answered_by_the_newest(
+@pytest.mark.parametrize("same", [True, False])
+async def test_an_id_used_twice_is_the_newer_requests(
+    https: list[httpx.AsyncClient], broker: base.Broker, same: bool
+) -> None:
+    """The journal outlives the dedup window: what lies under an id may be of two requests, of one ingress
+    or of two. The second one's first worker gave it back unread."""
+    for request_id, content in ((f"older-{same}", "the first"), (f"newer-{same}", "the second")):
+        await https[0].post(CHAT, json=chat(content, 30), headers={"X-Request-Id": request_id})
+    records = await broker.read(subjects.REPLIES, subjects.replies_to("anonymous", f"newer-{same}"))
+    (old, *_) = await broker.read(subjects.REPLIES, subjects.replies_to("anonymous", f"older-{same}"))
+    subject = old.subject if same else subjects.reply("anonymous", "another", f"older-{same}")
+    for record in records:
+        frame = codec.decode(record.data)
+        frame.epoch = 2
+        await broker.publish(subject, codec.encode(frame))
+    reader = Reader()
+    await reader.resume(https[1], f"older-{same}")
+    assert reader.text == answer("the second", 30)
+    assert reader.last.startswith("2-")
+
+
+async def test_a_reply_is_its_tenants_own(https: list[httpx.AsyncClient]) -> None:
+    mine, other = {"X-Headrace-Tenant": "mine"}, {"X-Headrace-Tenant": "other"}
+    head = {"X-Request-Id": "private", **mine}
+    await https[0].post(CHAT, json=chat("private", 5, stream=False), headers=head)
+    assert (await https[1].get(where("private"), headers=mine)).status_code == 200
+    assert (await https[1].get(where("private"), headers=other)).status_code == 404
+
+
+async def test_a_reply_that_is_forgotten_before_its_end_is_a_loss(
     https: list[httpx.AsyncClient], broker: base.Broker
 ) -> None:
-    """The journal outlives the dedup window."""
-    head = {"X-Request-Id": "reused"}
-    await https[0].post(CHAT, json=chat("first of the id", 30), headers=head)
-    (old, *_) = await broker.read(subjects.REPLIES, subjects.replies_to("anonymous", "reused"))
-    for record in await broker.read(subjects.REPLIES, subjects.replies_to("anonymous", "reused")):
-        await broker.publish(old.subject, record.data)
+    subject = subjects.reply("anonymous", "box", "endless")
+    extra = {"status": 200, "headers": {"content-type": "text/event-stream"}}
+    head = Frame(1, 0, FrameKind.HEAD, payload=b"data: 1\n\n", extra=extra)
+    await broker.publish(subject, codec.encode(head))
     reader = Reader()
-    await reader.resume(https[1], "reused")
-    assert reader.text == answer("first of the id", 30)
+    reading = asyncio.create_task(reader.resume(https[0], "endless"))
+    await until(lambda: reader.data)
+    (record,) = await broker.read(subjects.REPLIES, subject)
+    await broker.delete(subjects.REPLIES, record.seq)
+    await reading
+    assert json.loads(reader.data[-1])["error"]["code"] == "frames_lost"
+
+
+async def test_a_long_reply_is_read_back_whole(https: list[httpx.AsyncClient], broker: base.Broker) -> None:
+    subject = subjects.reply("anonymous", "box", "long")
+    extra = {"status": 200, "headers": {"content-type": "text/event-stream"}}
+    await broker.publish(subject, codec.encode(Frame(1, 0, FrameKind.HEAD, extra=extra)))
+    for number in range(3000):
+        frame = Frame(1, number + 1, FrameKind.DATA, payload=b"data: %d\n\n" % number)
+        await broker.publish(subject, codec.encode(frame))
+    await broker.publish(subject, codec.encode(Frame(1, 3001, FrameKind.END)))
+    reader = Reader()
+    await reader.resume(https[0], "long")
+    assert reader.data == [b"%d" % number for number in range(3000)]
 
 
 @pytest.mark.parametrize(
     ("path", "headers", "status", "code"),
     [
         (where("nobody"), {}, 404, "not_found"),
-        (where("whole"), {"X-Headrace-Tenant": "another"}, 404, "not_found"),
         (where("whole"), {"Last-Event-ID": "seventeen"}, 400, "invalid_request"),
         (where("a b"), {}, 404, "not_found"),
         (where("\N{SNOWMAN}"), {}, 404, "not_found"),
@@ -226,102 +268,6 @@ async def test_what_cannot_be_resumed_is_told(
     response = await https[0].get(path, headers=headers)
     assert response.status_code == status
     assert response.json()["error"]["code"] == code
-
-
-@pytest.mark.parametrize("at", [0, 1])
-async def test_a_key_runs_once_and_answers_each_time(
-    https: list[httpx.AsyncClient], broker: base.Broker, at: int
-) -> None:
-    """The second comes while the first runs, at the same ingress or another; the third when it has ended."""
-    tenant = f"keys-{at}"
-    head = {"Idempotency-Key": f"once-{at}", "X-Headrace-Tenant": tenant}
-    body = chat("once", 60)
-    first, second, third = Reader(), Reader(), Reader()
-    asking = asyncio.create_task(first.read(https[0], "POST", CHAT, json=body, headers=head))
-    await until(lambda: len(first.data) > 5)
-    response = await second.read(https[at], "POST", CHAT, json=body, headers=head)
-    assert (await asking).headers["x-request-id"] == response.headers["x-request-id"]
-    await third.read(https[1], "POST", CHAT, json=body, headers=head)
-    for reader in (first, second, third):
-        assert reader.text == answer("once", 60)
-    assert await _outcome(broker, tenant) == "finished"
-    assert len(await broker.read(subjects.USAGE, subjects.usage(tenant, "sim"))) == 1
-
-
-async def test_a_key_of_a_queued_request_waits_with_it(
-    https: list[httpx.AsyncClient], config: BrokerConfig, broker: base.Broker
-) -> None:
-    head = {"Idempotency-Key": "patient", "X-Headrace-Timeout": "30"}
-    body = chat("patient", 5, model="lone")
-    readers = [Reader(), Reader()]
-    both = []
-    for http, reader in zip(https, readers, strict=True):
-        both.append(asyncio.create_task(reader.read(http, "POST", CHAT, json=body, headers=head)))
-        await until(lambda: _queued(broker, "lone"))
-    async with worker(config, model="lone"):
-        await asyncio.gather(*both)
-    for reader in readers:
-        assert reader.text == answer("patient", 5)
-
-
-async def _queued(broker: base.Broker, model: str) -> bool:
-    counts = await broker.counts(subjects.REQUESTS, f"req.*.*.*.{subjects.token(model)}")
-    return sum(counts.values()) == 1
-
-
-async def test_a_queued_key_ends_with_its_deadline(https: list[httpx.AsyncClient]) -> None:
-    body = chat("late", 5, model="nowhere", stream=False)
-    head = {"Idempotency-Key": "late", "X-Headrace-Timeout": "0.3"}
-    both = [asyncio.create_task(http.post(CHAT, json=body, headers=head)) for http in https]
-    for response in await asyncio.gather(*both):
-        assert response.status_code == 504, response.text
-
-
-async def test_a_stream_with_a_key_goes_on_where_it_was_left(https: list[httpx.AsyncClient]) -> None:
-    """It needs no X-Detach: who sends a key means to come again."""
-    reader, body = Reader(), chat("again", 60)
-    await reader.read(https[0], "POST", CHAT, 9, json=body, headers={"Idempotency-Key": "again"})
-    head = {"Idempotency-Key": "again", "Last-Event-ID": reader.last}
-    await reader.read(https[1], "POST", CHAT, json=body, headers=head)
-    assert reader.text == answer("again", 60)
-
-
-async def test_one_key_for_two_requests_is_refused(https: list[httpx.AsyncClient]) -> None:
-    head = {"Idempotency-Key": "two"}
-    first = await https[0].post(CHAT, json=chat("one", 5, stream=False), headers=head)
-    assert first.status_code == 200
-    for http in https:
-        other = await http.post(CHAT, json=chat("two", 5, stream=False), headers=head)
-        assert other.status_code == 422
-        assert other.json()["error"]["code"] == "idempotency_key_reused"
-    again = await https[1].post(CHAT, json=chat("one", 5, stream=False), headers=head)
-    assert again.content == first.content
-
-
-async def test_one_key_for_two_requests_at_once_is_refused(https: list[httpx.AsyncClient]) -> None:
-    head = {"Idempotency-Key": "at-once"}
-    reader = Reader()
-    asking = asyncio.create_task(reader.read(https[0], "POST", CHAT, json=chat("a", 60), headers=head))
-    await until(lambda: len(reader.data) > 2)
-    other = await https[1].post(CHAT, json=chat("b", 60), headers=head)
-    assert other.status_code == 422
-    assert other.json()["error"]["code"] == "idempotency_key_reused"
-    await asking
-    assert reader.text == answer("a", 60)
-
-
-async def test_a_key_is_its_tenants_own(https: list[httpx.AsyncClient]) -> None:
-    for tenant in ("t1", "t2"):
-        head = {"Idempotency-Key": "shared", "X-Headrace-Tenant": tenant}
-        response = await https[0].post(CHAT, json=chat(tenant, 5, stream=False), headers=head)
-        assert response.json()["choices"][0]["message"]["content"] == answer(tenant, 5)
-
-
-@pytest.mark.parametrize("key", ["", "a b", "x" * 129])
-async def test_a_key_that_cannot_be_used_is_refused(https: list[httpx.AsyncClient], key: str) -> None:
-    response = await https[0].post(CHAT, json=chat("x", 1), headers={"Idempotency-Key": key})
-    assert response.status_code == 400
-    assert "Idempotency-Key" in response.json()["error"]["message"]
 
 
 async def test_detach_is_true_or_false(https: list[httpx.AsyncClient]) -> None:
