@@ -95,10 +95,14 @@ async def _answer(url: str) -> None:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-        puller = await broker.pull("floor", ServiceClass.STANDARD, take, lambda: None)
+        lapsed = asyncio.Event()
+        puller = await broker.pull("floor", ServiceClass.STANDARD, take, lapsed.set)
         await puller.ask(1_000_000)
         print("ready", flush=True)
-        await asyncio.Future()
+        while True:
+            await lapsed.wait()
+            lapsed.clear()
+            await puller.ask(1_000_000)
 
 
 async def _reply(broker: base.Broker, delivery: base.Delivery) -> None:

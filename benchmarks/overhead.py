@@ -40,7 +40,7 @@ def run(quick: bool) -> dict[str, Any]:
                 foreign.append(others)
                 taken[streams].append(pair)
                 rate = streams / (TTFT_MS + TOKENS * ITL_MS) * 1000
-                trips, others = quiet.undisturbed(functools.partial(floor.round_trips, rate, max(count, 50)))
+                trips, others = quiet.undisturbed(functools.partial(floor.round_trips, rate, count))
                 foreign.append(others)
                 floors[streams].append(trips)
                 results.say(f"  round {number + 1}, {streams} streams: {_line(pair)}")

@@ -325,8 +325,11 @@ class Stream:
         return self._fill(frames[start:])
 
     async def forgotten(self) -> bool:
-        """Whether the journal keeps nothing of the reply any more."""
-        return await self._broker.last(subjects.REPLIES, self.subject) is None
+        """Whether the journal keeps nothing of the reply any more; False while it can't be asked."""
+        try:
+            return await self._broker.last(subjects.REPLIES, self.subject) is None
+        except errors.Unavailable:
+            return False
 
     async def _repair(self) -> list[Frame]:
         """Read the journal and pass on what is new."""

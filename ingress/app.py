@@ -65,25 +65,29 @@ class Ingress:
         headers = dict(scope["headers"])
         # Whether it is a stream shows when it begins.
         relay = Relay(send, scope["path"], request_id, streaming=False, live=False)
-        self._resumed += 1
-        metrics.STREAMS.inc()
         gone = False
         try:
             tenant = self._tenants.of(headers)
             self._check_room()
             relay.after = sse.last_event(headers)
-            gone = not await resume.follow(
-                self._broker, tenant, request_id, relay, receive, self._config.keepalive
-            )
+            gone = not await self._read_on(tenant, request_id, relay, receive)
         except errors.HeadraceError as exc:
             await relay.fail(exc)
         except Exception:
             _log.exception("a reply could not be read on")
             await relay.fail(errors.HeadraceError("the ingress failed on this request"))
         finally:
+            metrics.REQUESTS.labels(resume.PATH, str(499 if gone else relay.status or 499)).inc()
+
+    async def _read_on(self, tenant: str, request_id: str, relay: Relay, receive: Receive) -> bool:
+        self._resumed += 1
+        metrics.STREAMS.inc()
+        try:
+            keepalive = self._config.keepalive
+            return await resume.follow(self._broker, tenant, request_id, relay, receive, keepalive)
+        finally:
             self._resumed -= 1
             metrics.STREAMS.dec()
-            metrics.REQUESTS.labels(resume.PATH, str(499 if gone else relay.status or 499)).inc()
 
     def _check_room(self) -> None:
         if len(self._mailbox) + self._resumed >= self._config.max_streams:

@@ -270,6 +270,20 @@ async def test_what_cannot_be_resumed_is_told(
     assert response.json()["error"]["code"] == code
 
 
+async def test_readers_count_as_streams(https: list[httpx.AsyncClient], config: BrokerConfig) -> None:
+    head = {"X-Detach": "true", "X-Request-Id": "counted"}
+    await Reader().read(https[0], "POST", CHAT, 2, json=chat("counted", 200), headers=head)
+    async with ingress(config, max_streams=1) as url, connected(url) as http:
+        reader = Reader()
+        reading = asyncio.create_task(reader.resume(http, "counted"))
+        await until(lambda: reader.data)
+        refused = await http.get(where("counted"))
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "overloaded"
+        await reading
+        assert (await http.get(where("counted"))).status_code == 200
+
+
 async def test_detach_is_true_or_false(https: list[httpx.AsyncClient]) -> None:
     response = await https[0].post(CHAT, json=chat("x", 1), headers={"X-Detach": "maybe"})
     assert response.status_code == 422
