@@ -133,6 +133,20 @@ def _line(out: IO[bytes], wanted: Callable[[bytes], bool]) -> bytes:
         text += piece
 
 
+@contextlib.contextmanager
+def helper(command: list[str]) -> Iterator[None]:
+    """A process of the benchmark itself, once it has printed `ready`. Stopped on the way out."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=processes.bound_to_me())
+    assert process.stdout is not None
+    try:
+        if process.stdout.readline() != b"ready\n":
+            raise RuntimeError(f"it did not start: {' '.join(command)}")
+        yield
+    finally:
+        stop(process)
+        process.stdout.close()
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM and, if that is not enough in time, SIGKILL; the parts die with their parent."""
     process.terminate()

@@ -10,19 +10,16 @@ the frame, at the rate at which the load of `overhead` starts requests.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import uvloop
 
 from benchmarks import fleet
-from broker import base, client, processes, replies, subjects
+from broker import base, client, replies, subjects
 from broker.config import BrokerConfig
 from broker.messages import ServiceClass
 from broker.server import NatsServer
@@ -44,7 +41,7 @@ async def _measure(rate: float, count: int) -> list[float]:
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         async with NatsServer(Path(scratch)) as server:
             broker = await client.connect(BrokerConfig(url=server.url), "floor")
-            with _answering(server.url):
+            with fleet.helper([sys.executable, "-m", "benchmarks.floor", server.url]):
                 async with broker, replies.Mailbox(broker, "floor") as mailbox, asyncio.TaskGroup() as group:
                     for number in range(WARM_UP):
                         await _one(broker, mailbox, f"warm-{number}")
@@ -67,23 +64,6 @@ async def _one(broker: base.Broker, mailbox: replies.Mailbox, number: str) -> fl
     await ack
     stream.close()
     return took
-
-
-@contextlib.contextmanager
-def _answering(url: str) -> Iterator[None]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.floor", url],
-        stdout=subprocess.PIPE,
-        preexec_fn=processes.bound_to_me(),
-    )
-    assert process.stdout is not None
-    try:
-        if process.stdout.readline() != b"ready\n":
-            raise RuntimeError("the answering side did not start")
-        yield
-    finally:
-        fleet.stop(process)
-        process.stdout.close()
 
 
 async def _answer(url: str) -> None:

@@ -10,18 +10,15 @@ Saturated: tokens fall due faster than either server can send them. Both then jo
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import subprocess
 import sys
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import psutil
 
 from benchmarks import fleet, frame_source, quiet, results
 from benchmarks.load import Load, Result, measure
-from broker import processes
 
 SERVER_CORE, OTHER_CORE = 0, 1
 TOKENS = 200
@@ -88,22 +85,9 @@ def _summary(itl_ms: float, taken: dict[str, list[dict[str, float]]]) -> dict[st
     return found
 
 
-@contextlib.contextmanager
-def _frames(nats: str, itl_ms: float) -> Iterator[None]:
+def _frames(nats: str, itl_ms: float) -> AbstractContextManager[None]:
     command = [sys.executable, "-m", "benchmarks.frame_source", nats, str(TOKENS), str(itl_ms)]
-    process = subprocess.Popen(
-        ["taskset", "-c", str(OTHER_CORE), *command],
-        stdout=subprocess.PIPE,
-        preexec_fn=processes.bound_to_me(),
-    )
-    assert process.stdout is not None
-    try:
-        if process.stdout.readline() != b"ready\n":
-            raise RuntimeError("the frame source did not start")
-        yield
-    finally:
-        fleet.stop(process)
-        process.stdout.close()
+    return fleet.helper(["taskset", "-c", str(OTHER_CORE), *command])
 
 
 if __name__ == "__main__":

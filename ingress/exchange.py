@@ -14,7 +14,7 @@ from broker import base, errors, replies, subjects, usage
 from broker.messages import Request
 from ingress import metrics
 from ingress.config import IngressConfig
-from ingress.http import Receive
+from ingress.http import Receive, disconnected
 from ingress.relay import Relay
 
 _log = logging.getLogger(__name__)
@@ -199,8 +199,3 @@ class Exchange:
             return None
         except (errors.HeadraceError, asyncio.CancelledError):
             return None
-
-
-async def disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

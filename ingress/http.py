@@ -57,6 +57,12 @@ async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: in
         message = await receive()
 
 
+async def disconnected(receive: Receive) -> None:
+    """Until the client has gone. Call it after the body is read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 def _too_large(limit: int) -> errors.TooLarge:
     return errors.TooLarge(f"the body is larger than the {limit:,} bytes this server takes")
 

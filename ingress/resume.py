@@ -6,8 +6,7 @@ import asyncio
 import re
 
 from broker import base, errors, replies
-from ingress.exchange import disconnected
-from ingress.http import Receive
+from ingress.http import Receive, disconnected
 from ingress.relay import Relay
 
 _PAGE = 256
