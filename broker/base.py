@@ -157,8 +157,15 @@ class Broker(abc.ABC):
         sequence `start` on, in order."""
 
     @abc.abstractmethod
-    async def last(self, stream: str, subject: str) -> Record | None:
-        """The newest stored message under one subject."""
+    async def last(self, stream: str, subject: str, *, leader: bool = False) -> Record | None:
+        """The newest stored message whose subject matches `subject` (wildcards allowed).
+
+        In a cluster any replica answers, one that lags behind too, unless it shall be the `leader`.
+        """
+
+    @abc.abstractmethod
+    async def get(self, stream: str, seq: int) -> Record | None:
+        """One stored message, as the stream's leader has it; None when it is not, or no longer, there."""
 
     @abc.abstractmethod
     async def counts(self, stream: str, subject: str) -> dict[str, int]:

@@ -32,7 +32,9 @@ _log = logging.getLogger(__name__)
 
 _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
-_DELETE_FAILED = 10057  # the message is not, or no longer, there
+_NOT_THERE = (10043, 10057)  # of a delete: the message is not, or no longer, there
+_NO_MESSAGE = 10037
+_IN_PROCESS = 10158  # a message of the same id is being stored just now
 _READ_BATCH = 256
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
@@ -195,6 +197,8 @@ class NatsBroker(base.Broker):
         fault = answer.get("error")
         if fault is None:
             future.set_result(base.Stored(answer["seq"], answer.get("duplicate", False)))
+        elif fault.get("err_code") == _IN_PROCESS:
+            future.set_exception(errors.Unconfirmed("the broker is storing a request of this id"))
         elif fault.get("err_code") == _STORE_FAILED and fault["description"].startswith("maximum"):
             future.set_exception(errors.Overloaded("the queue is full: try again later", retry_after=1.0))
         else:
@@ -222,7 +226,7 @@ class NatsBroker(base.Broker):
     async def delete(self, stream: str, seq: int) -> bool:
         # no_erase: the bytes need no overwriting, and the caller waits for this.
         answer = await self._api(
-            f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True}, may_fail=_DELETE_FAILED
+            f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True}, may_fail=_NOT_THERE
         )
         return bool(answer.get("success"))
 
@@ -261,7 +265,9 @@ class NatsBroker(base.Broker):
             finally:
                 await subscription.unsubscribe()
 
-    async def last(self, stream: str, subject: str) -> base.Record | None:
+    async def last(self, stream: str, subject: str, *, leader: bool = False) -> base.Record | None:
+        if leader:
+            return await self._get(stream, None, subject)
         with _translated:
             msg = await self._nc.request(
                 f"$JS.API.DIRECT.GET.{stream}",
@@ -269,6 +275,23 @@ class NatsBroker(base.Broker):
                 self._config.timeout,
             )
         return _record(msg) if _is_stored(msg) else None
+
+    async def get(self, stream: str, seq: int) -> base.Record | None:
+        return await self._get(stream, seq, None)
+
+    async def _get(self, stream: str, seq: int | None, subject: str | None) -> base.Record | None:
+        """From the leader: direct gets are answered by any replica."""
+        with _translated:
+            try:
+                msg = await self._js.get_msg(stream, seq, subject)
+            except nats.js.errors.NotFoundError as exc:
+                if exc.err_code != _NO_MESSAGE:
+                    raise
+                return None
+        assert msg.seq is not None
+        assert msg.subject is not None
+        assert msg.time is not None
+        return base.Record(msg.seq, msg.subject, msg.data or b"", msg.headers, msg.time.timestamp() * 1000)
 
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -280,13 +303,13 @@ class NatsBroker(base.Broker):
             if not page or len(found) >= answer.get("total", 0):
                 return found
 
-    async def _api(self, call: str, body: dict[str, Any], may_fail: int = 0) -> dict[str, Any]:
-        """JetStream's answer. A fault other than `may_fail` raises errors.Unavailable."""
+    async def _api(self, call: str, body: dict[str, Any], may_fail: tuple[int, ...] = ()) -> dict[str, Any]:
+        """JetStream's answer. A fault other than those of `may_fail` raises errors.Unavailable."""
         with _translated:
             msg = await self._nc.request(f"$JS.API.{call}", orjson.dumps(body), self._config.timeout)
         answer: dict[str, Any] = orjson.loads(msg.data)
         fault = answer.get("error")
-        if fault is not None and fault.get("err_code") != may_fail:
+        if fault is not None and fault.get("err_code") not in may_fail:
             raise errors.Unavailable(f"the broker refused {call}: {fault.get('description')}")
         return answer
 

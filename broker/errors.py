@@ -79,6 +79,12 @@ class DuplicateRequest(HeadraceError):
     code, status, kind = "duplicate_request", 409, "invalid_request_error"
 
 
+class KeyReused(InvalidRequest):
+    """One `Idempotency-Key` for two different requests."""
+
+    code, status = "idempotency_key_reused", 422
+
+
 class TooLarge(HeadraceError):
     code, status, kind = "request_too_large", 413, "invalid_request_error"
 

@@ -272,9 +272,14 @@ class MemoryBroker(base.Broker):
         found = self.hub.stream(stream).select(subject)
         return [record for record in found if record.seq >= start][:limit]
 
-    async def last(self, stream: str, subject: str) -> Record | None:
+    async def last(self, stream: str, subject: str, *, leader: bool = False) -> Record | None:
         self.check()
         return next(reversed(self.hub.stream(stream).select(subject)), None)
+
+    async def get(self, stream: str, seq: int) -> Record | None:
+        self.check()
+        entry = self.hub.stream(stream).entries.get(seq)
+        return None if entry is None else entry.record
 
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         self.check()

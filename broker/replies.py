@@ -20,6 +20,15 @@ from broker.messages import TERMINAL, DeadLetter, Frame, FrameKind
 
 _log = logging.getLogger(__name__)
 
+QUEUED_EPOCH = 0
+"""The epoch of the note that a request is queued: before every attempt at it."""
+
+LAST_EPOCH = 999_999_999
+"""The epoch of an end that comes from outside: past every attempt, whose frames a reader drops then."""
+
+NOTE_AGAIN = 300.0
+"""Seconds after which the note that a request is queued is written anew: the journal forgets."""
+
 _HELD_LIMIT = 4096
 _CLOCKS_APART = 60_000
 """Milliseconds that a reader's clock and the broker's may differ; half the default dedup window."""
@@ -94,6 +103,15 @@ class Writer:
                 frame.ids = frame.ids + ids if frame.ids else ids
             else:
                 frame.choices.append([index, off, ids])
+
+
+async def note_queued(broker: base.Broker, reply_to: str, seq: int) -> None:
+    """Say in the journal that a request waits as number `seq` of REQUESTS, so that who asks for its reply
+    by its id finds it before a worker has it. Said once or twice, early or late: readers take it so. Without
+    a broker it is not said."""
+    extra = {"worker": "", "queued": seq, "at": _stamp()}
+    with contextlib.suppress(errors.Unavailable):
+        await broker.publish(reply_to, codec.encode(Frame(QUEUED_EPOCH, 0, FrameKind.BEAT, extra=extra)))
 
 
 def now_ms() -> int:
@@ -318,7 +336,8 @@ class Stream:
         frames = [codec.decode(record.data) for record in records]
         start, ended = 0, False
         for n, frame in enumerate(frames):
-            if ended and frame.seq == 0:  # else it is a late frame of an attempt that was given up
+            # Else it is a late frame of an attempt that was given up, or a late note.
+            if ended and frame.seq == 0 and frame.epoch != QUEUED_EPOCH:
                 start, ended = n, False
             ended = ended or frame.kind in TERMINAL
         self._since_ms = records[start].stored_ms if records else self._since_ms
@@ -348,21 +367,15 @@ class Stream:
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None  # who still waits for the end of a cancelled run sets another
         self._close(self.subject)
 
 
 @contextlib.asynccontextmanager
-async def following(broker: base.Broker, tenant: str, request_id: str) -> AsyncIterator[Stream | None]:
-    """The reply to any request, whoever it goes to: live, and from the journal by `Stream.begin`.
-
-    None where the journal has none. An id that was used at two ingresses is that of the newer request.
-    """
-    newest = await broker.last(subjects.REPLIES, subjects.replies_to(tenant, request_id))
-    if newest is None:
-        yield None
-        return
-    stream = Stream(broker, newest.subject, lambda _: None)
-    subscription = await broker.subscribe(newest.subject, lambda message: stream.push(message.data))
+async def following(broker: base.Broker, subject: str) -> AsyncIterator[Stream]:
+    """The reply on any subject, whoever it goes to: live, and from the journal by `Stream.begin`."""
+    stream = Stream(broker, subject, lambda _: None)
+    subscription = await broker.subscribe(subject, lambda message: stream.push(message.data))
     try:
         yield stream
     finally:

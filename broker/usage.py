@@ -13,6 +13,13 @@ async def publish(broker: base.Broker, event: UsageEvent, seq: int) -> None:
     await broker.publish(subject, event.model_dump_json().encode(), headers)
 
 
+async def unrun(broker: base.Broker, request: Request, fault: errors.HeadraceError, seq: int) -> None:
+    """What is told of a request that was deleted from the queue: its end, to all who follow it, and its
+    usage event."""
+    await replies.Writer(broker, request.reply_to, replies.LAST_EPOCH).error(fault)
+    await publish(broker, event(request, fault, ""), seq)
+
+
 def outcome(fault: errors.HeadraceError | None, status: int) -> OUTCOME:
     if isinstance(fault, errors.Cancelled):
         return "cancelled"

@@ -18,6 +18,7 @@ import orjson
 
 from broker import errors
 from broker.messages import ServiceClass
+from ingress import keys
 from ingress.config import IngressConfig
 
 ANONYMOUS = "anonymous"
@@ -102,8 +103,9 @@ def check_request_id(headers: Mapping[bytes, bytes]) -> None:
 
 
 def detached(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether the request goes on when its client goes. Raises errors.InvalidType."""
-    given = headers.get(b"x-detach", b"false").strip().lower()
+    """Whether the request goes on when its client goes: as it says, else where a key tells that the client
+    may come again. Raises errors.InvalidType."""
+    given = headers.get(b"x-detach", b"true" if keys.HEADER in headers else b"false").strip().lower()
     if given not in (b"true", b"false"):
         raise errors.InvalidType("X-Detach must be true or false")
     return given == b"true"

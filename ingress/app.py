@@ -14,7 +14,7 @@ import uvicorn
 
 from broker import addresses, base, errors, replies, subjects, usage
 from broker.messages import PATHS, Request
-from ingress import admit, metrics, pages, resume, sse
+from ingress import admit, keys, metrics, pages, resume, sse
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
@@ -41,7 +41,7 @@ class Ingress:
         self._tenants = admit.Tenants(config)
         self._pages = pages.app(broker, catalogue)
         self._cancels: set[asyncio.Task[None]] = set()
-        self._resumed = 0
+        self._readers = 0  # those that read on, and those with a key: their streams are in no mailbox
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         resumed = resume.requested(scope["path"])
@@ -65,32 +65,48 @@ class Ingress:
         headers = dict(scope["headers"])
         # Whether it is a stream shows when it begins.
         relay = Relay(send, scope["path"], request_id, streaming=False, live=False)
-        gone = False
+        status = 499
         try:
             tenant = self._tenants.of(headers)
             self._check_room()
             relay.after = sse.last_event(headers)
-            gone = not await self._read_on(tenant, request_id, relay, receive)
+            with self._reader():
+                subject = await resume.find(self._broker, tenant, request_id)
+                async with replies.following(self._broker, subject) as stream:
+                    status = await self._read_on(stream, relay, receive)
         except errors.HeadraceError as exc:
             await relay.fail(exc)
-        except Exception:
-            _log.exception("a reply could not be read on")
-            await relay.fail(errors.HeadraceError("the ingress failed on this request"))
+            status = exc.status
         finally:
-            metrics.REQUESTS.labels(resume.PATH, str(499 if gone else relay.status or 499)).inc()
+            metrics.REQUESTS.labels(resume.PATH, str(status)).inc()
 
-    async def _read_on(self, tenant: str, request_id: str, relay: Relay, receive: Receive) -> bool:
-        self._resumed += 1
+    async def _read_on(self, stream: replies.Stream, relay: Relay, receive: Receive, seq: int = 0) -> int:
+        """Follow what is another's to end; the status that the caller was told."""
         metrics.STREAMS.inc()
         try:
             keepalive = self._config.keepalive
-            return await resume.follow(self._broker, tenant, request_id, relay, receive, keepalive)
+            here = await resume.follow(self._broker, stream, relay, receive, keepalive, seq)
+            return relay.status if here else 499
+        except errors.HeadraceError as exc:
+            fault = exc
+        except Exception:
+            _log.exception("a reply could not be read on")
+            fault = errors.HeadraceError("the ingress failed on this request")
         finally:
-            self._resumed -= 1
             metrics.STREAMS.dec()
+        await relay.fail(fault)
+        return relay.status
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[None]:
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
 
     def _check_room(self) -> None:
-        if len(self._mailbox) + self._resumed >= self._config.max_streams:
+        if len(self._mailbox) + self._readers >= self._config.max_streams:
             most = self._config.max_streams
             raise errors.Overloaded(f"this ingress has its {most} streams open", retry_after=1)
 
@@ -102,10 +118,17 @@ class Ingress:
         status = 499
         try:
             detached = admit.detached(headers)
-            request, streaming = await self._admit(path, headers, request_id, receive)
-            stream = self._mailbox.open(request.subject.tenant, request_id)
+            key = keys.given(headers)
+            after = sse.last_event(headers) if key is not None else None
+            request, streaming = await self._admit(path, headers, request_id, key, receive)
+            request_id = request.request_id
             relay = Relay(send, path, request_id, streaming)
-            status = await self._exchange(request, stream, relay, receive, started, detached)
+            relay.after = after
+            if key is None:
+                stream = self._mailbox.open(request.subject.tenant, request_id)
+                status = await self._exchange(request, stream, relay, receive, started, detached)
+            else:
+                status = await self._once(request, relay, receive, started, detached)
         except ClientGone:
             return
         except errors.HeadraceError as exc:
@@ -113,6 +136,20 @@ class Ingress:
             await answer(send, status, wording.headers(exc, request_id), wording.body(exc.body(), path))
         finally:
             metrics.REQUESTS.labels(path, str(status)).inc()
+
+    async def _once(
+        self, request: Request, relay: Relay, receive: Receive, started: float, detached: bool
+    ) -> int:
+        """A request with a key: queued if its key is new, and in any case followed."""
+        timeout, read_on = self._config.publish_timeout, relay.after is not None
+        with self._reader():
+            async with replies.following(self._broker, request.reply_to) as stream:
+                claim = await keys.claim(self._broker, request, timeout, read_on)
+                if not claim.ours:
+                    relay.live = False
+                    return await self._read_on(stream, relay, receive, claim.seq)
+                stored = base.Stored(claim.seq, False)
+                return await self._exchange(request, stream, relay, receive, started, detached, stored)
 
     async def _exchange(
         self,
@@ -122,17 +159,19 @@ class Ingress:
         receive: Receive,
         started: float,
         detached: bool,
+        stored: base.Stored | None = None,
     ) -> int:
-        """Through the queue and back; the status that the caller was told."""
+        """Through the queue, unless it is `stored` there, and back; the status that the caller was told."""
         exchange = Exchange(self._config, self._broker, request, stream, relay, self._catalogue.served)
         fault: errors.HeadraceError | None = errors.Cancelled("this ingress stopped")
         metrics.STREAMS.inc()
         try:
-            fault = await self._publish_and_follow(exchange, relay, receive, started)
+            fault = await self._publish_and_follow(exchange, relay, receive, started, stored)
             self._observe(request, relay, fault, started)
         finally:
             metrics.STREAMS.dec()
-            left_alone = detached and isinstance(fault, errors.Cancelled)
+            # What is lost on its reader here may be whole to the next.
+            left_alone = detached and isinstance(fault, errors.Cancelled | errors.FramesLost)
             if fault is not None and exchange.cancellable and not left_alone:
                 self._cancel(exchange, stream, fault)
             else:
@@ -140,11 +179,19 @@ class Ingress:
         return 499 if isinstance(fault, errors.Cancelled) else relay.status
 
     async def _publish_and_follow(
-        self, exchange: Exchange, relay: Relay, receive: Receive, started: float
+        self,
+        exchange: Exchange,
+        relay: Relay,
+        receive: Receive,
+        started: float,
+        stored: base.Stored | None,
     ) -> errors.HeadraceError | None:
         """Whatever goes wrong is told to the caller, and returned."""
         try:
-            await exchange.publish()
+            if stored is None:
+                await exchange.publish()
+            else:
+                exchange.accepted(stored)
             metrics.ADMIT.observe(time.monotonic() - started)
             return await exchange.follow(receive)
         except errors.HeadraceError as exc:
@@ -156,7 +203,7 @@ class Ingress:
         return fault
 
     async def _admit(
-        self, path: str, headers: dict[bytes, bytes], request_id: str, receive: Receive
+        self, path: str, headers: dict[bytes, bytes], request_id: str, key: bytes | None, receive: Receive
     ) -> tuple[Request, bool]:
         """Everything that can be refused before the queue is touched."""
         config = self._config
@@ -169,11 +216,14 @@ class Ingress:
         priority = headers.get(b"x-priority")
         asked = admit.read_body(body, None if priority is None else priority.decode("latin-1"))
         card = self._catalogue.find(asked.model)
+        mailbox = self._mailbox.name
+        if key is not None:
+            request_id, mailbox = keys.request_id(tenant, key), keys.fingerprint(path, body)
         return (
             Request(
                 subject=subjects.RequestSubject(card.base, asked.service_class, tenant, asked.model),
                 request_id=request_id,
-                reply_to=subjects.reply(tenant, self._mailbox.name, request_id),
+                reply_to=subjects.reply(tenant, mailbox, request_id),
                 path=path,
                 body=body,
                 deadline_ms=admit.deadline_ms(headers, asked.service_class, config),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 
 import orjson
 
 from broker import base, errors, replies, subjects, usage
-from broker.messages import Request
+from broker.messages import Frame, Request
 from ingress import metrics
 from ingress.config import IngressConfig
 from ingress.http import Receive, disconnected
@@ -27,6 +28,9 @@ _REPEAT = 1.0
 
 _CONFIRM_TIMEOUT = 5.0
 """Seconds to wait for a worker's word that a cancelled request stopped."""
+
+_NOTE_AFTER = 0.25
+"""Seconds in the queue after which a request is noted in the journal."""
 
 
 class Exchange:
@@ -50,6 +54,7 @@ class Exchange:
         self._ack: asyncio.Future[base.Stored] | None = None
         self._published_at = 0.0
         self._quiet_since = 0.0
+        self._note_at = 0.0
         self._taken = False
 
     async def publish(self) -> None:
@@ -58,8 +63,16 @@ class Exchange:
         Raises errors.Unavailable, errors.TooLarge.
         """
         self._published_at = time.monotonic()
+        self._note_at = self._published_at + _NOTE_AFTER
         self._ack = await self._publish()
         self._ack.add_done_callback(self._on_ack)
+
+    def accepted(self, stored: base.Stored) -> None:
+        """The request is in the queue, and noted, already: what there is to do is to follow it."""
+        self._published_at = time.monotonic()
+        self._note_at = self._published_at + replies.NOTE_AGAIN
+        self._ack = asyncio.get_running_loop().create_future()
+        self._ack.set_result(stored)
 
     async def _publish(self) -> asyncio.Future[base.Stored]:
         request = self._request
@@ -92,11 +105,14 @@ class Exchange:
             while True:
                 # A broker that has not said yes may be one that says nothing: its journal can't be asked.
                 accepted = self._ack is not None and self._ack.done()
-                frames = await self._stream.next(self._patience(), ask_journal=accepted)
+                patience, noting = self._patience(), self._note_left(accepted)
+                frames = await self._stream.next(
+                    min(patience, noting), ask_journal=accepted and patience <= noting
+                )
                 if gone.done():
                     return errors.Cancelled("the client went away")
                 if frames:
-                    self._taken = True
+                    self._taken = self._taken or _from_worker(frames)
                     self._quiet_since = time.monotonic()
                     if await self._relay.frames(frames):
                         return self._relay.fault
@@ -105,6 +121,8 @@ class Exchange:
                 if fault is not None:
                     await self._relay.fail(fault)
                     return fault
+                if accepted and self._note_left(accepted) <= 0:
+                    await self._note()
                 if time.monotonic() - self._quiet_since >= self._config.keepalive:
                     self._quiet_since = time.monotonic()
                     model = self._request.subject.model
@@ -124,6 +142,16 @@ class Exchange:
         if self._ack is not None and not self._ack.done():
             left = min(left, self._published_at + self._config.publish_timeout - now)
         return max(0.0, left)
+
+    def _note_left(self, accepted: bool) -> float:
+        """Seconds until the request has waited for long enough to be noted in the journal (again)."""
+        left = self._note_at - time.monotonic()
+        return math.inf if self._taken or (left <= 0 and not accepted) else max(0.0, left)
+
+    async def _note(self) -> None:
+        assert self._ack is not None
+        self._note_at = time.monotonic() + replies.NOTE_AGAIN
+        await replies.note_queued(self._broker, self._request.reply_to, self._ack.result().seq)
 
     def _overdue(self) -> errors.HeadraceError | None:
         """Why to give up now, if so. Called when no frame came within the patience."""
@@ -157,7 +185,9 @@ class Exchange:
             if self._stream.finished or deleted:
                 metrics.CANCEL.observe(time.monotonic() - started)
             if deleted and not self._stream.finished:
-                await usage.publish(self._broker, usage.event(self._request, fault, ""), deleted)
+                await usage.unrun(self._broker, self._request, fault, deleted)
+        except errors.DuplicateRequest:
+            return  # under its id lies another's request, or none: ours was never accepted, or has ended
         except (errors.Unavailable, errors.FramesLost) as exc:
             _log.warning(
                 "a cancel may not have arrived: %s",
@@ -167,23 +197,28 @@ class Exchange:
 
     async def _stop_until(self, end: float) -> int | None:
         """The sequence of the message if it was deleted, else None; returns when the reply has ended,
-        when nobody had the request, or at monotonic time `end`."""
+        when nobody had the request, or at monotonic time `end`.
+
+        Nobody is told to stop before it is known that the request is ours: what lies in the queue may be
+        its client's second try, at another ingress. Raises errors.DuplicateRequest when it is.
+        """
         # Without the sequence: deleting the queued message is ours, not the scheduler's.
         body = orjson.dumps({"at": replies.now_ms()})
         seq: int | None = None
         while not self._stream.finished:
-            await self._broker.publish(f"cancel.{self._request.key}", body)
             if seq is None:
                 seq = await self._sequence()
+            if seq is not None or self._taken:
+                await self._broker.publish(f"cancel.{self._request.key}", body)
             over = time.monotonic() >= end
             if seq is not None and (over or not self._taken):
                 deleted = await self._broker.delete(subjects.REQUESTS, seq)
-                self._taken = bool(await self._stream.next(_WORKER_FIRST)) or self._taken
+                self._taken = _from_worker(await self._stream.next(_WORKER_FIRST)) or self._taken
                 if deleted and (over or not self._taken):
                     return seq
             if over:
                 break
-            self._taken = bool(await self._stream.next(_REPEAT)) or self._taken
+            self._taken = _from_worker(await self._stream.next(_REPEAT)) or self._taken
         return None
 
     async def _sequence(self) -> int | None:
@@ -191,7 +226,7 @@ class Exchange:
         if self._ack is None:
             return None
         try:
-            return (await asyncio.wait_for(asyncio.shield(self._ack), self._config.publish_timeout)).seq
+            stored = await asyncio.wait_for(asyncio.shield(self._ack), self._config.publish_timeout)
         except (errors.Unconfirmed, TimeoutError):
             # The same message again, under the same id, tells. If it is news, it is deleted as such.
             with contextlib.suppress(errors.Unavailable):
@@ -199,3 +234,14 @@ class Exchange:
             return None
         except (errors.HeadraceError, asyncio.CancelledError):
             return None
+        if stored.duplicate and not await self._is_ours(stored.seq):
+            raise errors.DuplicateRequest("another request has the id")
+        return stored.seq
+
+    async def _is_ours(self, seq: int) -> bool:
+        record = await self._broker.get(subjects.REQUESTS, seq)
+        return record is not None and (record.headers or {}).get(subjects.REPLY_TO) == self._request.reply_to
+
+
+def _from_worker(frames: list[Frame]) -> bool:
+    return any(frame.epoch != replies.QUEUED_EPOCH for frame in frames)

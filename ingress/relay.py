@@ -22,6 +22,7 @@ class Relay:
 
     Attributes:
         status: as sent to the client; 0 before anything was.
+        live: frames come straight from their worker, not from the journal.
         worker: who answers, once known.
         after: what the client has of the answer already; None = nothing.
         first_payload_at: `time.monotonic()` of the first payload byte sent.
@@ -31,13 +32,13 @@ class Relay:
         self._send = send
         self._path = path
         self._streaming = streaming
-        self._live = live  # frames come straight from their worker, not from the journal
         self._common = [(b"x-request-id", request_id.encode("latin-1"))]
         self._buffer: list[bytes] = []
         self._head: Frame | None = None
         self._sse = False
         self._at_boundary = True
         self.status = 0
+        self.live = live
         self.worker = ""
         self.after: sse.Position | None = None
         self.first_payload_at: float | None = None
@@ -181,5 +182,5 @@ class Relay:
 
     def _observe_transit(self, frame: Frame) -> None:
         at = frame.extra.get("at")
-        if self._live and isinstance(at, (int, float)):
+        if self.live and isinstance(at, (int, float)):
             metrics.FRAME.observe(max(0.0, time.time() - at / 1000))

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 
-from broker import base, errors, replies
+from broker import base, errors, replies, subjects
+from broker.messages import Frame, parse_request
 from ingress.http import Receive, disconnected
 from ingress.relay import Relay
 
 _PAGE = 256
 """Frames passed on at once."""
+
+_CHECK = 10.0
+"""Seconds after which a request that waits is looked for in the queue again."""
+
+_SETTLE = 2.0
+"""Seconds that the frames of a request which left the queue may take to come."""
 
 PATH = "/v1/requests/{id}/stream"
 _PATH = re.compile(r"/v1/requests/([\x21-\x7e]{1,128})/stream")
@@ -22,36 +30,102 @@ def requested(path: str) -> str | None:
     return found[1] if found else None
 
 
+async def find(broker: base.Broker, tenant: str, request_id: str) -> str:
+    """The subject of the reply to a request; of an id that was used at two ingresses, the newer one's.
+
+    Raises errors.NotFound where the journal has none of it, errors.Unavailable.
+    """
+    newest = await broker.last(subjects.REPLIES, subjects.replies_to(tenant, request_id))
+    if newest is None:
+        raise errors.NotFound(
+            f"nothing is known of request {request_id!r}: it came to the queue this moment, or its reply is "
+            "no longer kept, or there was none of this id"
+        )
+    return newest.subject
+
+
+class _Waiting:
+    """What is known of a request that no worker has said anything of."""
+
+    def __init__(self, broker: base.Broker, seq: int) -> None:
+        self._broker = broker
+        self._seq = seq  # in REQUESTS; 0 where its note has not been read yet
+        self._deadline_ms = 0
+        self._check_at = 0.0
+        self._note_at = time.monotonic() + replies.NOTE_AGAIN
+        self.over = False
+
+    def observe(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            if frame.epoch != replies.QUEUED_EPOCH:
+                self.over = True
+                return
+            self._seq = frame.extra.get("queued", self._seq)
+
+    async def fault(self) -> errors.HeadraceError | None:
+        """Why nothing will come of it any more; None while something may."""
+        now = time.monotonic()
+        if now >= self._check_at:
+            record = await self._broker.get(subjects.REQUESTS, self._seq) if self._seq else None
+            if record is None:
+                return errors.FramesLost("the request left the queue, and no reply to it is kept")
+            self._check_at = now + _CHECK
+            request = parse_request(record.subject, record.headers, record.data)
+            self._deadline_ms = request.deadline_ms
+            if now >= self._note_at:
+                self._note_at = now + replies.NOTE_AGAIN
+                await replies.note_queued(self._broker, request.reply_to, self._seq)
+        if 0 < self._deadline_ms <= replies.now_ms():
+            return errors.DeadlineExceeded("the request's deadline passed in the queue")
+        return None
+
+
 async def follow(
-    broker: base.Broker, tenant: str, request_id: str, relay: Relay, receive: Receive, keepalive: float
+    broker: base.Broker,
+    stream: replies.Stream,
+    relay: Relay,
+    receive: Receive,
+    keepalive: float,
+    seq: int = 0,
 ) -> bool:
     """Relay a reply to its end; False when this reader went before. The request itself is left alone.
 
-    Raises errors.NotFound where the journal has none of it, errors.FramesLost also where it keeps nothing
-    of it any more and no end came, errors.Unavailable.
+    `seq`: the request's in REQUESTS, where it is known to be there and the journal may not say so.
+    Raises errors.FramesLost also where the journal keeps nothing of the reply any more and no end came,
+    errors.DeadlineExceeded, errors.Unavailable.
     """
+    waiting = _Waiting(broker, seq)
     gone = asyncio.create_task(disconnected(receive))
+    gone.add_done_callback(lambda _: stream.wake())
     try:
-        async with replies.following(broker, tenant, request_id) as stream:
-            if stream is None:
-                raise errors.NotFound(
-                    f"nothing is known of request {request_id!r}: it waits in the queue, or its reply is no "
-                    "longer kept, or there was none of this id"
-                )
-            gone.add_done_callback(lambda _: stream.wake())
-            frames = await stream.begin()
-            while not gone.done():
-                for page in range(0, len(frames), _PAGE):
-                    if await relay.frames(frames[page : page + _PAGE]):
-                        return True
-                    await asyncio.sleep(0)  # others' tokens go between
-                if not frames:
-                    if await stream.forgotten():
-                        raise errors.FramesLost("the reply has no end, and is no longer kept")
-                    await relay.keepalive()
-                frames = await stream.next(keepalive)
-            return False
+        frames = await stream.begin()
+        while not gone.done():
+            waiting.observe(frames)
+            for page in range(0, len(frames), _PAGE):
+                if await relay.frames(frames[page : page + _PAGE]):
+                    return True
+                await asyncio.sleep(0)  # others' tokens go between
+            if not frames and (fault := await _silent(stream, waiting)) is not None:
+                frames = await stream.next(_SETTLE)
+                if frames or gone.done():
+                    continue
+                raise fault
+            if not frames:
+                await relay.keepalive()
+            frames = await stream.next(keepalive)
+        return False
     except errors.MalformedMessage as exc:
         raise errors.FramesLost(f"the reply holds what is no frame: {exc.message}") from exc
     finally:
         gone.cancel()
+
+
+async def _silent(stream: replies.Stream, waiting: _Waiting) -> errors.HeadraceError | None:
+    """Why a reply of which nothing came will not go on; None while it may, or while nobody can tell."""
+    if not waiting.over:
+        try:
+            return await waiting.fault()
+        except errors.Unavailable:
+            return None
+    forgotten = await stream.forgotten()
+    return errors.FramesLost("the reply has no end, and is no longer kept") if forgotten else None

@@ -213,17 +213,12 @@ class Scheduler:
         """Take one message out of the queue and tell whoever published it why."""
         try:
             request = parse_request(record.subject, record.headers, record.data)
-            newest = await replies.last_frame(self._broker, request.reply_to, record.stored_ms)
         except errors.MalformedMessage as exc:
             if await self._delete(record, reason):
                 await replies.dead_letter(self._broker, record.subject, record.headers, record.data, exc)
             return
-        if not await self._delete(record, reason):
-            return
-        # Past every attempt: the reader drops what an earlier epoch says. No later one can come.
-        epoch = 0 if newest is None else newest.epoch + 1
-        await replies.Writer(self._broker, request.reply_to, epoch).error(fault)
-        await usage.publish(self._broker, usage.event(request, fault, ""), record.seq)
+        if await self._delete(record, reason):
+            await usage.unrun(self._broker, request, fault, record.seq)
 
     async def _delete(self, record: base.Record, reason: str) -> bool:
         deleted = await self._broker.delete(subjects.REQUESTS, record.seq)
@@ -251,7 +246,8 @@ class Scheduler:
         if not found or found[0].seq != seq or _key(found[0]) != key:
             return
         request = parse_request(found[0].subject, found[0].headers, found[0].data)
-        if await replies.last_frame(self._broker, request.reply_to, found[0].stored_ms) is None:
+        newest = await replies.last_frame(self._broker, request.reply_to, found[0].stored_ms)
+        if newest is None or newest.epoch == replies.QUEUED_EPOCH:
             await self._end(found[0], errors.Cancelled("the caller cancelled it in the queue"), "cancelled")
 
 

@@ -15,7 +15,9 @@ from workers.engines.base import ASGIApp, ASGIMessage, Tap, current_tap
 class Call:
     """A request under way. `status` is 0 until the response has started."""
 
-    def __init__(self, app: ASGIApp, method: str, path: str, body: bytes) -> None:
+    def __init__(
+        self, app: ASGIApp, method: str, path: str, body: bytes, headers: dict[str, str] | None = None
+    ) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.tap = Tap()
@@ -23,9 +25,10 @@ class Call:
         self._received: asyncio.Queue[ASGIMessage] = asyncio.Queue()
         self._received.put_nowait({"type": "http.request", "body": body, "more_body": False})
         self._sent: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._task = asyncio.create_task(self._run(app, method, path))
+        more = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        self._task = asyncio.create_task(self._run(app, method, path, more))
 
-    async def _run(self, app: ASGIApp, method: str, path: str) -> None:
+    async def _run(self, app: ASGIApp, method: str, path: str, headers: list[tuple[bytes, bytes]]) -> None:
         current_tap.set(self.tap)
         scope = {
             "type": "http",
@@ -37,7 +40,7 @@ class Call:
             "raw_path": path.encode(),
             "root_path": "",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), *headers],
             "client": ("127.0.0.1", 1),
             "server": ("engine", 80),
             "state": {},
@@ -92,9 +95,15 @@ class Call:
 
 
 @asynccontextmanager
-async def request(app: ASGIApp, path: str, body: object = None, method: str = "POST") -> AsyncIterator[Call]:
+async def request(
+    app: ASGIApp,
+    path: str,
+    body: object = None,
+    method: str = "POST",
+    headers: dict[str, str] | None = None,
+) -> AsyncIterator[Call]:
     """Send `body` (bytes as they are, anything else as JSON); the call is ended on the way out."""
-    call = Call(app, method, path, body if isinstance(body, bytes) else orjson.dumps(body))
+    call = Call(app, method, path, body if isinstance(body, bytes) else orjson.dumps(body), headers)
     try:
         yield call
     finally:

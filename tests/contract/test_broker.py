@@ -610,10 +610,25 @@ async def test_the_newest_message_of_a_subject(broker: Broker) -> None:
     record = await broker.last(subjects.REPLIES, REPLY)
     assert record is not None
     assert (record.subject, record.data) == (REPLY, b"b")
-    record = await broker.last(subjects.REPLIES, "out.acme.*.r2")
+    for leader in (False, True):
+        record = await broker.last(subjects.REPLIES, "out.acme.*.r2", leader=leader)
+        assert record is not None
+        assert (record.subject, record.data) == ("out.acme.box.r2", b"c")
+        assert await broker.last(subjects.REPLIES, "out.acme.*.nobody", leader=leader) is None
+
+
+async def test_one_message_by_its_sequence(broker: Broker) -> None:
+    head = {subjects.MSG_ID: "acme:1", subjects.REPLY_TO: REPLY}
+    stored = await (await broker.enqueue(SUBJECT, b"body", head))
+    record = await broker.get(subjects.REQUESTS, stored.seq)
     assert record is not None
-    assert (record.subject, record.data) == ("out.acme.box.r2", b"c")
-    assert await broker.last(subjects.REPLIES, "out.acme.*.nobody") is None
+    assert (record.seq, record.subject, record.data) == (stored.seq, SUBJECT, b"body")
+    assert (record.headers or {})[subjects.REPLY_TO] == REPLY
+    assert abs(record.stored_ms / 1000 - time.time()) < LIMIT
+    await broker.delete(subjects.REQUESTS, stored.seq)
+    assert await broker.get(subjects.REQUESTS, stored.seq) is None
+    assert await broker.get(subjects.REQUESTS, stored.seq + 1) is None
+    assert not await broker.delete(subjects.REQUESTS, stored.seq)  # the stream is empty, and remembers it
 
 
 async def test_counts_by_subject(broker: Broker) -> None:
@@ -651,6 +666,8 @@ async def test_a_stream_that_is_not_there_is_unavailable(broker: Broker) -> None
     for call in (
         lambda: broker.read("NONE", "none.>"),
         lambda: broker.last("NONE", "none.x"),
+        lambda: broker.last("NONE", "none.x", leader=True),
+        lambda: broker.get("NONE", 1),
         lambda: broker.counts("NONE", "none.>"),
         lambda: broker.delete("NONE", 1),
     ):
@@ -727,6 +744,8 @@ async def test_nothing_hangs_while_the_broker_is_away(fleet: Fleet) -> None:
         lambda: broker.delete(subjects.REQUESTS, 1),
         lambda: broker.read(subjects.REPLIES, REPLY),
         lambda: broker.last(subjects.REPLIES, REPLY),
+        lambda: broker.last(subjects.REPLIES, REPLY, leader=True),
+        lambda: broker.get(subjects.REQUESTS, 1),
         lambda: broker.counts(subjects.REQUESTS, SUBJECT),
         lambda: broker.put(subjects.KV_MODELS, "llama", b""),
         lambda: broker.remove(subjects.KV_MODELS, "llama"),

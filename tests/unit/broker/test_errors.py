@@ -16,6 +16,7 @@ WIRE = {
     "MethodNotAllowed": ("method_not_allowed", 405, "invalid_request_error", False),
     "BodyTimeout": ("request_timeout", 408, "invalid_request_error", True),
     "DuplicateRequest": ("duplicate_request", 409, "invalid_request_error", False),
+    "KeyReused": ("idempotency_key_reused", 422, "invalid_request_error", False),
     "TooLarge": ("request_too_large", 413, "invalid_request_error", False),
     "Overloaded": ("overloaded", 429, "rate_limit_error", True),
     "Cancelled": ("cancelled", 499, "cancelled", False),

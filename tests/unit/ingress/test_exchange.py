@@ -11,11 +11,11 @@ from typing import Any
 import orjson
 import pytest
 
-from broker import base, errors, messages, replies, subjects
+from broker import base, codec, errors, messages, replies, subjects
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import Frame, ModelCard, ServiceClass
-from ingress import exchange
+from ingress import exchange, resume
 from ingress.app import Ingress
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
@@ -261,3 +261,76 @@ async def test_a_cancel_that_nobody_confirms_is_repeated_and_the_message_goes(
         assert orjson.loads((await usage.get()).data)["outcome"] == "cancelled"
         assert usage.empty()
         assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}
+
+
+async def test_a_late_cancel_leaves_the_clients_second_try_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first was never accepted; before that is known, its client repeats it at another ingress."""
+    async with rig() as at:
+        enqueue = at.broker.enqueue
+        cancels: list[base.Message] = []
+        await at.broker.subscribe(subjects.ALL_CANCELS, cancels.append)
+
+        async def losing(subject: str, body: bytes, headers: dict[str, str]) -> asyncio.Future[base.Stored]:
+            monkeypatch.setattr(at.broker, "enqueue", enqueue)
+            elsewhere = subjects.reply("anonymous", "another", "mine")
+            await (await enqueue(subject, body, headers | {subjects.REPLY_TO: elsewhere}))
+            broken: asyncio.Future[base.Stored] = asyncio.get_running_loop().create_future()
+            broken.set_exception(errors.Unconfirmed("the connection broke"))
+            return broken
+
+        monkeypatch.setattr(at.broker, "enqueue", losing)
+        async with request(at.app, CHAT, {"model": "m"}, headers={"X-Request-Id": "mine"}) as call:
+            await outcome(call)
+        assert call.status == 503
+        await at.app.drain()
+        assert sum((await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS)).values()) == 1
+        assert not cancels
+
+
+async def test_a_request_that_waits_is_noted_for_who_asks_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "_NOTE_AFTER", 0.01)
+    async with rig() as at, request(at.app, CHAT, BODY, headers={"X-Request-Id": "mine"}) as call:
+        noted: asyncio.Queue[base.Message] = asyncio.Queue()
+        await at.broker.subscribe(subjects.ALL_REPLIES, noted.put_nowait)
+        note = codec.decode((await noted.get()).data)
+        (record,) = await at.broker.read(subjects.REQUESTS, subjects.ALL_REQUESTS)
+        assert (note.epoch, note.kind, note.extra["queued"]) == (0, "beat", record.seq)
+        async with request(at.app, "/v1/requests/mine/stream", b"", method="GET") as reading:
+            _, writer = await at.take()
+            await writer.head(200, SSE, "w", b"data: 1\n\n", [(0, [1])])
+            await writer.end({})
+            assert (await outcome(call))[1] == (await outcome(reading))[1] == b"data: 1\nid: 1-0-0\n\n"
+
+
+async def test_who_reads_a_request_by_its_id_is_told_that_its_client_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "_NOTE_AFTER", 0.01)
+    async with rig() as at, request(at.app, CHAT, BODY, headers={"X-Request-Id": "mine"}) as call:
+        noted: asyncio.Queue[base.Message] = asyncio.Queue()
+        await at.broker.subscribe(subjects.ALL_REPLIES, noted.put_nowait)
+        await noted.get()
+        async with request(at.app, "/v1/requests/mine/stream", b"", method="GET") as reading:
+            call.disconnect()
+            _, body = await outcome(reading)
+            assert reading.status == 499
+            assert orjson.loads(body)["error"]["code"] == "cancelled"
+
+
+@pytest.mark.parametrize(("left", "code"), [(True, "frames_lost"), (False, "deadline_exceeded")])
+async def test_a_reader_does_not_wait_for_what_will_not_come(
+    monkeypatch: pytest.MonkeyPatch, left: bool, code: str
+) -> None:
+    """Its note tells of a request that left the queue without a frame, or whose deadline nobody looks after."""
+    monkeypatch.setattr(resume, "_SETTLE", 0.01)
+    async with rig(keepalive=0.01) as at:
+        reply_to = subjects.reply("anonymous", "dead", "mine")
+        subject = subjects.RequestSubject("m", "standard", "anonymous", "m")
+        queued = messages.Request(subject, "mine", reply_to, CHAT, b"{}", deadline_ms=1)
+        stored = await (await at.broker.enqueue(str(subject), b"{}", queued.headers()))
+        await replies.note_queued(at.broker, reply_to, stored.seq)
+        if left:
+            await at.broker.delete(subjects.REQUESTS, stored.seq)
+        async with request(at.app, "/v1/requests/mine/stream", b"", method="GET") as reading:
+            _, body = await outcome(reading)
+        assert orjson.loads(body)["error"]["code"] == code
