@@ -55,6 +55,7 @@ class Exchange:
         self._published_at = 0.0
         self._quiet_since = 0.0
         self._note_at = 0.0
+        self._republished = False
         self._taken = False
 
     async def publish(self) -> None:
@@ -145,8 +146,10 @@ class Exchange:
 
     def _note_left(self, accepted: bool) -> float:
         """Seconds until the request has waited for long enough to be noted in the journal (again)."""
+        if self._taken:
+            return math.inf
         left = self._note_at - time.monotonic()
-        return math.inf if self._taken or (left <= 0 and not accepted) else max(0.0, left)
+        return math.inf if left <= 0 and not accepted else max(0.0, left)
 
     async def _note(self) -> None:
         assert self._ack is not None
@@ -231,10 +234,11 @@ class Exchange:
             # The same message again, under the same id, tells. If it is news, it is deleted as such.
             with contextlib.suppress(errors.Unavailable):
                 self._ack = await self._publish()
+                self._republished = True
             return None
         except (errors.HeadraceError, asyncio.CancelledError):
             return None
-        if stored.duplicate and not await self._is_ours(stored.seq):
+        if stored.duplicate and not (self._republished and await self._is_ours(stored.seq)):
             raise errors.DuplicateRequest("another request has the id")
         return stored.seq
 

@@ -321,7 +321,7 @@ async def test_who_reads_a_request_by_its_id_is_told_that_its_client_left(
 async def test_a_reader_does_not_wait_for_what_will_not_come(
     monkeypatch: pytest.MonkeyPatch, left: bool, code: str
 ) -> None:
-    """Its note tells of a request that left the queue without a frame, or whose deadline nobody looks after."""
+    """It has left the queue without a frame, or nobody looks after its deadline."""
     monkeypatch.setattr(resume, "_SETTLE", 0.01)
     async with rig(keepalive=0.01) as at:
         reply_to = subjects.reply("anonymous", "dead", "mine")
