@@ -253,6 +253,7 @@ class Stream:
         self._wake: asyncio.Future[bool] | None = None  # its result: whether it was silence that ended it
         self._silent_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0  # uvloop's handle of a timer that is due at once can't tell
         self._assembler = Assembler()
         self._since_ms = time.time() * 1000 - _CLOCKS_APART
 
@@ -300,7 +301,7 @@ class Stream:
         """
         loop = asyncio.get_running_loop()
         self._silent_at = loop.time() + timeout
-        if self._timer is None or self._timer.when() > self._silent_at:
+        if self._timer is None or self._timer_at > self._silent_at:
             self._set_timer(loop)
         self._wake = loop.create_future()
         try:
@@ -311,7 +312,8 @@ class Stream:
     def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = loop.call_at(self._silent_at, self._on_timer, loop)
+        self._timer_at = self._silent_at
+        self._timer = loop.call_at(self._timer_at, self._on_timer, loop)
 
     def _on_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None

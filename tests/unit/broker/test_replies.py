@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import orjson
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -433,3 +434,16 @@ async def test_what_an_earlier_request_of_the_same_id_was_told_is_not_repeated(a
         stream = mailbox.open("acme", SUBJECT.split(".")[3])
         assert await stream.next(0.01) == []
         assert not stream.finished
+
+
+def test_a_wait_that_is_all_but_over_under_uvloop() -> None:
+    """Its timers are due in whole milliseconds, and what is due at once is no timer there."""
+
+    async def waits() -> None:
+        stream = Stream(MemoryBroker(), SUBJECT, lambda _: None)
+        for _ in range(5):
+            asyncio.get_running_loop().call_soon(stream.wake)
+            assert await stream.next(0.0004, ask_journal=False) == []
+        stream.close()
+
+    uvloop.run(waits())
