@@ -117,6 +117,12 @@ class WorkerLost(HeadraceError):
     code, status, kind, retry = "worker_lost", 500, "server_error", True
 
 
+class Poisoned(HeadraceError):
+    """Too many workers died under the request; it is kept among the dead letters."""
+
+    code, status, kind = "poisoned", 500, "server_error"
+
+
 class FramesLost(HeadraceError):
     """A gap in the reply frames that the journal can't fill."""
 

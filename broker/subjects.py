@@ -5,6 +5,7 @@
     usage.<tenant>.<model>                one event a request          (stream USAGE)
     dead.<reason>                         requests that failed for good (stream DEAD)
     cancel.<tenant>.<request>             stop a request, queued or running (core)
+    taken.<tenant>.<request>              a worker has taken a request over from another (core)
     fleet.<worker>                        heartbeat and credit         (core)
 
 Each `<...>` is one subject token. Names that are no legal token are percent-encoded by `token`.
@@ -30,6 +31,7 @@ ALL_USAGE = "usage.>"
 ALL_DEAD = "dead.>"
 ALL_HEARTBEATS = "fleet.*"
 ALL_CANCELS = "cancel.*.*"
+ALL_TAKEN = "taken.*.*"
 
 # Header names of a request message.
 MSG_ID = "Nats-Msg-Id"
@@ -133,6 +135,11 @@ def cancelled(subject: str) -> str:
     encode less than `token` does. Raises ValueError when it is no UTF-8."""
     _, tenant, request = subject.split(".")
     return f"{token(name(tenant))}.{token(name(request))}"
+
+
+def taken(key: str) -> str:
+    """`key` as `messages.Request.key` spells it."""
+    return f"taken.{key}"
 
 
 def heartbeat(worker: str) -> str:

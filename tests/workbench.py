@@ -212,6 +212,7 @@ class WaxEngine:
     """An engine whose app, figures and death a test shapes. `seen` holds the bodies it was called with."""
 
     name = "wax"
+    continues = False
     base = "sim"
 
     def __init__(self, app: ASGIApp, slots: int = 8) -> None:
@@ -242,7 +243,8 @@ class WaxEngine:
 
 
 async def start_response(send: Send, body: bytes = b"data: 1\n\n", status: int = 200) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": []})
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 

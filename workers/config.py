@@ -21,6 +21,9 @@ class WorkerConfig(BaseModel):
     )
     drain_timeout: float = Field(30.0, ge=0, description="time for running streams to finish on SIGTERM")
     heartbeat: float = Field(0.1, gt=0, description="interval at which the fleet is told of state and credit")
+    max_deaths: int = Field(
+        4, ge=1, description="workers or engines that may die under one request before it is buried"
+    )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus; 0 picks a free one")
     metrics_host: str = Field("127.0.0.1", description="address that Prometheus is answered on")
 

@@ -21,7 +21,7 @@ from kvstate import budget
 from workers import intake, metrics, screening
 from workers.config import WorkerConfig
 from workers.engines.base import Engine
-from workers.job import HandBack, Job, Share
+from workers.job import HandBack, Job, Share, Superseded, Touch
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Worker:
         self._pullers: list[base.Puller] = []
         self._tombstones = screening.Tombstones()
         self._share = Share()
+        self._touch = Touch()
         self._mean_prompt = 256.0
         self._mean_output = 128.0
         self._starved = False
@@ -67,7 +68,10 @@ class Worker:
         self._metrics_url = addresses.url("http", host, server.server_port) + "/metrics"
         _log.info("serving", extra={"worker": self.name, "metrics_url": self._metrics_url})
         ready(self._metrics_url)
-        cancels = await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel)
+        subscriptions = [
+            await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
+            await self._broker.subscribe(subjects.ALL_TAKEN, self._on_taken),
+        ]
         for number, service_class in enumerate(ServiceClass):
             receive = self._receiver(number)
             self._pullers.append(
@@ -93,7 +97,8 @@ class Worker:
                 end.cancel()
             for puller in self._pullers:
                 await puller.close()
-            await cancels.close()
+            for subscription in subscriptions:
+                await subscription.close()
             await self._announce()
             await asyncio.to_thread(server.shutdown)  # it answers its poll, up to half a second later
             server.server_close()
@@ -130,7 +135,7 @@ class Worker:
         self._top_up()  # after it: asking for the next request must not hold this one up
 
     def _start(self, request: Request, delivery: base.Delivery) -> None:
-        job = Job(request, delivery, self._broker, self._engine, self.name, self._share)
+        job = Job(request, delivery, self._broker, self._engine, self.name, self._share, self._touch)
         job.tap.on_first_token = lambda: self._prefilled(job)
         self._jobs[request.key] = job
         self._prefilling[job] = job.prompt_estimate
@@ -202,12 +207,15 @@ class Worker:
 
     async def _run(self, job: Job) -> None:
         try:
-            verdict = await screening.screen(job.request, job.delivery, self._engine, self._broker)
-            cancelled = self._tombstones.pop(job.request.key, job.delivery.enqueued_ms)
-            if verdict is screening.ANSWERED:
-                await screening.settle(self._broker, job.request, job.delivery)
-                return
-            if cancelled:
+            verdict = screening.screen(job.request, self._engine)
+            if job.delivery.attempt > 1:
+                verdict = await job.take_over() or verdict
+                if job.past.ended:
+                    await screening.settle(self._broker, job.request, job.delivery)
+                    return
+                if len(job.past.died) >= self._config.max_deaths:
+                    verdict = await screening.bury(self._broker, job.delivery, job.past.died)
+            if self._tombstones.pop(job.request.key, job.delivery.enqueued_ms):
                 verdict = errors.Cancelled("the caller went away")
             await job.run(verdict)
             if job.tap.output_tokens:
@@ -245,6 +253,12 @@ class Worker:
         else:
             job.stop(errors.Cancelled("the caller went away"), screening.cancelled_at(message))
 
+    def _on_taken(self, message: base.Message) -> None:
+        """`taken.<tenant>.<request>`: another worker runs it now, as the attempt in the message."""
+        job = self._jobs.get(message.subject.partition(".")[2])
+        if job is not None and message.data.isdigit() and int(message.data) > job.delivery.attempt:
+            job.stop(Superseded("another worker has it"))
+
     # Stopping
 
     async def _drain(self, timeout: float) -> None:
@@ -276,6 +290,12 @@ class Worker:
 
     async def _beat(self) -> None:
         while True:
+            if self._broker.connected:
+                if self._touch.lost:
+                    # We were stopped, or cut off: our requests may have been handed on.
+                    for job in list(self._jobs.values()):
+                        self._spawn(job.doubt())
+                self._touch.at = asyncio.get_running_loop().time()
             await self._announce()
             self._top_up()
             await asyncio.sleep(self._config.heartbeat)

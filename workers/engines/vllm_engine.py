@@ -108,6 +108,7 @@ class VllmEngine:
     """See `workers.engines.base.Engine`."""
 
     name = "vllm"
+    continues = True
 
     def __init__(self, llm: TappedLLM, app: Any, steps: Steps) -> None:
         self._llm = llm

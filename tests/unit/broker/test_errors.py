@@ -22,6 +22,7 @@ WIRE = {
     "Unavailable": ("unavailable", 503, "server_error", True),
     "Unconfirmed": ("unconfirmed", 503, "server_error", True),
     "EngineFailed": ("engine_failed", 500, "server_error", True),
+    "Poisoned": ("poisoned", 500, "server_error", False),
     "WorkerLost": ("worker_lost", 500, "server_error", True),
     "FramesLost": ("frames_lost", 500, "server_error", True),
     "DeadlineExceeded": ("deadline_exceeded", 504, "server_error", False),

@@ -30,7 +30,8 @@ def attempt(epoch: int, sizes: list[int], ending: FrameKind | None = FrameKind.E
     for number, size in enumerate(sizes):
         kind = FrameKind.DATA if number else FrameKind.HEAD
         ids = list(range(off, off + size))
-        frames.append(Frame(epoch, number + 1, kind, off, ids, payload=b"%d" % off))
+        extra = {} if number else {"headers": {"content-type": "text/event-stream"}}
+        frames.append(Frame(epoch, number + 1, kind, off, ids, payload=b"%d" % off, extra=extra))
         off += size
     if ending is not None:
         frames.append(Frame(epoch, len(frames), ending, off))
@@ -81,7 +82,10 @@ def test_a_later_attempt_goes_on_where_the_reader_is(
     first = whole[:-1][:cut]
     rest = whole[max(min(cut, 2), len(first) - repeated, 1) :]
     second = [Frame(2, 0, FrameKind.BEAT)]
-    second += [Frame(2, n, f.kind, f.off, f.ids, payload=f.payload) for n, f in enumerate(rest, start=1)]
+    second += [
+        Frame(2, n, f.kind, f.off, f.ids, payload=f.payload, extra=f.extra)
+        for n, f in enumerate(rest, start=1)
+    ]
     assembler, seen = Assembler(), []
     for frame in first:
         seen += assembler.feed(frame)
@@ -325,7 +329,7 @@ async def test_a_gap_that_the_journal_does_not_fill_is_a_loss(broker: Deafening,
     broker.forgotten = {3}
     await write(broker)
     with pytest.raises(errors.FramesLost, match="no longer has them"):
-        await read(stream)
+        await read(stream, silence=0.02)
 
 
 async def test_so_is_one_before_a_lost_tail(broker: Deafening, stream: Stream) -> None:
