@@ -8,6 +8,7 @@ a journal in one round trip (`DIRECT.GET` with `batch`).
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import itertools
 import logging
@@ -33,6 +34,10 @@ _log = logging.getLogger(__name__)
 _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
 _DELETE_FAILED = 10057  # the message is not, or no longer, there
+_NO_MESSAGE = 10037
+_WRONG_LAST_SEQUENCE = 10071
+_RECEIPT = "$JS.ACK."
+_NOT_LITERAL = set("*> \t\r\n")
 _READ_BATCH = 256
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
@@ -219,6 +224,12 @@ class NatsBroker(base.Broker):
         self._pullers.add(puller)
         return puller
 
+    async def hand_on(self, receipt: str) -> None:
+        # It came from a third party: nothing but an ack subject may be published to for it.
+        if not receipt.startswith(_RECEIPT) or set(receipt) & _NOT_LITERAL:
+            raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
+        await self.publish(receipt, b"-NAK")
+
     async def delete(self, stream: str, seq: int) -> bool:
         # no_erase: the bytes need no overwriting, and the caller waits for this.
         answer = await self._api(
@@ -281,13 +292,18 @@ class NatsBroker(base.Broker):
                 return found
 
     async def _api(self, call: str, body: dict[str, Any], may_fail: int = 0) -> dict[str, Any]:
+        return await self._request(f"$JS.API.{call}", orjson.dumps(body), None, may_fail)
+
+    async def _request(
+        self, subject: str, data: bytes, headers: dict[str, str] | None, may_fail: int
+    ) -> dict[str, Any]:
         """JetStream's answer. A fault other than `may_fail` raises errors.Unavailable."""
         with _translated:
-            msg = await self._nc.request(f"$JS.API.{call}", orjson.dumps(body), self._config.timeout)
+            msg = await self._nc.request(subject, data, self._config.timeout, headers=headers)
         answer: dict[str, Any] = orjson.loads(msg.data)
         fault = answer.get("error")
         if fault is not None and fault.get("err_code") != may_fail:
-            raise errors.Unavailable(f"the broker refused {call}: {fault.get('description')}")
+            raise errors.Unavailable(f"the broker refused {subject}: {fault.get('description')}")
         return answer
 
     # Key-value buckets
@@ -295,6 +311,23 @@ class NatsBroker(base.Broker):
     async def put(self, bucket: str, key: str, value: bytes) -> None:
         with _translated:
             await self._js.publish(f"$KV.{bucket}.{_kv_key(key)}", value)
+
+    async def get(self, bucket: str, key: str) -> base.Value:
+        # Asked of the stream's leader: a direct get may be answered by a replica that lags behind.
+        asked = {"last_by_subj": f"$KV.{bucket}.{_kv_key(key)}"}
+        answer = await self._api(f"STREAM.MSG.GET.KV_{bucket}", asked, may_fail=_NO_MESSAGE)
+        found = answer.get("message")
+        if found is None:
+            return base.Value(None, 0)
+        removed = b"KV-Operation:" in base64.b64decode(found.get("hdrs", ""))
+        return base.Value(None if removed else base64.b64decode(found.get("data", "")), found["seq"])
+
+    async def swap(self, bucket: str, key: str, value: bytes, expected: int) -> int | None:
+        if not self._nc.is_connected:
+            raise errors.Unavailable("the broker can't be reached")  # as in `enqueue`
+        head = {"Nats-Expected-Last-Subject-Sequence": str(expected)}
+        answer = await self._request(f"$KV.{bucket}.{_kv_key(key)}", value, head, _WRONG_LAST_SEQUENCE)
+        return None if "error" in answer else answer["seq"]
 
     async def remove(self, bucket: str, key: str) -> None:
         with _translated:
@@ -471,7 +504,7 @@ class _Puller:
             raise
 
     def on_message(self, msg: base.Message) -> None:
-        if not msg.reply.startswith("$JS.ACK."):
+        if not msg.reply.startswith(_RECEIPT):
             self._on_status(msg.headers or {})
             return
         self.outstanding = max(0, self.outstanding - 1)
@@ -529,11 +562,21 @@ class _Puller:
 class _Delivery:
     """A message with JetStream's `$JS.ACK...` reply subject; its tokens are the metadata."""
 
-    __slots__ = ("_ack", "_broker", "attempt", "data", "enqueued_ms", "headers", "pending", "seq", "subject")
+    __slots__ = (
+        "_broker",
+        "attempt",
+        "data",
+        "enqueued_ms",
+        "headers",
+        "pending",
+        "receipt",
+        "seq",
+        "subject",
+    )
 
     def __init__(self, broker: NatsBroker, msg: base.Message) -> None:
         self._broker = broker
-        self._ack = msg.reply
+        self.receipt = msg.reply
         # $JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<delivered>.<seq>.<cseq>.<ns>.<pending>[.<token>]
         tokens = msg.reply.split(".")
         at = 4 if len(tokens) == 9 else 6
@@ -546,10 +589,10 @@ class _Delivery:
         self.pending = int(tokens[at + 4])
 
     async def ack(self) -> None:
-        await self._broker.publish(self._ack, b"+ACK")
+        await self._broker.publish(self.receipt, b"+ACK")
 
     async def nak(self) -> None:
-        await self._broker.publish(self._ack, b"-NAK")
+        await self._broker.publish(self.receipt, b"-NAK")
 
     async def in_progress(self) -> None:
-        await self._broker.publish(self._ack, b"+WPI")
+        await self._broker.publish(self.receipt, b"+WPI")

@@ -131,6 +131,7 @@ class _Delivery:
         self.subject, self.data, self.headers = lease.record.subject, lease.record.data, lease.record.headers
         self.seq, self.attempt, self.pending = lease.record.seq, lease.attempt, lease.pending
         self.enqueued_ms = lease.at * 1000
+        self.receipt = f"{puller.queue.name}.{lease.record.seq}"
         self._puller = puller
 
     async def ack(self) -> None:
@@ -263,6 +264,12 @@ class MemoryBroker(base.Broker):
         self.pullers.append(puller)
         return puller
 
+    async def hand_on(self, receipt: str) -> None:
+        consumer, _, seq = receipt.rpartition(".")
+        if consumer not in self.hub.queues or not seq.isdecimal():
+            raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
+        self.send(self.hub.nak, self.hub.queues[consumer], int(seq))
+
     async def delete(self, stream: str, seq: int) -> bool:
         self.check()
         return self.hub.remove(stream, seq)
@@ -282,13 +289,20 @@ class MemoryBroker(base.Broker):
 
     async def put(self, bucket: str, key: str, value: bytes) -> None:
         self.check()
-        self.hub.bucket(bucket)[key] = value
-        self.hub.route(Message(f"$KV.{bucket}.{key}", value))
+        self.hub.put(bucket, key, value)
+
+    async def get(self, bucket: str, key: str) -> base.Value:
+        self.check()
+        return base.Value(self.hub.bucket(bucket).get(key), self.hub.revisions.get((bucket, key), 0))
+
+    async def swap(self, bucket: str, key: str, value: bytes, expected: int) -> int | None:
+        if (await self.get(bucket, key)).revision != expected:
+            return None
+        return self.hub.put(bucket, key, value)
 
     async def remove(self, bucket: str, key: str) -> None:
         self.check()
-        self.hub.bucket(bucket).pop(key, None)
-        self.hub.route(Message(f"$KV.{bucket}.{key}", b"", {"KV-Operation": "DEL"}))
+        self.hub.put(bucket, key, None)
 
     async def watch(self, bucket: str, handler: Callable[[str, bytes | None], None]) -> base.Subscription:
         self.check()

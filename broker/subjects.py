@@ -6,6 +6,8 @@
     dead.<reason>                         requests that failed for good (stream DEAD)
     cancel.<tenant>.<request>             stop a request, queued or running (core)
     fleet.<worker>                        heartbeat and credit         (core)
+    held.<worker>                         what it took and let go      (core)
+    roster                                tell all that you hold       (core)
 
 Each `<...>` is one subject token. Names that are no legal token are percent-encoded by `token`.
 """
@@ -23,6 +25,7 @@ USAGE = "USAGE"
 DEAD = "DEAD"
 
 KV_MODELS = "models"
+KV_LEASES = "leases"
 
 ALL_REQUESTS = "req.>"
 ALL_REPLIES = "out.>"
@@ -30,6 +33,11 @@ ALL_USAGE = "usage.>"
 ALL_DEAD = "dead.>"
 ALL_HEARTBEATS = "fleet.*"
 ALL_CANCELS = "cancel.*.*"
+ALL_HELD = "held.*"
+ROSTER = "roster"
+
+LEADER = "leader"
+"""Key in `KV_LEASES`: the scheduler that leads."""
 
 # Header names of a request message.
 MSG_ID = "Nats-Msg-Id"
@@ -137,6 +145,10 @@ def cancelled(subject: str) -> str:
 
 def heartbeat(worker: str) -> str:
     return f"fleet.{token(worker)}"
+
+
+def held(worker: str) -> str:
+    return f"held.{token(worker)}"
 
 
 def usage(tenant: str, model: str) -> str:
