@@ -228,6 +228,9 @@ class NatsBroker(base.Broker):
         # It came from a third party: nothing but an ack subject may be published to for it.
         if not receipt.startswith(_RECEIPT) or set(receipt) & _NOT_LITERAL:
             raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
+        if not self._nc.is_connected:
+            # nats-py would buffer it, and by the time it is sent the message may run elsewhere.
+            raise errors.Unavailable("the broker can't be reached")
         await self.publish(receipt, b"-NAK")
 
     async def delete(self, stream: str, seq: int) -> bool:
@@ -324,7 +327,8 @@ class NatsBroker(base.Broker):
 
     async def swap(self, bucket: str, key: str, value: bytes, expected: int) -> int | None:
         if not self._nc.is_connected:
-            raise errors.Unavailable("the broker can't be reached")  # as in `enqueue`
+            # Buffered, it would be set behind the back of a caller who was told that it failed.
+            raise errors.Unavailable("the broker can't be reached")
         head = {"Nats-Expected-Last-Subject-Sequence": str(expected)}
         answer = await self._request(f"$KV.{bucket}.{_kv_key(key)}", value, head, _WRONG_LAST_SEQUENCE)
         return None if "error" in answer else answer["seq"]

@@ -265,10 +265,11 @@ class MemoryBroker(base.Broker):
         return puller
 
     async def hand_on(self, receipt: str) -> None:
+        self.check()
         consumer, _, seq = receipt.rpartition(".")
         if consumer not in self.hub.queues or not seq.isdecimal():
             raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
-        self.send(self.hub.nak, self.hub.queues[consumer], int(seq))
+        self.hub.nak(self.hub.queues[consumer], int(seq))
 
     async def delete(self, stream: str, seq: int) -> bool:
         self.check()

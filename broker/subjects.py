@@ -7,7 +7,7 @@
     cancel.<tenant>.<request>             stop a request, queued or running (core)
     fleet.<worker>                        heartbeat and credit         (core)
     held.<worker>                         what it took and let go      (core)
-    roster                                tell all that you hold       (core)
+    roster.<worker>                       it is to tell all it holds   (core)
 
 Each `<...>` is one subject token. Names that are no legal token are percent-encoded by `token`.
 """
@@ -34,7 +34,6 @@ ALL_DEAD = "dead.>"
 ALL_HEARTBEATS = "fleet.*"
 ALL_CANCELS = "cancel.*.*"
 ALL_HELD = "held.*"
-ROSTER = "roster"
 
 LEADER = "leader"
 """Key in `KV_LEASES`: the scheduler that leads."""
@@ -149,6 +148,10 @@ def heartbeat(worker: str) -> str:
 
 def held(worker: str) -> str:
     return f"held.{token(worker)}"
+
+
+def roster(worker: str) -> str:
+    return f"roster.{token(worker)}"
 
 
 def usage(tenant: str, model: str) -> str:

@@ -76,8 +76,12 @@ async def ensure(js: JetStreamContext, config: BrokerConfig) -> None:
             # How a stream is written can't be changed later: it keeps what it was made with.
             made = (await js.stream_info(str(stream.name))).config
             await js.update_stream(dataclasses.replace(stream, persist_mode=made.persist_mode))
-    for bucket in (subjects.KV_MODELS, subjects.KV_LEASES):
-        await js.create_key_value(bucket=bucket, history=1, replicas=config.replicas, direct=True)
+    await js.create_key_value(bucket=subjects.KV_MODELS, history=1, replicas=config.replicas, direct=True)
+    # In memory: a lease is worth nothing after a restart, and a slow or full disk must cost nobody the lead.
+    memory = api.StorageType.MEMORY
+    await js.create_key_value(
+        bucket=subjects.KV_LEASES, history=1, replicas=config.replicas, storage=memory, direct=True
+    )
 
 
 def consumer(base: str, service_class: str, config: BrokerConfig) -> api.ConsumerConfig:

@@ -18,7 +18,7 @@ from prometheus_client import start_http_server
 from broker import addresses, base, errors, replies, subjects
 from broker.messages import Credit, Heartbeat, Request, ServiceClass, parse_request
 from kvstate import budget
-from workers import intake, metrics, screening
+from workers import held, intake, metrics, screening
 from workers.config import WorkerConfig
 from workers.engines.base import Engine
 from workers.job import HandBack, Job, Share
@@ -39,6 +39,7 @@ class Worker:
         self._engine = engine
         self._state: Literal["serving", "draining", "gone"] = "serving"
         self._started_ms = replies.now_ms()
+        self._held = held.Held(broker, self.name, self._started_ms)
         self._jobs: dict[str, Job] = {}
         self._prefilling: dict[Job, int] = {}  # those without a token yet, and their prompts' estimates
         self._prefill_held = 0
@@ -67,7 +68,10 @@ class Worker:
         self._metrics_url = addresses.url("http", host, server.server_port) + "/metrics"
         _log.info("serving", extra={"worker": self.name, "metrics_url": self._metrics_url})
         ready(self._metrics_url)
-        cancels = await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel)
+        subscriptions = [
+            await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
+            await self._broker.subscribe(subjects.roster(self.name), self._on_roster),
+        ]
         for number, service_class in enumerate(ServiceClass):
             receive = self._receiver(number)
             self._pullers.append(
@@ -93,7 +97,8 @@ class Worker:
                 end.cancel()
             for puller in self._pullers:
                 await puller.close()
-            await cancels.close()
+            for subscription in subscriptions:
+                await subscription.close()
             await self._announce()
             await asyncio.to_thread(server.shutdown)  # it answers its poll, up to half a second later
             server.server_close()
@@ -114,6 +119,7 @@ class Worker:
         if running is not None and running.delivery.seq == delivery.seq:
             # Our `in_progress` came too late, and the broker handed us what we are running.
             running.delivery = delivery
+            self._held.take(delivery)
             return
         for queue, puller in zip(self._queues, self._pullers, strict=True):
             queue.outstanding = puller.outstanding
@@ -133,6 +139,7 @@ class Worker:
         job = Job(request, delivery, self._broker, self._engine, self.name, self._share)
         job.tap.on_first_token = lambda: self._prefilled(job)
         self._jobs[request.key] = job
+        self._held.take(delivery)
         self._prefilling[job] = job.prompt_estimate
         self._prefill_held += job.prompt_estimate
         metrics.RUNNING.set(len(self._jobs))
@@ -202,6 +209,7 @@ class Worker:
 
     async def _run(self, job: Job) -> None:
         try:
+            await self._held.tell()  # from here on it is handed on if we die
             verdict = await screening.screen(job.request, job.delivery, self._engine, self._broker)
             cancelled = self._tombstones.pop(job.request.key, job.delivery.enqueued_ms)
             if verdict is screening.ANSWERED:
@@ -218,6 +226,7 @@ class Worker:
             _log.warning("a request was left to the broker: %s", exc.message, extra=job.log_extra())
         finally:
             del self._jobs[job.request.key]
+            self._held.drop(job.delivery)
             metrics.RUNNING.set(len(self._jobs))
             if not self._jobs:
                 self._idle.set()
@@ -280,7 +289,11 @@ class Worker:
             self._top_up()
             await asyncio.sleep(self._config.heartbeat)
 
+    def _on_roster(self, message: base.Message) -> None:
+        self._spawn(self._held.tell_all())
+
     async def _announce(self) -> None:
+        await self._held.tell()
         stats, load = self._engine.stats(), self._load()
         kv = budget.kv_free(load) if load.kv_total else 0
         credit = Credit(
@@ -304,6 +317,7 @@ class Worker:
             state=self._state,
             credit=credit,
             metrics_url=self._metrics_url,
+            told=self._held.number,
         )
         self._beats += 1
         metrics.observe_engine(stats, credit)

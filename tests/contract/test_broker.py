@@ -856,6 +856,8 @@ async def test_everything_goes_on_when_the_broker_is_back(fleet: Fleet) -> None:
 
     await fleet.stop()
     await until(lambda: not broker.connected and not other.connected)
+    with pytest.raises(errors.Unavailable):
+        await broker.hand_on(held.receipt)
     await held.ack()
     early: Box[Message] = Box()
     await broker.subscribe("fleet.early", early)
