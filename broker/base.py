@@ -124,6 +124,11 @@ class Broker(abc.ABC):
     def ack_wait(self) -> float:
         """Seconds that a delivery may go without `in_progress` before another worker gets it."""
 
+    @property
+    @abc.abstractmethod
+    def inbox(self) -> str:
+        """Where what this client pulls is delivered; names its pulls to a third party, see `bounce`."""
+
     @abc.abstractmethod
     async def publish(
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
@@ -132,6 +137,11 @@ class Broker(abc.ABC):
 
     @abc.abstractmethod
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> Subscription: ...
+
+    @abc.abstractmethod
+    async def listens(self, subject: str) -> bool:
+        """Whether any client listens to `subject`, one that hangs included; it may be sent an empty message.
+        No is known at once, yes after some 50 ms."""
 
     @abc.abstractmethod
     async def enqueue(
@@ -166,6 +176,18 @@ class Broker(abc.ABC):
         redelivers a message that runs. One whose message was acked changes nothing.
 
         Raises errors.MalformedMessage when `receipt` is none.
+        """
+
+    @abc.abstractmethod
+    async def delivered(self, base: str, service_class: ServiceClass) -> dict[int, str]:
+        """Receipts, by sequence, of what was delivered from one queue and not acked, whoever has it."""
+
+    @abc.abstractmethod
+    async def bounce(self, inbox: str) -> Subscription:
+        """Hand on whatever is still delivered to another client's pulls, of which the broker knows no end
+        while that client hangs: it would lie there until its ack wait is over.
+
+        Not for a client that is gone: to listen in its place would keep its pulls standing.
         """
 
     @abc.abstractmethod

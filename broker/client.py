@@ -35,10 +35,14 @@ _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
 _DELETE_FAILED = 10057  # the message is not, or no longer, there
 _NO_MESSAGE = 10037
+_NO_CONSUMER = 10014
 _WRONG_LAST_SEQUENCE = 10071
 _RECEIPT = "$JS.ACK."
 _NOT_LITERAL = set("*> \t\r\n")
 _READ_BATCH = 256
+_NO_ANSWER = 0.05
+"""Seconds after which a listener that does not answer is known to be there: the server says at once, in
+0.3 ms, that there is none."""
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
@@ -89,8 +93,11 @@ class NatsBroker(base.Broker):
         self._acks: dict[str, asyncio.Future[base.Stored]] = {}
         self._ack_numbers = itertools.count()
         self._ack_inbox = ""
+        self._inbox = self._nc.new_inbox()
+        self._inboxes = itertools.count()
         self._pullers: set[_Puller] = set()
         self._watches: set[_Watch] = set()
+        self._naks: set[asyncio.Task[None]] = set()
         self._closing = False
         self._outage: set[str] = set()  # kinds of error logged since the connection was lost
         self._reconnecting: asyncio.Task[None] | None = None
@@ -160,7 +167,22 @@ class NatsBroker(base.Broker):
         self._nc.handlers[inner._id] = handler
         return _Subscription(inner, lambda: self._nc.handlers.pop(inner._id, None))
 
+    async def listens(self, subject: str) -> bool:
+        try:
+            with _translated:
+                await self._nc.request(subject, timeout=_NO_ANSWER)
+        except errors.Unavailable as exc:
+            if isinstance(exc.__cause__, nats.errors.NoRespondersError):
+                return False
+            if not self._nc.is_connected:
+                raise
+        return True
+
     # The durable queue
+
+    @property
+    def inbox(self) -> str:
+        return self._inbox
 
     async def enqueue(
         self, subject: str, data: bytes, headers: dict[str, str] | None = None
@@ -214,7 +236,7 @@ class NatsBroker(base.Broker):
     ) -> base.Puller:
         config = topology.consumer(base_model, service_class, self._config)
         ensure = functools.partial(self._js.add_consumer, subjects.REQUESTS, config)
-        inbox = self._nc.new_inbox()
+        inbox = f"{self._inbox}.{next(self._inboxes)}"
         with _translated:
             await ensure()
             puller = _Puller(
@@ -232,6 +254,35 @@ class NatsBroker(base.Broker):
             # nats-py would buffer it, and by the time it is sent the message may run elsewhere.
             raise errors.Unavailable("the broker can't be reached")
         await self.publish(receipt, b"-NAK")
+
+    async def delivered(self, base_model: str, service_class: ServiceClass) -> dict[int, str]:
+        consumer = subjects.consumer(base_model, service_class)
+        info = await self._api(f"CONSUMER.INFO.{subjects.REQUESTS}.{consumer}", {}, may_fail=_NO_CONSUMER)
+        newest = info.get("delivered", {"stream_seq": 0})
+        found: dict[int, str] = {}
+        start, wanted = 1, subjects.request_filter(base_model, service_class)
+        while start <= newest["stream_seq"]:
+            page = await self.read(subjects.REQUESTS, wanted, start, _READ_BATCH)
+            seqs = [record.seq for record in page if record.seq <= newest["stream_seq"]]
+            for seq in seqs:
+                # Of a receipt the server reads the message's sequence and a delivery's within the known ones.
+                place = f"1.{seq}.{newest['consumer_seq']}.0.0"
+                found[seq] = f"{_RECEIPT}{subjects.REQUESTS}.{consumer}.{place}"
+            if len(seqs) < _READ_BATCH:
+                break
+            start = seqs[-1] + 1
+        return found
+
+    async def bounce(self, inbox: str) -> _Subscription:
+        if not inbox.startswith("_INBOX.") or set(inbox) & _NOT_LITERAL:
+            raise errors.MalformedMessage(f"{inbox!r:.200} is no inbox")
+        return await self.subscribe(f"{inbox}.*", self._hand_back)
+
+    def _hand_back(self, msg: base.Message) -> None:
+        if msg.reply.startswith(_RECEIPT):
+            nak = asyncio.create_task(_Delivery(self, msg).nak())
+            self._naks.add(nak)
+            nak.add_done_callback(self._naks.discard)
 
     async def delete(self, stream: str, seq: int) -> bool:
         # no_erase: the bytes need no overwriting, and the caller waits for this.
@@ -489,7 +540,6 @@ class _Puller:
         self._ensure = ensure
         self._closed = False
         self.subscription: _Subscription | None = None
-        self._naks: set[asyncio.Task[None]] = set()
         self._recovering: asyncio.Task[None] | None = None
         self.outstanding = 0
 
@@ -512,13 +562,10 @@ class _Puller:
             self._on_status(msg.headers or {})
             return
         self.outstanding = max(0, self.outstanding - 1)
-        delivery = _Delivery(self._broker, msg)
         if self._closed:
-            nak = asyncio.create_task(delivery.nak())
-            self._naks.add(nak)
-            nak.add_done_callback(self._naks.discard)
+            self._broker._hand_back(msg)
         else:
-            self._handler(delivery)
+            self._handler(_Delivery(self._broker, msg))
 
     def _on_status(self, head: Mapping[str, str]) -> None:
         """408 = expired: asks come back. Anything else (409 = the consumer moved or went, 503 = nobody

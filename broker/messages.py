@@ -215,6 +215,7 @@ class Heartbeat(_Wire):
     state: Literal["serving", "draining", "gone"]
     credit: Credit
     metrics_url: str = ""
+    inbox: str = Field("", description="where what it pulls is delivered")
     told: int = Field(0, description="`number` of this worker's last message on `held.<worker>`")
 
 

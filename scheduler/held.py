@@ -26,20 +26,23 @@ class _Life:
     """One life of a worker: one that was started anew under its name has let go of nothing for the other.
 
     Attributes:
-        seen: when its last heartbeat came.
+        beat: its last heartbeat.
+        seen: when that came.
         number: of the last of its messages with nothing missed before it.
         seqs: the requests that are its own.
     """
 
+    beat: Heartbeat
     seen: float = 0.0
     number: int = 0
     seqs: set[int] = field(default_factory=set)
 
 
 class Lost(NamedTuple):
-    """A worker that fell silent, and the receipts of what it held."""
+    """A worker that fell silent, its last heartbeat, and the receipts of what it held."""
 
     worker: str
+    beat: Heartbeat
     receipts: list[str]
 
 
@@ -55,14 +58,17 @@ class Table:
         """Requests that some worker holds."""
         return len(self._entries)
 
+    def __contains__(self, seq: int) -> bool:
+        return seq in self._entries
+
     def beat(self, beat: Heartbeat, now: float) -> bool:
         """Note that a worker lives; whether it must be asked for its roster, since a message was missed."""
         key = beat.worker, beat.started_ms
         if beat.state == "gone":
             self._forget(key)  # it has let go of everything
             return False
-        life = self._lives.setdefault(key, _Life())
-        life.seen = now
+        life = self._lives.setdefault(key, _Life(beat))
+        life.beat, life.seen = beat, now
         return life.number != beat.told
 
     def hear(self, worker: str, told: Told) -> None:
@@ -108,7 +114,8 @@ class Table:
     def lose(self, now: float, limit: float) -> list[Lost]:
         """Let go of the workers that are `silent`. One that was taken for lost and lives is new again with
         its next heartbeat, and asked for its roster."""
-        return [Lost(key[0], self._forget(key)) for key in list(self._silent(now, limit))]
+        lost = [(key, self._lives[key].beat) for key in self._silent(now, limit)]
+        return [Lost(beat.worker, beat, self._forget(key)) for key, beat in lost]
 
     def _silent(self, now: float, limit: float) -> Iterator[tuple[str, int]]:
         return (key for key, life in self._lives.items() if now - life.seen > limit)

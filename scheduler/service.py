@@ -53,7 +53,7 @@ class Scheduler:
         self._broker = broker
         self._leader = Leader(broker, self.name, config.lease)
         self._fleet = fleet.Fleet(config.lost_after)
-        self._guard = Guard(config.lost_after, broker, self._leader)
+        self._guard = Guard(config.lost_after, broker, self._leader, self._spawn)
         self._registry = registry.Registry(broker)
         self._stamp_ms = min(_STAMP, config.forget_after / 4) * 1000
         self._orphans: dict[str, float] = {}  # subject -> when it was first seen with nobody to serve it

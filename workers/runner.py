@@ -317,6 +317,7 @@ class Worker:
             state=self._state,
             credit=credit,
             metrics_url=self._metrics_url,
+            inbox=self._broker.inbox,
             told=self._held.number,
         )
         self._beats += 1

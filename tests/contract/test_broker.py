@@ -508,6 +508,69 @@ async def test_what_names_no_delivery_is_no_receipt(broker: Broker, receipt: str
     assert (await heard.next()).subject == "fleet.after"
 
 
+async def test_what_comes_to_the_pulls_of_a_client_that_hangs_is_handed_on(fleet: Fleet) -> None:
+    hung, other, third = [await fleet.connect(ack_wait=3600) for _ in range(3)]
+    puller, swallowed = await pull(hung)
+    await puller.ask(2)
+    bounced = await third.bounce(hung.inbox)
+    await enqueue(hung, b"a", b"b")
+    taking, taken = await pull(other)
+    await taking.ask(2)
+    again = await taken.take(2)
+    assert {got.data for got in again} == {b"a", b"b"}
+    assert max(got.attempt for got in again) > 1
+    await bounced.close()
+    await bounced.close()
+    await swallowed.take(2)
+    await puller.ask(1)
+    (seq,) = await enqueue(hung, b"c")
+    kept = await swallowed.next()
+    await taking.ask(1)
+    await enqueue(hung, b"d")
+    assert ((kept.seq, kept.attempt), (await taken.next()).data) == ((seq, 1), b"d")
+
+
+async def test_what_was_delivered_can_be_handed_on_whoever_has_it(fleet: Fleet) -> None:
+    broker, other = await fleet.connect(ack_wait=3600), await fleet.connect()
+    assert await other.delivered("llama", ServiceClass.STANDARD) == {}
+    puller, box = await pull(broker)
+    await puller.ask(300)
+    acked, *seqs = await enqueue(broker, *(b"%d" % number for number in range(300)))
+    deliveries = await box.take(300)
+    await deliveries[0].ack()
+    await until(lambda: _is_queued(broker, 299))
+    waiting = await enqueue(broker, b"not delivered")
+    found = await other.delivered("llama", ServiceClass.STANDARD)
+    assert [*found] == seqs
+    assert acked not in found
+    taking, taken = await pull(other)
+    await other.hand_on(found[seqs[7]])
+    await other.hand_on(found[seqs[200]])
+    await taking.ask(3)
+    got = await taken.take(3)
+    assert {(d.seq, d.attempt) for d in got} >= {(seqs[7], 2), (seqs[200], 2)}
+    assert waiting[0] in {d.seq for d in got}
+
+
+@pytest.mark.parametrize("inbox", ["", "req.a.b.c.d", "_INBOX.>", "_INBOX.a b"])
+async def test_what_is_no_inbox_is_not_listened_to(broker: Broker, inbox: str) -> None:
+    with pytest.raises(errors.MalformedMessage):
+        await broker.bounce(inbox)
+
+
+async def test_whether_anyone_listens(fleet: Fleet) -> None:
+    asking, listening = await fleet.connect(), await fleet.connect()
+    assert not await asking.listens("roster.w1")
+    subscription = await listening.subscribe("roster.*", Box[Message]())
+    await until(lambda: asking.listens("roster.w1"))
+    await subscription.close()
+
+    async def nobody() -> bool:
+        return not await asking.listens("roster.w1")
+
+    await until(nobody)
+
+
 async def test_what_is_not_acked_in_time_comes_again(fleet: Fleet) -> None:
     silent, other = await fleet.connect(ack_wait=0.5), await fleet.connect()
     assert silent.ack_wait == 0.5
@@ -832,6 +895,8 @@ async def test_nothing_hangs_while_the_broker_is_away(fleet: Fleet) -> None:
         lambda: broker.last(subjects.REPLIES, REPLY),
         lambda: broker.counts(subjects.REQUESTS, SUBJECT),
         lambda: broker.put(subjects.KV_MODELS, "llama", b""),
+        lambda: broker.listens("roster.w1"),
+        lambda: broker.delivered("llama", ServiceClass.BATCH),
         lambda: broker.get(subjects.KV_LEASES, "leader"),
         lambda: broker.swap(subjects.KV_LEASES, "leader", b"", 0),
         lambda: broker.remove(subjects.KV_MODELS, "llama"),

@@ -47,7 +47,7 @@ def table(*workers: str) -> Table:
 
 
 def lost(of: Table, now: float = 1.0) -> dict[str, list[str]]:
-    return dict(of.lose(now, LIMIT))
+    return {gone.worker: gone.receipts for gone in of.lose(now, LIMIT)}
 
 
 def test_what_a_silent_worker_took_and_kept_is_its_loss() -> None:
@@ -224,7 +224,7 @@ class Telling(RuleBasedStateMachine):
             for worker in self.workers:
                 if worker.late:
                     self._hear(worker, worker.late.pop(0))
-        found = {worker: set(receipts) for worker, receipts in self.table.lose(1.0, LIMIT)}
+        found = {gone.worker: set(gone.receipts) for gone in self.table.lose(1.0, LIMIT)}
         for worker in self.workers:
             newest = {seq: n for seq, n in worker.holds.items() if n == self.attempts[seq]}
             mine = {f"receipt {seq}/{attempt}" for seq, attempt in newest.items()}
