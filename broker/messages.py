@@ -228,7 +228,7 @@ class Held(_Wire):
 
     started_ms: int = Field(description="as in the heartbeat")
     number: int
-    full: bool = Field(False, description="`take` is all that it holds: the answer to `roster`")
+    full: bool = Field(False, description="`take` is all that it holds: the answer to `roster.<worker>`")
     take: tuple[tuple[int, int, str], ...] = Field((), description="sequence, attempt, ack subject of each")
     drop: tuple[tuple[int, int], ...] = Field((), description="sequence, attempt of each")
 
