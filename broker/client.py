@@ -8,6 +8,7 @@ a journal in one round trip (`DIRECT.GET` with `batch`).
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import itertools
 import logging
@@ -33,7 +34,15 @@ _log = logging.getLogger(__name__)
 _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
 _DELETE_FAILED = 10057  # the message is not, or no longer, there
+_NO_MESSAGE = 10037
+_NO_CONSUMER = 10014
+_WRONG_LAST_SEQUENCE = 10071
+_RECEIPT = "$JS.ACK."
+_NOT_LITERAL = set("*> \t\r\n")
 _READ_BATCH = 256
+_NO_ANSWER = 0.05
+"""Seconds after which a listener that does not answer is known to be there: the server says at once, in
+0.3 ms, that there is none."""
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
@@ -84,8 +93,11 @@ class NatsBroker(base.Broker):
         self._acks: dict[str, asyncio.Future[base.Stored]] = {}
         self._ack_numbers = itertools.count()
         self._ack_inbox = ""
+        self._inbox = self._nc.new_inbox()
+        self._inboxes = itertools.count()
         self._pullers: set[_Puller] = set()
         self._watches: set[_Watch] = set()
+        self._naks: set[asyncio.Task[None]] = set()
         self._closing = False
         self._outage: set[str] = set()  # kinds of error logged since the connection was lost
         self._reconnecting: asyncio.Task[None] | None = None
@@ -155,7 +167,22 @@ class NatsBroker(base.Broker):
         self._nc.handlers[inner._id] = handler
         return _Subscription(inner, lambda: self._nc.handlers.pop(inner._id, None))
 
+    async def listens(self, subject: str) -> bool:
+        try:
+            with _translated:
+                await self._nc.request(subject, timeout=_NO_ANSWER)
+        except errors.Unavailable as exc:
+            if isinstance(exc.__cause__, nats.errors.NoRespondersError):
+                return False
+            if not self._nc.is_connected:
+                raise
+        return True
+
     # The durable queue
+
+    @property
+    def inbox(self) -> str:
+        return self._inbox
 
     async def enqueue(
         self, subject: str, data: bytes, headers: dict[str, str] | None = None
@@ -209,7 +236,7 @@ class NatsBroker(base.Broker):
     ) -> base.Puller:
         config = topology.consumer(base_model, service_class, self._config)
         ensure = functools.partial(self._js.add_consumer, subjects.REQUESTS, config)
-        inbox = self._nc.new_inbox()
+        inbox = f"{self._inbox}.{next(self._inboxes)}"
         with _translated:
             await ensure()
             puller = _Puller(
@@ -218,6 +245,44 @@ class NatsBroker(base.Broker):
             puller.subscription = await self.subscribe(inbox, puller.on_message)
         self._pullers.add(puller)
         return puller
+
+    async def hand_on(self, receipt: str) -> None:
+        # It came from a third party: nothing but an ack subject may be published to for it.
+        if not receipt.startswith(_RECEIPT) or set(receipt) & _NOT_LITERAL:
+            raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
+        if not self._nc.is_connected:
+            # nats-py would buffer it, and by the time it is sent the message may run elsewhere.
+            raise errors.Unavailable("the broker can't be reached")
+        await self.publish(receipt, b"-NAK")
+
+    async def delivered(self, base_model: str, service_class: ServiceClass) -> dict[int, str]:
+        consumer = subjects.consumer(base_model, service_class)
+        info = await self._api(f"CONSUMER.INFO.{subjects.REQUESTS}.{consumer}", {}, may_fail=_NO_CONSUMER)
+        newest = info.get("delivered", {"stream_seq": 0})
+        found: dict[int, str] = {}
+        start, wanted = 1, subjects.request_filter(base_model, service_class)
+        while start <= newest["stream_seq"]:
+            page = await self.read(subjects.REQUESTS, wanted, start, _READ_BATCH)
+            seqs = [record.seq for record in page if record.seq <= newest["stream_seq"]]
+            for seq in seqs:
+                # Of a receipt the server reads the message's sequence and a delivery's within the known ones.
+                place = f"1.{seq}.{newest['consumer_seq']}.0.0"
+                found[seq] = f"{_RECEIPT}{subjects.REQUESTS}.{consumer}.{place}"
+            if len(seqs) < _READ_BATCH:
+                break
+            start = seqs[-1] + 1
+        return found
+
+    async def bounce(self, inbox: str) -> _Subscription:
+        if not inbox.startswith("_INBOX.") or set(inbox) & _NOT_LITERAL:
+            raise errors.MalformedMessage(f"{inbox!r:.200} is no inbox")
+        return await self.subscribe(f"{inbox}.*", self._hand_back)
+
+    def _hand_back(self, msg: base.Message) -> None:
+        if msg.reply.startswith(_RECEIPT):
+            nak = asyncio.create_task(_Delivery(self, msg).nak())
+            self._naks.add(nak)
+            nak.add_done_callback(self._naks.discard)
 
     async def delete(self, stream: str, seq: int) -> bool:
         # no_erase: the bytes need no overwriting, and the caller waits for this.
@@ -281,13 +346,18 @@ class NatsBroker(base.Broker):
                 return found
 
     async def _api(self, call: str, body: dict[str, Any], may_fail: int = 0) -> dict[str, Any]:
+        return await self._request(f"$JS.API.{call}", orjson.dumps(body), None, may_fail)
+
+    async def _request(
+        self, subject: str, data: bytes, headers: dict[str, str] | None, may_fail: int
+    ) -> dict[str, Any]:
         """JetStream's answer. A fault other than `may_fail` raises errors.Unavailable."""
         with _translated:
-            msg = await self._nc.request(f"$JS.API.{call}", orjson.dumps(body), self._config.timeout)
+            msg = await self._nc.request(subject, data, self._config.timeout, headers=headers)
         answer: dict[str, Any] = orjson.loads(msg.data)
         fault = answer.get("error")
         if fault is not None and fault.get("err_code") != may_fail:
-            raise errors.Unavailable(f"the broker refused {call}: {fault.get('description')}")
+            raise errors.Unavailable(f"the broker refused {subject}: {fault.get('description')}")
         return answer
 
     # Key-value buckets
@@ -295,6 +365,24 @@ class NatsBroker(base.Broker):
     async def put(self, bucket: str, key: str, value: bytes) -> None:
         with _translated:
             await self._js.publish(f"$KV.{bucket}.{_kv_key(key)}", value)
+
+    async def get(self, bucket: str, key: str) -> base.Value:
+        # Asked of the stream's leader: a direct get may be answered by a replica that lags behind.
+        asked = {"last_by_subj": f"$KV.{bucket}.{_kv_key(key)}"}
+        answer = await self._api(f"STREAM.MSG.GET.KV_{bucket}", asked, may_fail=_NO_MESSAGE)
+        found = answer.get("message")
+        if found is None:
+            return base.Value(None, 0)
+        removed = b"KV-Operation:" in base64.b64decode(found.get("hdrs", ""))
+        return base.Value(None if removed else base64.b64decode(found.get("data", "")), found["seq"])
+
+    async def swap(self, bucket: str, key: str, value: bytes, expected: int) -> int | None:
+        if not self._nc.is_connected:
+            # Buffered, it would be set behind the back of a caller who was told that it failed.
+            raise errors.Unavailable("the broker can't be reached")
+        head = {"Nats-Expected-Last-Subject-Sequence": str(expected)}
+        answer = await self._request(f"$KV.{bucket}.{_kv_key(key)}", value, head, _WRONG_LAST_SEQUENCE)
+        return None if "error" in answer else answer["seq"]
 
     async def remove(self, bucket: str, key: str) -> None:
         with _translated:
@@ -452,7 +540,6 @@ class _Puller:
         self._ensure = ensure
         self._closed = False
         self.subscription: _Subscription | None = None
-        self._naks: set[asyncio.Task[None]] = set()
         self._recovering: asyncio.Task[None] | None = None
         self.outstanding = 0
 
@@ -471,17 +558,14 @@ class _Puller:
             raise
 
     def on_message(self, msg: base.Message) -> None:
-        if not msg.reply.startswith("$JS.ACK."):
+        if not msg.reply.startswith(_RECEIPT):
             self._on_status(msg.headers or {})
             return
         self.outstanding = max(0, self.outstanding - 1)
-        delivery = _Delivery(self._broker, msg)
         if self._closed:
-            nak = asyncio.create_task(delivery.nak())
-            self._naks.add(nak)
-            nak.add_done_callback(self._naks.discard)
+            self._broker._hand_back(msg)
         else:
-            self._handler(delivery)
+            self._handler(_Delivery(self._broker, msg))
 
     def _on_status(self, head: Mapping[str, str]) -> None:
         """408 = expired: asks come back. Anything else (409 = the consumer moved or went, 503 = nobody
@@ -529,11 +613,21 @@ class _Puller:
 class _Delivery:
     """A message with JetStream's `$JS.ACK...` reply subject; its tokens are the metadata."""
 
-    __slots__ = ("_ack", "_broker", "attempt", "data", "enqueued_ms", "headers", "pending", "seq", "subject")
+    __slots__ = (
+        "_broker",
+        "attempt",
+        "data",
+        "enqueued_ms",
+        "headers",
+        "pending",
+        "receipt",
+        "seq",
+        "subject",
+    )
 
     def __init__(self, broker: NatsBroker, msg: base.Message) -> None:
         self._broker = broker
-        self._ack = msg.reply
+        self.receipt = msg.reply
         # $JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<delivered>.<seq>.<cseq>.<ns>.<pending>[.<token>]
         tokens = msg.reply.split(".")
         at = 4 if len(tokens) == 9 else 6
@@ -546,10 +640,10 @@ class _Delivery:
         self.pending = int(tokens[at + 4])
 
     async def ack(self) -> None:
-        await self._broker.publish(self._ack, b"+ACK")
+        await self._broker.publish(self.receipt, b"+ACK")
 
     async def nak(self) -> None:
-        await self._broker.publish(self._ack, b"-NAK")
+        await self._broker.publish(self.receipt, b"-NAK")
 
     async def in_progress(self) -> None:
-        await self._broker.publish(self._ack, b"+WPI")
+        await self._broker.publish(self.receipt, b"+WPI")

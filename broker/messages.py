@@ -215,6 +215,22 @@ class Heartbeat(_Wire):
     state: Literal["serving", "draining", "gone"]
     credit: Credit
     metrics_url: str = ""
+    inbox: str = Field("", description="where what it pulls is delivered")
+    told: int = Field(0, description="`number` of this worker's last message on `held.<worker>`")
+
+
+class Held(_Wire):
+    """`held.<worker>`: what a worker took and let go of since its message before, or all that it holds.
+
+    A worker dies without a word; whoever leads then gives back what it held. `number` counts a life's
+    messages from 1, so that one which was lost shows.
+    """
+
+    started_ms: int = Field(description="as in the heartbeat")
+    number: int
+    full: bool = Field(False, description="`take` is all that it holds: the answer to `roster.<worker>`")
+    take: tuple[tuple[int, int, str], ...] = Field((), description="sequence, attempt, ack subject of each")
+    drop: tuple[tuple[int, int], ...] = Field((), description="sequence, attempt of each")
 
 
 class Latency(_Wire):

@@ -7,6 +7,8 @@
     cancel.<tenant>.<request>             stop a request, queued or running (core)
     taken.<tenant>.<request>              a worker has taken a request over from another (core)
     fleet.<worker>                        heartbeat and credit         (core)
+    held.<worker>                         what it took and let go      (core)
+    roster.<worker>                       it is to tell all it holds   (core)
 
 Each `<...>` is one subject token. Names that are no legal token are percent-encoded by `token`.
 """
@@ -24,6 +26,7 @@ USAGE = "USAGE"
 DEAD = "DEAD"
 
 KV_MODELS = "models"
+KV_LEASES = "leases"
 
 ALL_REQUESTS = "req.>"
 ALL_REPLIES = "out.>"
@@ -32,6 +35,10 @@ ALL_DEAD = "dead.>"
 ALL_HEARTBEATS = "fleet.*"
 ALL_CANCELS = "cancel.*.*"
 ALL_TAKEN = "taken.*.*"
+ALL_HELD = "held.*"
+
+LEADER = "leader"
+"""Key in `KV_LEASES`: the scheduler that leads."""
 
 # Header names of a request message.
 MSG_ID = "Nats-Msg-Id"
@@ -144,6 +151,14 @@ def taken(key: str) -> str:
 
 def heartbeat(worker: str) -> str:
     return f"fleet.{token(worker)}"
+
+
+def held(worker: str) -> str:
+    return f"held.{token(worker)}"
+
+
+def roster(worker: str) -> str:
+    return f"roster.{token(worker)}"
 
 
 def usage(tenant: str, model: str) -> str:

@@ -77,6 +77,11 @@ async def ensure(js: JetStreamContext, config: BrokerConfig) -> None:
             made = (await js.stream_info(str(stream.name))).config
             await js.update_stream(dataclasses.replace(stream, persist_mode=made.persist_mode))
     await js.create_key_value(bucket=subjects.KV_MODELS, history=1, replicas=config.replicas, direct=True)
+    # In memory: a lease is worth nothing after a restart, and a slow or full disk must cost nobody the lead.
+    memory = api.StorageType.MEMORY
+    await js.create_key_value(
+        bucket=subjects.KV_LEASES, history=1, replicas=config.replicas, storage=memory, direct=True
+    )
 
 
 def consumer(base: str, service_class: str, config: BrokerConfig) -> api.ConsumerConfig:

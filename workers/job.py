@@ -165,6 +165,8 @@ class Job:
         Raises errors.Unavailable.
         """
         request, delivery = self.request, self.delivery
+        if await self._superseded():
+            return Superseded("another worker has it")  # it lay in our socket while we were out of touch
         await self._broker.publish(subjects.taken(request.key), b"%d" % delivery.attempt)
         try:
             self.past = await recovery.fence(self._broker, request, delivery, self._writer, self._worker)

@@ -18,7 +18,7 @@ from prometheus_client import start_http_server
 from broker import addresses, base, errors, replies, subjects
 from broker.messages import Credit, Heartbeat, Request, ServiceClass, parse_request
 from kvstate import budget
-from workers import intake, metrics, screening
+from workers import held, intake, metrics, screening
 from workers.config import WorkerConfig
 from workers.engines.base import Engine
 from workers.job import HandBack, Job, Share, Superseded, Touch
@@ -39,6 +39,7 @@ class Worker:
         self._engine = engine
         self._state: Literal["serving", "draining", "gone"] = "serving"
         self._started_ms = replies.now_ms()
+        self._held = held.Held(broker, self.name, self._started_ms)
         self._jobs: dict[str, Job] = {}
         self._prefilling: dict[Job, int] = {}  # those without a token yet, and their prompts' estimates
         self._prefill_held = 0
@@ -71,6 +72,7 @@ class Worker:
         subscriptions = [
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._broker.subscribe(subjects.ALL_TAKEN, self._on_taken),
+            await self._broker.subscribe(subjects.roster(self.name), self._on_roster),
         ]
         for number, service_class in enumerate(ServiceClass):
             receive = self._receiver(number)
@@ -119,6 +121,7 @@ class Worker:
         if running is not None and running.delivery.seq == delivery.seq:
             # Our `in_progress` came too late, and the broker handed us what we are running.
             running.delivery = delivery
+            self._held.take(delivery)
             return
         for queue, puller in zip(self._queues, self._pullers, strict=True):
             queue.outstanding = puller.outstanding
@@ -138,6 +141,7 @@ class Worker:
         job = Job(request, delivery, self._broker, self._engine, self.name, self._share, self._touch)
         job.tap.on_first_token = lambda: self._prefilled(job)
         self._jobs[request.key] = job
+        self._held.take(delivery)
         self._prefilling[job] = job.prompt_estimate
         self._prefill_held += job.prompt_estimate
         metrics.RUNNING.set(len(self._jobs))
@@ -207,8 +211,9 @@ class Worker:
 
     async def _run(self, job: Job) -> None:
         try:
+            await self._held.tell()  # from here on it is handed on if we die
             verdict = screening.screen(job.request, self._engine)
-            if job.delivery.attempt > 1:
+            if job.delivery.attempt > 1 or self._touch.lost:
                 verdict = await job.take_over() or verdict
                 if job.past.ended:
                     await screening.settle(self._broker, job.request, job.delivery)
@@ -226,6 +231,7 @@ class Worker:
             _log.warning("a request was left to the broker: %s", exc.message, extra=job.log_extra())
         finally:
             del self._jobs[job.request.key]
+            self._held.drop(job.delivery)
             metrics.RUNNING.set(len(self._jobs))
             if not self._jobs:
                 self._idle.set()
@@ -300,7 +306,11 @@ class Worker:
             self._top_up()
             await asyncio.sleep(self._config.heartbeat)
 
+    def _on_roster(self, message: base.Message) -> None:
+        self._spawn(self._held.tell_all())
+
     async def _announce(self) -> None:
+        await self._held.tell()
         stats, load = self._engine.stats(), self._load()
         kv = budget.kv_free(load) if load.kv_total else 0
         credit = Credit(
@@ -324,6 +334,8 @@ class Worker:
             state=self._state,
             credit=credit,
             metrics_url=self._metrics_url,
+            inbox=self._broker.inbox,
+            told=self._held.number,
         )
         self._beats += 1
         metrics.observe_engine(stats, credit)

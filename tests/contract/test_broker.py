@@ -453,6 +453,124 @@ async def test_a_nak_reaches_a_standing_pull(fleet: Fleet) -> None:
     assert (again.data, [again.seq], again.attempt) == (b"a", seqs, 2)
 
 
+async def test_a_third_party_hands_a_message_on(fleet: Fleet) -> None:
+    holder, other, third = [await fleet.connect(ack_wait=3600) for _ in range(3)]
+    puller, box = await pull(holder)
+    await puller.ask(1)
+    seqs = await enqueue(holder, b"a")
+    receipt = (await box.next()).receipt
+    await holder.close()
+    taking, taken = await pull(other)
+    await taking.ask(1)
+    await third.hand_on(receipt)
+    again = await taken.next()
+    assert ([again.seq], again.attempt) == (seqs, 2)
+
+
+async def test_a_receipt_names_its_message_whoever_has_it_now(fleet: Fleet) -> None:
+    """Why a receipt may be used only while nobody runs the message: an earlier delivery's does the same
+    as the newest one's."""
+    broker = await fleet.connect(ack_wait=3600)
+    puller, box = await pull(broker)
+    await puller.ask(3)
+    await enqueue(broker, b"a")
+    first = await box.next()
+    await first.nak()
+    second = await box.next()
+    await broker.hand_on(first.receipt)
+    third = await box.next()
+    assert (second.attempt, third.attempt) == (2, 3)
+    await first.ack()
+    await until(lambda: _is_queued(broker, 0))
+
+
+async def test_a_receipt_of_a_message_that_was_acked_changes_nothing(fleet: Fleet) -> None:
+    broker = await fleet.connect(ack_wait=3600)
+    puller, box = await pull(broker)
+    await puller.ask(2)
+    await enqueue(broker, b"a")
+    held = await box.next()
+    await held.ack()
+    await until(lambda: _is_queued(broker, 0))
+    await broker.hand_on(held.receipt)
+    await enqueue(broker, b"b")
+    got = await box.next()
+    assert (got.data, got.attempt) == (b"b", 1)
+
+
+@pytest.mark.parametrize("receipt", ["", "req.a.b.c.d", "$JS.ACK.REQUESTS.>", "$JS.ACK.a b", "$JS.API.INFO"])
+async def test_what_names_no_delivery_is_no_receipt(broker: Broker, receipt: str) -> None:
+    heard: Box[Message] = Box()
+    await broker.subscribe(">", heard)
+    with pytest.raises(errors.MalformedMessage):
+        await broker.hand_on(receipt)
+    await broker.publish("fleet.after")
+    assert (await heard.next()).subject == "fleet.after"
+
+
+async def test_what_comes_to_the_pulls_of_a_client_that_hangs_is_handed_on(fleet: Fleet) -> None:
+    hung, other, third = [await fleet.connect(ack_wait=3600) for _ in range(3)]
+    puller, swallowed = await pull(hung)
+    await puller.ask(2)
+    bounced = await third.bounce(hung.inbox)
+    await enqueue(hung, b"a", b"b")
+    taking, taken = await pull(other)
+    await taking.ask(2)
+    again = await taken.take(2)
+    assert {got.data for got in again} == {b"a", b"b"}
+    assert max(got.attempt for got in again) > 1
+    await bounced.close()
+    await bounced.close()
+    await swallowed.take(2)
+    await puller.ask(1)
+    (seq,) = await enqueue(hung, b"c")
+    kept = await swallowed.next()
+    await taking.ask(1)
+    await enqueue(hung, b"d")
+    assert ((kept.seq, kept.attempt), (await taken.next()).data) == ((seq, 1), b"d")
+
+
+async def test_what_was_delivered_can_be_handed_on_whoever_has_it(fleet: Fleet) -> None:
+    broker, other = await fleet.connect(ack_wait=3600), await fleet.connect()
+    assert await other.delivered("llama", ServiceClass.STANDARD) == {}
+    puller, box = await pull(broker)
+    await puller.ask(300)
+    acked, *seqs = await enqueue(broker, *(b"%d" % number for number in range(300)))
+    deliveries = await box.take(300)
+    await deliveries[0].ack()
+    await until(lambda: _is_queued(broker, 299))
+    waiting = await enqueue(broker, b"not delivered")
+    found = await other.delivered("llama", ServiceClass.STANDARD)
+    assert [*found] == seqs
+    assert acked not in found
+    taking, taken = await pull(other)
+    await other.hand_on(found[seqs[7]])
+    await other.hand_on(found[seqs[200]])
+    await taking.ask(3)
+    got = await taken.take(3)
+    assert {(d.seq, d.attempt) for d in got} >= {(seqs[7], 2), (seqs[200], 2)}
+    assert waiting[0] in {d.seq for d in got}
+
+
+@pytest.mark.parametrize("inbox", ["", "req.a.b.c.d", "_INBOX.>", "_INBOX.a b"])
+async def test_what_is_no_inbox_is_not_listened_to(broker: Broker, inbox: str) -> None:
+    with pytest.raises(errors.MalformedMessage):
+        await broker.bounce(inbox)
+
+
+async def test_whether_anyone_listens(fleet: Fleet) -> None:
+    asking, listening = await fleet.connect(), await fleet.connect()
+    assert not await asking.listens("roster.w1")
+    subscription = await listening.subscribe("roster.*", Box[Message]())
+    await until(lambda: asking.listens("roster.w1"))
+    await subscription.close()
+
+    async def nobody() -> bool:
+        return not await asking.listens("roster.w1")
+
+    await until(nobody)
+
+
 async def test_what_is_not_acked_in_time_comes_again(fleet: Fleet) -> None:
     silent, other = await fleet.connect(ack_wait=0.5), await fleet.connect()
     assert silent.ack_wait == 0.5
@@ -711,6 +829,54 @@ async def test_a_watch_gives_the_state_and_then_the_changes(fleet: Fleet) -> Non
     assert state[key] is None
 
 
+async def test_a_value_has_a_revision(broker: Broker) -> None:
+    assert await broker.get(subjects.KV_LEASES, "org%2Fx") == (None, 0)
+    await broker.put(subjects.KV_LEASES, "org%2Fx", b"\x00\xff")
+    data, first = await broker.get(subjects.KV_LEASES, "org%2Fx")
+    assert data == b"\x00\xff"
+    await broker.put(subjects.KV_LEASES, "other", b"")
+    assert await broker.get(subjects.KV_LEASES, "org%2Fx") == (data, first)
+    data, other = await broker.get(subjects.KV_LEASES, "other")
+    assert (data, other > 0) == (b"", True)
+    await broker.remove(subjects.KV_LEASES, "org%2Fx")
+    data, removed = await broker.get(subjects.KV_LEASES, "org%2Fx")
+    assert (data, removed > first) == (None, True)
+
+
+async def test_a_value_is_swapped_by_its_revision_alone(fleet: Fleet) -> None:
+    one, other = await fleet.connect(), await fleet.connect()
+    first = await one.swap(subjects.KV_LEASES, "leader", b"one", 0)
+    assert await one.get(subjects.KV_LEASES, "leader") == (b"one", first)
+    assert first is not None
+    assert await other.swap(subjects.KV_LEASES, "leader", b"other", 0) is None
+    assert await other.swap(subjects.KV_LEASES, "leader", b"other", first + 1) is None
+    assert await other.get(subjects.KV_LEASES, "leader") == (b"one", first)
+    second = await other.swap(subjects.KV_LEASES, "leader", b"other", first)
+    assert second is not None
+    assert await one.swap(subjects.KV_LEASES, "leader", b"one", first) is None
+    assert await one.get(subjects.KV_LEASES, "leader") == (b"other", second)
+    await one.remove(subjects.KV_LEASES, "leader")
+    _, removed = await one.get(subjects.KV_LEASES, "leader")
+    assert await one.swap(subjects.KV_LEASES, "leader", b"one", 0) is None
+    assert await one.swap(subjects.KV_LEASES, "leader", b"one", removed) is not None
+
+
+async def test_one_of_many_that_swap_at_once_succeeds(fleet: Fleet) -> None:
+    clients = [await fleet.connect() for _ in range(5)]
+    swaps = (
+        client.swap(subjects.KV_LEASES, "leader", b"%d" % number, 0) for number, client in enumerate(clients)
+    )
+    done = await asyncio.gather(*swaps)
+    ((winner, revision),) = [(n, revision) for n, revision in enumerate(done) if revision is not None]
+    assert await clients[0].get(subjects.KV_LEASES, "leader") == (b"%d" % winner, revision)
+
+
+async def test_a_bucket_that_is_not_there_is_unavailable(broker: Broker) -> None:
+    for call in (lambda: broker.get("none", "x"), lambda: broker.swap("none", "x", b"", 0)):
+        with pytest.raises(errors.Unavailable):
+            await call()
+
+
 # Outages
 
 
@@ -729,6 +895,10 @@ async def test_nothing_hangs_while_the_broker_is_away(fleet: Fleet) -> None:
         lambda: broker.last(subjects.REPLIES, REPLY),
         lambda: broker.counts(subjects.REQUESTS, SUBJECT),
         lambda: broker.put(subjects.KV_MODELS, "llama", b""),
+        lambda: broker.listens("roster.w1"),
+        lambda: broker.delivered("llama", ServiceClass.BATCH),
+        lambda: broker.get(subjects.KV_LEASES, "leader"),
+        lambda: broker.swap(subjects.KV_LEASES, "leader", b"", 0),
         lambda: broker.remove(subjects.KV_MODELS, "llama"),
         lambda: broker.watch(subjects.KV_MODELS, lambda *_: None),
     ):
@@ -751,6 +921,8 @@ async def test_everything_goes_on_when_the_broker_is_back(fleet: Fleet) -> None:
 
     await fleet.stop()
     await until(lambda: not broker.connected and not other.connected)
+    with pytest.raises(errors.Unavailable):
+        await broker.hand_on(held.receipt)
     await held.ack()
     early: Box[Message] = Box()
     await broker.subscribe("fleet.early", early)

@@ -32,6 +32,13 @@ class Part:
     def term(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
+    def stop(self) -> None:
+        """Hang it, until `resume`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
     async def ended(self) -> int:
         """Its exit status; a negative one names the signal."""
         async with asyncio.timeout(LIMIT):

@@ -109,6 +109,8 @@ def test_addresses_are_the_subjects_that_the_code_builds() -> None:
     assert _address("replies", *names[:3]) == subjects.reply(*names[:3])
     assert _address("cancels", *names[:2]) == subjects.cancel(*names[:2])
     assert _address("fleet", "a.b") == subjects.heartbeat("a.b")
+    assert _address("held", "a.b") == subjects.held("a.b")
+    assert _address("roster", "a.b") == subjects.roster("a.b")
     assert _address("usage", *names[:2]) == subjects.usage(*names[:2])
     assert _address("dead", "a.b") == subjects.dead("a.b")
 
@@ -143,7 +145,9 @@ def _tree(root: type[errors.HeadraceError]) -> Iterator[type[errors.HeadraceErro
         yield from _tree(child)
 
 
-@pytest.mark.parametrize("model", [messages.Heartbeat, messages.UsageEvent, messages.DeadLetter])
+@pytest.mark.parametrize(
+    "model", [messages.Heartbeat, messages.Held, messages.UsageEvent, messages.DeadLetter]
+)
 def test_payload_schemas_are_the_models_own(model: type[BaseModel]) -> None:
     own = _untitled(
         model.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
@@ -198,6 +202,7 @@ def test_the_examples_are_what_they_show() -> None:
             b'{"epoch":1,"seq":0,"kind":"head","off":0,"status":200,"headers":{"a":1},"worker":"w","at":1}\n',
         ),
         ("Heartbeat", b'{"worker":"w"}'),
+        ("Held", b'{"started_ms":1,"number":1,"take":[[1]]}'),
         ("Acknowledgement", b'{"stream":"REQUESTS"}'),
         ("Cancel", b'{"seq":0}'),
     ],
@@ -263,7 +268,7 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
     connection = await nats.connect(nats_url)
     try:
         wire = Wire(connection)
-        for subject in ("req.>", "out.>", "cancel.>", "fleet.>", "usage.>", "dead.>"):
+        for subject in ("req.>", "out.>", "cancel.>", "fleet.>", "held.>", "usage.>", "dead.>"):
             await connection.subscribe(subject, cb=wire.on_message)
         await connection.flush()
         yield wire
@@ -273,10 +278,12 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
 
 @asynccontextmanager
 async def scheduling(nats_url: str, **settings: float) -> AsyncIterator[None]:
-    stop = asyncio.Event()
+    stop, ready = asyncio.Event(), asyncio.Event()
     async with await client.connect(BrokerConfig(url=nats_url), "scheduler") as broker:
-        serving = asyncio.create_task(Scheduler(SchedulerConfig(**settings), broker).run(stop))
+        scheduler = Scheduler(SchedulerConfig(**settings), broker)
+        serving = asyncio.create_task(scheduler.run(stop, lambda _: ready.set()))
         try:
+            await asyncio.wait_for(ready.wait(), LIMIT)
             yield
         finally:
             stop.set()
@@ -291,6 +298,7 @@ def _name_of(message: Msg) -> str:
         "req": "Request",
         "cancel": "Cancel",
         "fleet": "Heartbeat",
+        "held": "Held",
         "usage": "Usage",
         "dead": "DeadLetter",
     }

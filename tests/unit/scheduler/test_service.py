@@ -62,7 +62,7 @@ async def scheduling(broker: MemoryBroker, **settings: Any) -> AsyncIterator[Sch
     config = SchedulerConfig(**{"lost_after": 0.03, "sweep": 0.01, "orphan_after": 0.0, **settings})
     scheduler, stop = Scheduler(config, broker), asyncio.Event()
     task = asyncio.create_task(scheduler.run(stop))
-    await until(lambda: len(broker.watches) == 1)
+    await until(lambda: scheduler.leads)
     try:
         yield scheduler
     finally:
@@ -500,14 +500,30 @@ async def test_a_request_that_runs_without_a_word_so_far_is_ended_once(broker: F
     await engine.close()
 
 
-async def test_a_broker_away_puts_the_sweep_off(
-    broker: Flaky, caller: Caller, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_broker_away_puts_the_sweep_off(broker: Flaky, caller: Caller) -> None:
     await remember(broker)
     stream = await enqueue(caller, "req.typo.standard.acme.typo")
-    async with scheduling(broker, orphan_after=0.05):
+    async with scheduling(broker, orphan_after=0.05) as scheduler:
         broker.disconnect()
-        await until(lambda: "no sweep" in caplog.text)
+        assert not scheduler.leads
         broker.reconnect()
         (frame,) = await stream.next(5)
         assert frame.extra["code"] == "model_not_found"
+
+
+async def test_a_sweep_that_fails_is_put_off(
+    broker: Flaky, caller: Caller, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await remember(broker)
+    stream = await enqueue(caller, "req.typo.standard.acme.typo")
+
+    async def fails(stream: str, subject: str) -> dict[str, int]:
+        raise errors.Unavailable("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broker, "counts", fails)
+        async with scheduling(broker):
+            await until(lambda: "no sweep" in caplog.text)
+            patch.undo()
+            (frame,) = await stream.next(5)
+            assert frame.extra["code"] == "model_not_found"

@@ -32,6 +32,7 @@ class Delivery:
     attempt: int = 1
     pending: int = 0
     enqueued_ms: float = field(default_factory=replies.now_ms)
+    receipt: str = ""
     verdicts: list[str] = field(default_factory=list)
 
     async def ack(self) -> None:

@@ -264,6 +264,7 @@ async def test_a_full_worker_keeps_what_it_runs_when_that_is_delivered_again(
             seq=job.delivery.seq,
             pending=0,
             attempt=2,
+            receipt="again",
         )
         worker.worker._take(1, again)
         assert job.delivery is again
