@@ -38,12 +38,13 @@ _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
 
-async def connect(config: BrokerConfig, name: str) -> NatsBroker:
+async def connect(config: BrokerConfig, name: str, *, make_streams: bool = True) -> NatsBroker:
     """Connect to `config.url`, make the streams, and return a broker that reconnects by itself.
 
+    Without `make_streams` they stay as they are: an operator's command knows nothing of a fleet's limits.
     Raises errors.Unavailable when no server answers within `config.timeout`.
     """
-    broker = NatsBroker(config, name)
+    broker = NatsBroker(config, name, make_streams)
     await broker.open()
     return broker
 
@@ -76,9 +77,10 @@ def _without_credentials(url: str) -> str:
 class NatsBroker(base.Broker):
     """One connection. See `base.Broker` for the contract."""
 
-    def __init__(self, config: BrokerConfig, name: str) -> None:
+    def __init__(self, config: BrokerConfig, name: str, make_streams: bool = True) -> None:
         self._config = config
         self._name = name
+        self._make_streams = make_streams
         self._nc = Connection()
         self._js = self._nc.jetstream(timeout=config.timeout)
         self._acks: dict[str, asyncio.Future[base.Stored]] = {}
@@ -121,7 +123,8 @@ class NatsBroker(base.Broker):
             inbox = self._nc.new_inbox()
             self._ack_inbox = inbox + "."
             await self.subscribe(inbox + ".*", self._on_ack)
-            await topology.ensure(self._js, self._config)
+            if self._make_streams:
+                await topology.ensure(self._js, self._config)
 
     @property
     def connected(self) -> bool:
@@ -257,6 +260,8 @@ class NatsBroker(base.Broker):
                     if status in ("204", "404"):
                         return
                     text = (msg.headers or {}).get("Description", "")
+                    if status == "503":  # its text holds the subject asked, on a line of its own
+                        text = "there is no such stream, or JetStream is not ready"
                     raise errors.Unavailable(f"stream {stream} can't be read: {status} {text}")
             finally:
                 await subscription.unsubscribe()
@@ -362,7 +367,8 @@ class NatsBroker(base.Broker):
         )
         async for attempt in again:
             with attempt, _translated:
-                await topology.ensure(self._js, self._config)
+                if self._make_streams:
+                    await topology.ensure(self._js, self._config)
                 for puller in list(self._pullers):
                     await puller.restore()
                 for watch in list(self._watches):

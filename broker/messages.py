@@ -250,6 +250,15 @@ class UsageEvent(_Wire):
     latency: Latency = Latency()
 
 
+class Attempt(_Wire):
+    """One attempt at a request that failed for good: who had it, and what became of it."""
+
+    epoch: int
+    worker: str
+    at_ms: int
+    what: str
+
+
 class DeadLetter(_Wire):
     """`dead.<reason>`: a message that nobody could be told about, or that failed for good."""
 
@@ -259,3 +268,4 @@ class DeadLetter(_Wire):
     headers: dict[str, str]
     body: str = Field(description="the body, base64")
     failed_ms: int
+    history: tuple[Attempt, ...] = ()

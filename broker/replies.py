@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from broker import base, codec, errors, subjects
-from broker.messages import TERMINAL, DeadLetter, Frame, FrameKind
+from broker.messages import TERMINAL, Attempt, DeadLetter, Frame, FrameKind
 
 _log = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ async def dead_letter(
     body: bytes,
     exc: errors.HeadraceError,
     epoch: int = 0,
+    history: tuple[Attempt, ...] = (),
 ) -> None:
     """Keep a message that can't be run in DEAD, and answer it with an `error` frame if it says where."""
     head = dict(headers or {})
@@ -125,6 +126,7 @@ async def dead_letter(
         headers=head,
         body=base64.b64encode(body).decode(),
         failed_ms=now_ms(),
+        history=history,
     )
     data = letter.model_dump_json().encode()
     if len(data) > broker.max_payload:
