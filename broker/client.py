@@ -32,7 +32,9 @@ _log = logging.getLogger(__name__)
 
 _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
-_DELETE_FAILED = 10057  # the message is not, or no longer, there
+_DELETE_FAILED = 10057  # the message is not, or no longer, there; or a write failed
+_NO_ROOM = (10002, 10023, 10047)  # an account's, or the server's storage is used up
+_DISK_FULL = "no space left on device"
 _READ_BATCH = 256
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
@@ -200,6 +202,8 @@ class NatsBroker(base.Broker):
             future.set_result(base.Stored(answer["seq"], answer.get("duplicate", False)))
         elif fault.get("err_code") == _STORE_FAILED and fault["description"].startswith("maximum"):
             future.set_exception(errors.Overloaded("the queue is full: try again later", retry_after=1.0))
+        elif fault.get("err_code") in _NO_ROOM:
+            future.set_exception(errors.Unavailable(f"the broker's storage is full: {fault['description']}"))
         else:
             future.set_exception(errors.Unavailable(f"the broker refused it: {fault['description']}"))
 
@@ -291,7 +295,7 @@ class NatsBroker(base.Broker):
             msg = await self._nc.request(f"$JS.API.{call}", orjson.dumps(body), self._config.timeout)
         answer: dict[str, Any] = orjson.loads(msg.data)
         fault = answer.get("error")
-        if fault is not None and fault.get("err_code") != may_fail:
+        if fault is not None and (fault.get("err_code") != may_fail or _DISK_FULL in fault["description"]):
             raise errors.Unavailable(f"the broker refused {call}: {fault.get('description')}")
         return answer
 
