@@ -33,12 +33,14 @@ _log = logging.getLogger(__name__)
 
 _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
-_DELETE_FAILED = 10057  # the message is not, or no longer, there
 _NO_MESSAGE = 10037
 _NO_CONSUMER = 10014
 _WRONG_LAST_SEQUENCE = 10071
 _RECEIPT = "$JS.ACK."
 _NOT_LITERAL = set("*> \t\r\n")
+_DELETE_FAILED = 10057  # the message is not, or no longer, there; or a write failed
+_NO_ROOM = (10002, 10023, 10047)  # an account's, or the server's storage is used up
+_DISK_FULL = "no space left on device"
 _READ_BATCH = 256
 _NO_ANSWER = 0.05
 """Seconds after which a listener that does not answer is known to be there: the server says at once, in
@@ -47,12 +49,13 @@ _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
 
-async def connect(config: BrokerConfig, name: str) -> NatsBroker:
+async def connect(config: BrokerConfig, name: str, *, make_streams: bool = True) -> NatsBroker:
     """Connect to `config.url`, make the streams, and return a broker that reconnects by itself.
 
+    Without `make_streams` they stay as they are: an operator's command knows nothing of a fleet's limits.
     Raises errors.Unavailable when no server answers within `config.timeout`.
     """
-    broker = NatsBroker(config, name)
+    broker = NatsBroker(config, name, make_streams)
     await broker.open()
     return broker
 
@@ -85,9 +88,10 @@ def _without_credentials(url: str) -> str:
 class NatsBroker(base.Broker):
     """One connection. See `base.Broker` for the contract."""
 
-    def __init__(self, config: BrokerConfig, name: str) -> None:
+    def __init__(self, config: BrokerConfig, name: str, make_streams: bool = True) -> None:
         self._config = config
         self._name = name
+        self._make_streams = make_streams
         self._nc = Connection()
         self._js = self._nc.jetstream(timeout=config.timeout)
         self._acks: dict[str, asyncio.Future[base.Stored]] = {}
@@ -133,7 +137,8 @@ class NatsBroker(base.Broker):
             inbox = self._nc.new_inbox()
             self._ack_inbox = inbox + "."
             await self.subscribe(inbox + ".*", self._on_ack)
-            await topology.ensure(self._js, self._config)
+            if self._make_streams:
+                await topology.ensure(self._js, self._config)
 
     @property
     def connected(self) -> bool:
@@ -224,6 +229,8 @@ class NatsBroker(base.Broker):
             future.set_result(base.Stored(answer["seq"], answer.get("duplicate", False)))
         elif fault.get("err_code") == _STORE_FAILED and fault["description"].startswith("maximum"):
             future.set_exception(errors.Overloaded("the queue is full: try again later", retry_after=1.0))
+        elif fault.get("err_code") in _NO_ROOM:
+            future.set_exception(errors.Unavailable(f"the broker's storage is full: {fault['description']}"))
         else:
             future.set_exception(errors.Unavailable(f"the broker refused it: {fault['description']}"))
 
@@ -322,6 +329,8 @@ class NatsBroker(base.Broker):
                     if status in ("204", "404"):
                         return
                     text = (msg.headers or {}).get("Description", "")
+                    if status == "503":  # its text holds the subject asked, on a line of its own
+                        text = "there is no such stream, or JetStream is not ready"
                     raise errors.Unavailable(f"stream {stream} can't be read: {status} {text}")
             finally:
                 await subscription.unsubscribe()
@@ -356,7 +365,7 @@ class NatsBroker(base.Broker):
             msg = await self._nc.request(subject, data, self._config.timeout, headers=headers)
         answer: dict[str, Any] = orjson.loads(msg.data)
         fault = answer.get("error")
-        if fault is not None and fault.get("err_code") != may_fail:
+        if fault is not None and (fault.get("err_code") != may_fail or _DISK_FULL in fault["description"]):
             raise errors.Unavailable(f"the broker refused {subject}: {fault.get('description')}")
         return answer
 
@@ -450,7 +459,8 @@ class NatsBroker(base.Broker):
         )
         async for attempt in again:
             with attempt, _translated:
-                await topology.ensure(self._js, self._config)
+                if self._make_streams:
+                    await topology.ensure(self._js, self._config)
                 for puller in list(self._pullers):
                     await puller.restore()
                 for watch in list(self._watches):

@@ -135,6 +135,7 @@ async def dead_letter(
     body: bytes,
     exc: errors.HeadraceError,
     epoch: int = 0,
+    history: tuple[Attempt, ...] = (),
 ) -> None:
     """Keep a message that can't be run in DEAD, and answer it with an `error` frame if it says where."""
     head = dict(headers or {})

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from broker import addresses, errors, processes
+from broker import addresses, errors, processes, subjects
 
 _START_TIMEOUT = 30.0  # recovery of a large store included
 _POLL = 0.01
+_PROBE_TIMEOUT = 2.0
+_NEVER_STORED = b'{"seq":%d}' % 2**62
 
 
 def binary() -> str:
@@ -97,6 +99,36 @@ class NatsServer:
         """Wait until the process ends; its exit status."""
         assert self._process is not None, "not started"
         return await self._process.wait()
+
+    async def full(self) -> bool:
+        """Whether the disk was full when a stream was to be written.
+
+        JetStream then stores nothing more in that stream and answers nobody who asks for it, room or not,
+        until the server is started anew. What it has stored stays.
+        """
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT):
+                return b"no space left on device" in await self._probe()
+        except (OSError, TimeoutError):
+            return False  # `wait` tells when it died
+
+    async def _probe(self) -> bytes:
+        """What each stream on disk says to the deletion of a message that it can't have."""
+        streams = subjects.REQUESTS, subjects.USAGE, subjects.DEAD
+        reader, writer = await asyncio.open_connection(addresses.here(self.host), self.port)
+        try:
+            writer.write(b'CONNECT {"verbose":false}\r\nSUB _INBOX.probe 1\r\n')
+            for stream in streams:
+                call = f"PUB $JS.API.STREAM.MSG.DELETE.{stream} _INBOX.probe {len(_NEVER_STORED)}\r\n"
+                writer.write(call.encode() + _NEVER_STORED + b"\r\n")
+            said = b""
+            while said.count(b"\r\nMSG ") < len(streams):
+                if not (line := await reader.readline()):
+                    break
+                said += b"\r\n" + line
+            return said + await reader.readline()
+        finally:
+            writer.close()
 
     async def stop(self, grace: float = 10.0) -> None:
         """SIGTERM, and SIGKILL after `grace` seconds. Idempotent."""

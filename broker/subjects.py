@@ -48,6 +48,8 @@ TENANT = "Tenant"
 DEADLINE = "Deadline"
 REQUEST_ID = "Request-Id"
 TRACEPARENT = "traceparent"
+RESERVED = "Nats-"
+"""What the headers begin with that a server reads or writes itself."""
 
 MAX = 3000
 """Bytes of a subject. The server closes a connection that sends it a line of more than 4,096, and a line
@@ -168,6 +170,11 @@ def usage(tenant: str, model: str) -> str:
 def usage_id(tenant: str, request_id: str, seq: int) -> str:
     """`Nats-Msg-Id` of a usage event: a request is counted once, whoever tells of its end."""
     return f"{token(tenant)}:{token(request_id)}:{seq}"
+
+
+def replay_id(tenant: str, letter: int, stored_ms: float) -> str:
+    """`Nats-Msg-Id` of a dead letter's request, put back: new, and the same however often it is tried."""
+    return dedup_id(tenant, f"dead:{letter}:{stored_ms:.0f}")
 
 
 def dead(reason: str) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from broker import base, codec, errors, replies, subjects
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
-from broker.messages import DeadLetter, Frame, FrameKind
+from broker.messages import Attempt, DeadLetter, Frame, FrameKind
 from broker.replies import Assembler, Mailbox, Stream, Writer
 
 SUBJECT = "out.acme.box.r1"
@@ -390,8 +390,10 @@ FAULT = errors.MalformedMessage("no path")
 async def test_a_dead_letter_keeps_the_message_and_answers_it(anyio_backend: object) -> None:
     broker = MemoryBroker()
     headers = {"Reply-To": SUBJECT, "Odd": "one"}
-    await replies.dead_letter(broker, "req.llama.standard.acme.llama", headers, b"\xff", FAULT, 2)
+    history = (Attempt(epoch=1, worker="w1", at_ms=1, what="worker lost"),)
+    await replies.dead_letter(broker, "req.llama.standard.acme.llama", headers, b"\xff", FAULT, 2, history)
     (letter,) = await letters(broker)
+    assert letter.history == history
     assert (letter.reason, letter.message, letter.headers) == ("malformed_message", "no path", headers)
     assert letter.body == "/w=="
     frame = await replies.last_frame(broker, SUBJECT, 0)
