@@ -142,7 +142,7 @@ async def dead_letter(
     reply_to = head.get(subjects.REPLY_TO, "")
     if subjects.may_answer(subject, reply_to):
         await Writer(broker, reply_to, epoch).error(exc)
-    await bury(broker, subject, head, body, exc)
+    await bury(broker, subject, head, body, exc, history)
 
 
 async def bury(

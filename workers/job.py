@@ -165,10 +165,10 @@ class Job:
         Raises errors.Unavailable.
         """
         request, delivery = self.request, self.delivery
-        if await self._superseded():
-            return Superseded("another worker has it")  # it lay in our socket while we were out of touch
-        await self._broker.publish(subjects.taken(request.key), b"%d" % delivery.attempt)
         try:
+            if await self._superseded():
+                return Superseded("another worker has it")  # it lay in our socket while we were out of touch
+            await self._broker.publish(subjects.taken(request.key), b"%d" % delivery.attempt)
             self.past = await recovery.fence(self._broker, request, delivery, self._writer, self._worker)
         except errors.MalformedMessage as exc:
             return exc  # someone else wrote there: who reads it can't tell what is ours
@@ -385,7 +385,7 @@ class Job:
     async def doubt(self) -> None:
         """See whether the request was given to another worker while this one was out of touch."""
         self._doubted = True
-        with contextlib.suppress(errors.Unavailable):  # asked again before the ack
+        with contextlib.suppress(errors.Unavailable, errors.MalformedMessage):  # asked again before the ack
             if await self._superseded():
                 self.stop(Superseded("another worker has it"))
 
