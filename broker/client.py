@@ -34,6 +34,7 @@ _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
 _DELETE_FAILED = 10057  # the message is not, or no longer, there
 _READ_BATCH = 256
+_ELECTED = "$JS.EVENT.ADVISORY.CONSUMER.LEADER_ELECTED."
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
@@ -94,6 +95,7 @@ class NatsBroker(base.Broker):
         try:
             await self._open()
         except errors.Unavailable as exc:
+            await self.close()  # it may be connected, and without its streams it is of no use
             url = _without_credentials(self._config.url)
             raise errors.Unavailable(f"no broker at {url}: {exc.message}") from exc
 
@@ -210,12 +212,14 @@ class NatsBroker(base.Broker):
         config = topology.consumer(base_model, service_class, self._config)
         ensure = functools.partial(self._js.add_consumer, subjects.REQUESTS, config)
         inbox = self._nc.new_inbox()
+        name = f"{subjects.REQUESTS}.{config.durable_name}"
         with _translated:
             await ensure()
-            puller = _Puller(
-                self, inbox, f"{subjects.REQUESTS}.{config.durable_name}", handler, lapsed, ensure
-            )
-            puller.subscription = await self.subscribe(inbox, puller.on_message)
+            puller = _Puller(self, inbox, name, handler, lapsed, ensure)
+            puller.subscriptions = [
+                await self.subscribe(inbox, puller.on_message),
+                await self.subscribe(_ELECTED + name, puller.on_elected),
+            ]
         self._pullers.add(puller)
         return puller
 
@@ -451,7 +455,7 @@ class _Puller:
         self._lapsed = lapsed
         self._ensure = ensure
         self._closed = False
-        self.subscription: _Subscription | None = None
+        self.subscriptions: list[_Subscription] = []
         self._naks: set[asyncio.Task[None]] = set()
         self._recovering: asyncio.Task[None] | None = None
         self.outstanding = 0
@@ -497,10 +501,17 @@ class _Puller:
             self._lapsed()
         elif self._recovering is None or self._recovering.done():
             _log.warning("a pull ended: %s", head.get("Description") or status)
-            self._recovering = asyncio.create_task(self._recover())
+            self._recovering = asyncio.create_task(self._recover(_RECOVER_AFTER))
 
-    async def _recover(self) -> None:
-        await asyncio.sleep(_RECOVER_AFTER)
+    def on_elected(self, _: base.Message) -> None:
+        """In a cluster: our pulls were known to the last leader alone, which may have died without a word."""
+        if self._recovering is not None:
+            self._recovering.cancel()
+        if not self._closed:
+            self._recovering = asyncio.create_task(self._recover(0.0))
+
+    async def _recover(self, delay: float) -> None:
+        await asyncio.sleep(delay)
         try:
             await self.restore()
         except errors.Unavailable as exc:
@@ -520,10 +531,10 @@ class _Puller:
         self._broker._pullers.discard(self)
         if self._recovering is not None:
             self._recovering.cancel()
-        if self.subscription is not None:
+        for subscription in self.subscriptions:
             # The server drops pulls that nobody listens to. What it has sent already is still heard,
             # and handed back at once instead of lying out its ack wait.
-            await self.subscription.stop()
+            await subscription.stop()
 
 
 class _Delivery:

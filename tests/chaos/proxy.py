@@ -87,7 +87,7 @@ class Proxy:
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One way; its end, or a broken connection, is passed on at once."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # uvloop raises the second for a closed one
             while data := await reader.read(_CHUNK):
                 await self._passing.wait()
                 writer.write(data)

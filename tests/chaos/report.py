@@ -63,7 +63,7 @@ def figures(tally: Tally, struck: Sequence[Struck]) -> dict[str, Any]:
     gaps = {"all": [gap for found in gaps.values() for gap in found], **gaps}
     return {
         "requests": tally.manners.total(),
-        "manners": dict(tally.manners),
+        "manners": {str(manner): n for manner, n in tally.manners.items()},
         "ends": {str(end): tally.ends[end] for end in End},
         "resumed": tally.resumed,
         "faults": len(struck),

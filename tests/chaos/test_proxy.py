@@ -11,7 +11,6 @@ import pytest
 from tests.chaos.proxy import Proxy
 from tests.waiting import LIMIT
 
-
 BROKEN = ConnectionResetError, asyncio.IncompleteReadError
 
 

@@ -15,6 +15,7 @@ from broker.config import BrokerConfig
 from broker.server import NatsServer, Node
 from tests.waiting import until
 
+_STREAMS = (subjects.REQUESTS, subjects.REPLIES, subjects.USAGE, subjects.DEAD)
 READY = 60.0
 """Seconds for the nodes to find each other, elect a leader, and have every stream."""
 
@@ -43,24 +44,34 @@ class NatsCluster:
         return BrokerConfig(url=self.url, replicas=len(self.nodes))
 
     async def start(self) -> None:
-        """Start every node and wait until all streams take messages."""
+        """Start every node and wait until all streams have their copies."""
         await asyncio.gather(*(node.start() for node in self.nodes))
-        await until(self._works, READY)
-
-    async def _works(self) -> bool:
-        with contextlib.suppress(errors.Unavailable):
-            async with await client.connect(self.config, "cluster") as broker:
-                for stream in (subjects.REQUESTS, subjects.REPLIES, subjects.USAGE, subjects.DEAD):
-                    await broker.counts(stream, ">")
-                return True
-        return False
+        await until(self.healthy, READY)
 
     async def leader(self, stream: str) -> int | None:
         """Number of the node that leads `stream`; None while there is none."""
         async with await client.connect(self.config, "who leads") as broker:
             info = await broker._api(f"STREAM.INFO.{stream}", {})
         name = (info.get("cluster") or {}).get("leader")
-        return next((n for n, node in enumerate(self.nodes) if node.node and node.node.name == name), None)
+        return None if name is None else self.number(name)
+
+    def number(self, name: str) -> int:
+        """Of the node of that name."""
+        return [node.node and node.node.name for node in self.nodes].index(name)
+
+    async def healthy(self) -> bool:
+        """Whether every stream has a leader and all its copies are up to date."""
+        with contextlib.suppress(errors.Unavailable):
+            async with await client.connect(self.config, "health") as broker:
+                for stream in _STREAMS:
+                    info = (await broker._api(f"STREAM.INFO.{stream}", {}))["cluster"]
+                    copies = info.get("replicas", [])
+                    if not info.get("leader") or len(copies) + 1 < len(self.nodes):
+                        return False
+                    if any(copy.get("offline") or not copy.get("current") for copy in copies):
+                        return False
+                return True
+        return False
 
     async def kill(self, number: int) -> None:
         """SIGKILL to one node."""
