@@ -23,7 +23,7 @@ import orjson
 from nats.aio.msg import Msg
 from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception_type, wait_exponential
 
-from broker import base, errors, subjects, topology
+from broker import base, errors, subjects, tail, topology
 from broker.config import BrokerConfig
 from broker.connection import Connection
 from broker.messages import ServiceClass
@@ -34,6 +34,10 @@ _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
 _DELETE_FAILED = 10057  # the message is not, or no longer, there
 _READ_BATCH = 256
+_TAIL_SECONDS = 12.0
+_TAIL_BYTES = 32 * 2**20
+"""Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
+_JOURNAL_ELECTED = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED." + subjects.REPLIES
 _ELECTED = "$JS.EVENT.ADVISORY.CONSUMER.LEADER_ELECTED."
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
@@ -90,6 +94,8 @@ class NatsBroker(base.Broker):
         self._closing = False
         self._outage: set[str] = set()  # kinds of error logged since the connection was lost
         self._reconnecting: asyncio.Task[None] | None = None
+        self._tail = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)
+        self._repeats: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         try:
@@ -123,6 +129,8 @@ class NatsBroker(base.Broker):
             inbox = self._nc.new_inbox()
             self._ack_inbox = inbox + "."
             await self.subscribe(inbox + ".*", self._on_ack)
+            await self.subscribe(subjects.ALL_AGAIN, self._on_again)
+            await self.subscribe(_JOURNAL_ELECTED, self._on_journal_elected)
             await topology.ensure(self._js, self._config)
 
     @property
@@ -147,6 +155,33 @@ class NatsBroker(base.Broker):
             raise errors.TooLarge("the message is larger than the broker takes")
         with _translated:
             await self._nc.publish(subject, data, reply, headers)
+        if subject.startswith("out."):
+            self._tail.add(subject, data, asyncio.get_running_loop().time())
+
+    def _on_again(self, message: base.Message) -> None:
+        """A reader misses frames that the journal has not."""
+        key = message.subject.partition(".")[2]
+        if self._tail.of(key):
+            self._repeat([key])
+
+    def _on_journal_elected(self, _: base.Message) -> None:
+        """What was published since the journal's last leader went is in no journal."""
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
+
+    def _repeat(self, keys: list[str]) -> None:
+        task = asyncio.create_task(self._publish_again(keys))
+        self._repeats.add(task)
+        task.add_done_callback(self._repeats.discard)
+
+    async def _publish_again(self, keys: list[str]) -> None:
+        """One reply after the other, each without a pause: its newest frame has to be the journal's too."""
+        try:
+            for key in keys:
+                for subject, data in self._tail.of(key):
+                    await self._nc.publish(subject, data)
+                await asyncio.sleep(0)
+        except nats.errors.Error as exc:
+            _log.warning("frames were not published again: %s", _reason(exc))
 
     async def subscribe(self, subject: str, handler: Callable[[base.Message], None]) -> _Subscription:
         async def on_message(msg: Msg) -> None:
@@ -353,6 +388,8 @@ class NatsBroker(base.Broker):
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         self._reconnecting = asyncio.create_task(self._restore())
+        # What was on its way when the connection broke may have arrived or not.
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
 
     async def _restore(self) -> None:
         """What a restarted server forgot: streams, consumers, standing pulls; what we missed: changes.

@@ -21,6 +21,10 @@ from broker.messages import TERMINAL, DeadLetter, Frame, FrameKind
 _log = logging.getLogger(__name__)
 
 _HELD_LIMIT = 4096
+_GAP_LIMIT = 3.0
+"""Seconds until frames that are missing count as lost: their writer may be reconnecting, a copy of the
+journal may lag behind."""
+_GAP_POLL = 0.1
 _CLOCKS_APART = 60_000
 """Milliseconds that a reader's clock and the broker's may differ; half the default dedup window."""
 
@@ -237,6 +241,8 @@ class Stream:
         self._timer: asyncio.TimerHandle | None = None
         self._assembler = Assembler()
         self._since_ms = time.time() * 1000 - _CLOCKS_APART
+        self._gap_since = 0.0  # loop time; 0 = nothing is missing
+        self._gap_asked = 0.0
 
     @property
     def finished(self) -> bool:
@@ -260,6 +266,8 @@ class Stream:
         Silence is not trusted: the journal is asked whether frames passed us by, unless the caller
         knows better. Raises errors.FramesLost when a gap can't be filled from it.
         """
+        if self._assembler.gap:
+            timeout = min(timeout, _GAP_POLL)
         if not self._waiting and not await self._wait(timeout) and not self._waiting:
             return []
         ready: list[Frame] = []
@@ -269,6 +277,8 @@ class Stream:
         try:
             if self._assembler.gap or (silent and await self._missed()):
                 ready += await self._repair()
+            else:
+                self._gap_since = 0.0
         except errors.Unavailable as exc:
             # What is in order goes on its way; the next frame or silence asks the journal again.
             _log.warning("the journal can't be read now: %s", exc.message)
@@ -332,9 +342,26 @@ class Stream:
             return False
 
     async def _repair(self) -> list[Frame]:
-        """Read the journal and pass on what is new."""
+        """Read the journal and pass on what is new; what it has not, its writer is asked for.
+
+        Raises errors.FramesLost when frames have been missing for too long.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._gap_since and now - self._gap_asked < _GAP_POLL:
+            return []  # other frames came while these are waited for
         records = [record for record in await self._journal() if record.stored_ms >= self._since_ms]
-        return self._fill([codec.decode(record.data) for record in records])
+        frames = [codec.decode(record.data) for record in records]
+        ready = [passed for frame in frames for passed in self._assembler.feed(frame)]
+        if not self._assembler.gap:
+            self._gap_since = 0.0
+            return ready
+        if ready or not self._gap_since:
+            self._gap_since = now
+        elif now - self._gap_since > _GAP_LIMIT:
+            raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
+        self._gap_asked = now
+        await self._broker.publish(subjects.again(self.subject))
+        return ready
 
     async def _journal(self) -> list[base.Record]:
         return await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000)

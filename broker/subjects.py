@@ -5,6 +5,7 @@
     usage.<tenant>.<model>                one event a request          (stream USAGE)
     dead.<reason>                         requests that failed for good (stream DEAD)
     cancel.<tenant>.<request>             stop a request, queued or running (core)
+    again.<tenant>.<request>              publish a reply's latest frames once more (core)
     fleet.<worker>                        heartbeat and credit         (core)
 
 Each `<...>` is one subject token. Names that are no legal token are percent-encoded by `token`.
@@ -30,6 +31,7 @@ ALL_USAGE = "usage.>"
 ALL_DEAD = "dead.>"
 ALL_HEARTBEATS = "fleet.*"
 ALL_CANCELS = "cancel.*.*"
+ALL_AGAIN = "again.*.*"
 
 # Header names of a request message.
 MSG_ID = "Nats-Msg-Id"
@@ -133,6 +135,12 @@ def cancelled(subject: str) -> str:
     encode less than `token` does. Raises ValueError when it is no UTF-8."""
     _, tenant, request = subject.split(".")
     return f"{token(name(tenant))}.{token(name(request))}"
+
+
+def again(reply: str) -> str:
+    """Where the frames under `reply`, out.<tenant>.<mailbox>.<request>, are asked for once more."""
+    _, tenant, _, request = reply.split(".")
+    return f"again.{tenant}.{request}"
 
 
 def heartbeat(worker: str) -> str:
