@@ -21,7 +21,13 @@ import nats.errors
 import nats.js.errors
 import orjson
 from nats.aio.msg import Msg
-from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception_type, wait_exponential
+from tenacity import (
+    AsyncRetrying,
+    before_sleep_log,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+)
 
 from broker import base, errors, subjects, tail, topology
 from broker.config import BrokerConfig
@@ -39,6 +45,7 @@ _TAIL_BYTES = 32 * 2**20
 """Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
 _JOURNAL_ELECTED = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED." + subjects.REPLIES
 _ELECTED = "$JS.EVENT.ADVISORY.CONSUMER.LEADER_ELECTED."
+_TRIES = 3
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
@@ -248,8 +255,8 @@ class NatsBroker(base.Broker):
         ensure = functools.partial(self._js.add_consumer, subjects.REQUESTS, config)
         inbox = self._nc.new_inbox()
         name = f"{subjects.REQUESTS}.{config.durable_name}"
+        await self._insist(ensure)
         with _translated:
-            await ensure()
             puller = _Puller(self, inbox, name, handler, lapsed, ensure)
             puller.subscriptions = [
                 await self.subscribe(inbox, puller.on_message),
@@ -257,6 +264,14 @@ class NatsBroker(base.Broker):
             ]
         self._pullers.add(puller)
         return puller
+
+    async def _insist(self, act: Callable[[], Awaitable[Any]]) -> None:
+        """A cluster leaves one of several who make the same consumer at once without an answer."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(errors.Unavailable), stop=stop_after_attempt(_TRIES), reraise=True
+        ):
+            with attempt, _translated:
+                await act()
 
     async def delete(self, stream: str, seq: int) -> bool:
         # no_erase: the bytes need no overwriting, and the caller waits for this.
@@ -542,10 +557,11 @@ class _Puller:
 
     def on_elected(self, _: base.Message) -> None:
         """In a cluster: our pulls were known to the last leader alone, which may have died without a word."""
+        if self._closed or not self.outstanding:
+            return
         if self._recovering is not None:
             self._recovering.cancel()
-        if not self._closed:
-            self._recovering = asyncio.create_task(self._recover(0.0))
+        self._recovering = asyncio.create_task(self._recover(0.0))
 
     async def _recover(self, delay: float) -> None:
         await asyncio.sleep(delay)

@@ -43,9 +43,13 @@ async def cluster(anyio_backend: object, tmp_path: Path) -> AsyncIterator[NatsCl
 async def fleet(config: BrokerConfig) -> AsyncIterator[list[str]]:
     """URLs of two ingresses, with two workers behind them."""
     async with contextlib.AsyncExitStack() as stack:
+        broker = await stack.enter_async_context(await client.connect(config, "under test"))
+        beats: set[str] = set()
+        await broker.subscribe(subjects.ALL_HEARTBEATS, lambda message: beats.add(message.subject))
         for n in range(2):
             settings = {"name": f"w{n}", "itl_ms": PACE * 1000}
             await stack.enter_async_context(serving.worker(config, **settings))
+        await until(lambda: len(beats) == 2)
         urls = [await stack.enter_async_context(serving.ingress(config)) for _ in range(2)]
         async with httpx.AsyncClient(trust_env=False) as http:
             for url in urls:
