@@ -44,7 +44,6 @@ _TAIL_SECONDS = 12.0
 _TAIL_BYTES = 32 * 2**20
 """Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
 _JOURNAL_ELECTED = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED." + subjects.REPLIES
-_ELECTED = "$JS.EVENT.ADVISORY.CONSUMER.LEADER_ELECTED."
 _TRIES = 3
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
@@ -258,10 +257,7 @@ class NatsBroker(base.Broker):
         await self._insist(ensure)
         with _translated:
             puller = _Puller(self, inbox, name, handler, lapsed, ensure)
-            puller.subscriptions = [
-                await self.subscribe(inbox, puller.on_message),
-                await self.subscribe(_ELECTED + name, puller.on_elected),
-            ]
+            puller.subscription = await self.subscribe(inbox, puller.on_message)
         self._pullers.add(puller)
         return puller
 
@@ -507,7 +503,7 @@ class _Puller:
         self._lapsed = lapsed
         self._ensure = ensure
         self._closed = False
-        self.subscriptions: list[_Subscription] = []
+        self.subscription: _Subscription | None = None
         self._naks: set[asyncio.Task[None]] = set()
         self._recovering: asyncio.Task[None] | None = None
         self.outstanding = 0
@@ -553,18 +549,10 @@ class _Puller:
             self._lapsed()
         elif self._recovering is None or self._recovering.done():
             _log.warning("a pull ended: %s", head.get("Description") or status)
-            self._recovering = asyncio.create_task(self._recover(_RECOVER_AFTER))
+            self._recovering = asyncio.create_task(self._recover())
 
-    def on_elected(self, _: base.Message) -> None:
-        """In a cluster: our pulls were known to the last leader alone, which may have died without a word."""
-        if self._closed or not self.outstanding:
-            return
-        if self._recovering is not None:
-            self._recovering.cancel()
-        self._recovering = asyncio.create_task(self._recover(0.0))
-
-    async def _recover(self, delay: float) -> None:
-        await asyncio.sleep(delay)
+    async def _recover(self) -> None:
+        await asyncio.sleep(_RECOVER_AFTER)
         try:
             await self.restore()
         except errors.Unavailable as exc:
@@ -584,10 +572,10 @@ class _Puller:
         self._broker._pullers.discard(self)
         if self._recovering is not None:
             self._recovering.cancel()
-        for subscription in self.subscriptions:
+        if self.subscription is not None:
             # The server drops pulls that nobody listens to. What it has sent already is still heard,
             # and handed back at once instead of lying out its ack wait.
-            await subscription.stop()
+            await self.subscription.stop()
 
 
 class _Delivery:

@@ -360,7 +360,7 @@ class Stream:
         elif now - self._gap_since > _GAP_LIMIT:
             raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
         self._gap_asked = now
-        await self._broker.publish(subjects.again(self.subject))
+        await self._broker.publish(subjects.again(self.subject), b"{}")
         return ready
 
     async def _journal(self) -> list[base.Record]:
