@@ -22,9 +22,15 @@ import nats.errors
 import nats.js.errors
 import orjson
 from nats.aio.msg import Msg
-from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception_type, wait_exponential
+from tenacity import (
+    AsyncRetrying,
+    before_sleep_log,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+)
 
-from broker import base, errors, subjects, topology
+from broker import base, errors, subjects, tail, topology
 from broker.config import BrokerConfig
 from broker.connection import Connection
 from broker.messages import ServiceClass
@@ -45,6 +51,11 @@ _READ_BATCH = 256
 _NO_ANSWER = 0.05
 """Seconds after which a listener that does not answer is known to be there: the server says at once, in
 0.3 ms, that there is none."""
+_TAIL_SECONDS = 12.0
+_TAIL_BYTES = 32 * 2**20
+"""Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
+_JOURNAL_ELECTED = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED." + subjects.REPLIES
+_TRIES = 3
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
@@ -105,11 +116,14 @@ class NatsBroker(base.Broker):
         self._closing = False
         self._outage: set[str] = set()  # kinds of error logged since the connection was lost
         self._reconnecting: asyncio.Task[None] | None = None
+        self._tail = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)
+        self._repeats: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         try:
             await self._open()
         except errors.Unavailable as exc:
+            await self.close()  # it may be connected, and without its streams it is of no use
             url = _without_credentials(self._config.url)
             raise errors.Unavailable(f"no broker at {url}: {exc.message}") from exc
 
@@ -137,6 +151,8 @@ class NatsBroker(base.Broker):
             inbox = self._nc.new_inbox()
             self._ack_inbox = inbox + "."
             await self.subscribe(inbox + ".*", self._on_ack)
+            await self.subscribe(subjects.ALL_AGAIN, self._on_again)
+            await self.subscribe(_JOURNAL_ELECTED, self._on_journal_elected)
             if self._make_streams:
                 await topology.ensure(self._js, self._config)
 
@@ -162,6 +178,33 @@ class NatsBroker(base.Broker):
             raise errors.TooLarge("the message is larger than the broker takes")
         with _translated:
             await self._nc.publish(subject, data, reply, headers)
+        if subject.startswith("out."):
+            self._tail.add(subject, data, asyncio.get_running_loop().time())
+
+    def _on_again(self, message: base.Message) -> None:
+        """A reader misses frames that the journal has not."""
+        key = message.subject.partition(".")[2]
+        if self._tail.of(key):
+            self._repeat([key])
+
+    def _on_journal_elected(self, _: base.Message) -> None:
+        """What was published since the journal's last leader went is in no journal."""
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
+
+    def _repeat(self, keys: list[str]) -> None:
+        task = asyncio.create_task(self._publish_again(keys))
+        self._repeats.add(task)
+        task.add_done_callback(self._repeats.discard)
+
+    async def _publish_again(self, keys: list[str]) -> None:
+        """One reply after the other, each without a pause: its newest frame has to be the journal's too."""
+        try:
+            for key in keys:
+                for subject, data in self._tail.of(key):
+                    await self._nc.publish(subject, data)
+                await asyncio.sleep(0)
+        except nats.errors.Error as exc:
+            _log.warning("frames were not published again: %s", _reason(exc))
 
     async def subscribe(self, subject: str, handler: Callable[[base.Message], None]) -> _Subscription:
         async def on_message(msg: Msg) -> None:
@@ -244,11 +287,10 @@ class NatsBroker(base.Broker):
         config = topology.consumer(base_model, service_class, self._config)
         ensure = functools.partial(self._js.add_consumer, subjects.REQUESTS, config)
         inbox = f"{self._inbox}.{next(self._inboxes)}"
+        name = f"{subjects.REQUESTS}.{config.durable_name}"
+        await self._insist(ensure)
         with _translated:
-            await ensure()
-            puller = _Puller(
-                self, inbox, f"{subjects.REQUESTS}.{config.durable_name}", handler, lapsed, ensure
-            )
+            puller = _Puller(self, inbox, name, handler, lapsed, ensure)
             puller.subscription = await self.subscribe(inbox, puller.on_message)
         self._pullers.add(puller)
         return puller
@@ -290,6 +332,14 @@ class NatsBroker(base.Broker):
             nak = asyncio.create_task(_Delivery(self, msg).nak())
             self._naks.add(nak)
             nak.add_done_callback(self._naks.discard)
+
+    async def _insist(self, act: Callable[[], Awaitable[Any]]) -> None:
+        """A cluster leaves one of several who make the same consumer at once without an answer."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(errors.Unavailable), stop=stop_after_attempt(_TRIES), reraise=True
+        ):
+            with attempt, _translated:
+                await act()
 
     async def delete(self, stream: str, seq: int) -> bool:
         # no_erase: the bytes need no overwriting, and the caller waits for this.
@@ -446,6 +496,8 @@ class NatsBroker(base.Broker):
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         self._reconnecting = asyncio.create_task(self._restore())
+        # What was on its way when the connection broke may have arrived or not.
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
 
     async def _restore(self) -> None:
         """What a restarted server forgot: streams, consumers, standing pulls; what we missed: changes.

@@ -21,8 +21,10 @@ from broker.messages import TERMINAL, Attempt, DeadLetter, Frame, FrameKind
 _log = logging.getLogger(__name__)
 
 _HELD_LIMIT = 4096
-_LAG = 1.0
-"""Seconds within which every replica of the journal has a frame that a subscriber got."""
+_LAG = 3.0
+"""Seconds until frames that are missing count as lost: a copy of the journal may lag behind, and who wrote
+them may be reconnecting."""
+_POLL = 0.1
 _CLOCKS_APART = 60_000
 """Milliseconds that a reader's clock and the broker's may differ; half the default dedup window."""
 
@@ -325,6 +327,7 @@ class Stream:
         )
         self._lag: float | None = None  # loop time since which the journal lacks what must be there
         self._since_ms = time.time() * 1000 - _CLOCKS_APART
+        self._asked_again = 0.0  # loop time
 
     @property
     def finished(self) -> bool:
@@ -349,7 +352,7 @@ class Stream:
         knows better. Raises errors.FramesLost when a gap can't be filled from it.
         """
         if self._lag is not None:
-            timeout = min(timeout, _LAG / 10)
+            timeout = min(timeout, _POLL)
         if not self._waiting and not await self._wait(timeout) and not self._waiting and self._lag is None:
             return []
         ready: list[Frame] = []
@@ -362,23 +365,30 @@ class Stream:
                 self._behind = True  # an earlier attempt's last frames may only have passed us by
         try:
             if self._behind:
-                ready += self._checked(*await self._again())
+                ready += await self._checked(*await self._again())
             elif self._assembler.gap or (silent and await self._missed()):
-                ready += self._checked(*await self._repair())
+                ready += await self._checked(*await self._repair())
         except errors.Unavailable as exc:
             # What is in order goes on its way; the next frame or silence asks the journal again.
             _log.warning("the journal can't be read now: %s", exc.message)
         return ready
 
-    def _checked(self, frames: list[Frame], whole: bool) -> list[Frame]:
-        """What a repair found. Raises errors.FramesLost when it is not `whole` longer than replicas lag."""
+    async def _checked(self, frames: list[Frame], whole: bool) -> list[Frame]:
+        """What a repair found; what it did not find, its writer is asked for.
+
+        Raises errors.FramesLost when it is not `whole` for too long.
+        """
         now = asyncio.get_running_loop().time()
         if whole:
             self._lag = None
-        elif self._lag is None:
+            return frames
+        if self._lag is None or frames:
             self._lag = now
         elif now - self._lag > _LAG:
             raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
+        if now - self._asked_again >= _POLL:
+            self._asked_again = now
+            await self._broker.publish(subjects.again(self.subject), b"{}")
         return frames
 
     async def _wait(self, timeout: float) -> bool:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -31,6 +32,16 @@ def binary() -> str:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A server's place in a cluster: its name, the port of its own route, and all routes, its own too."""
+
+    cluster: str
+    name: str
+    port: int
+    routes: tuple[str, ...]
+
+
 class NatsServer:
     """One nats-server with its files under `data_dir`; an async context manager.
 
@@ -44,6 +55,7 @@ class NatsServer:
         max_payload: largest message in bytes.
         host: address to listen on. There is no password: beyond loopback, on a network you trust.
         log: file of the server's output; a run before this one's becomes `<log>.1`.
+        node: its place in a cluster; None = it stands alone.
     """
 
     def __init__(
@@ -54,6 +66,7 @@ class NatsServer:
         sync_always: bool = True,
         max_payload: int = 8 * 2**20,
         log: Path | None = None,
+        node: Node | None = None,
     ) -> None:
         self.data_dir = data_dir.resolve()
         self.host = host
@@ -61,6 +74,7 @@ class NatsServer:
         self.sync_always = sync_always
         self.max_payload = max_payload
         self.log = log or self.data_dir / "nats-server.log"
+        self.node = node
         self._process: asyncio.subprocess.Process | None = None
         self._lock: int | None = None
         self._logs_rotated = False
@@ -164,17 +178,27 @@ class NatsServer:
             )
 
     def _config(self) -> str:
-        store = {"store_dir": str(self.data_dir / "jetstream")}
+        store: dict[str, object] = {"store_dir": str(self.data_dir / "jetstream")}
         if self.sync_always:
             store["sync_interval"] = "always"
         # nats-server reads JSON; -1 is its "any free port".
-        config = {
+        config: dict[str, object] = {
             "host": self.host,
             "port": self.port or -1,
             "max_payload": self.max_payload,
             "ports_file_dir": str(self.data_dir),
             "jetstream": store,
         }
+        if self.node is not None:
+            config["server_name"] = self.node.name
+            config["cluster"] = {
+                "name": self.node.cluster,
+                "host": self.host,
+                "port": self.node.port,
+                "routes": list(self.node.routes),
+                # Who uses the cluster is given every node's URL, which need not be the node's own address.
+                "no_advertise": True,
+            }
         return json.dumps(config, indent=2) + "\n"
 
     async def _listening(self) -> int:

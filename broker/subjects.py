@@ -6,6 +6,7 @@
     dead.<reason>                         requests that failed for good (stream DEAD)
     cancel.<tenant>.<request>             stop a request, queued or running (core)
     taken.<tenant>.<request>              a worker has taken a request over from another (core)
+    again.<tenant>.<request>              publish a reply's latest frames once more (core)
     fleet.<worker>                        heartbeat and credit         (core)
     held.<worker>                         what it took and let go      (core)
     roster.<worker>                       it is to tell all it holds   (core)
@@ -39,6 +40,7 @@ ALL_HELD = "held.*"
 
 LEADER = "leader"
 """Key in `KV_LEASES`: the scheduler that leads."""
+ALL_AGAIN = "again.*.*"
 
 # Header names of a request message.
 MSG_ID = "Nats-Msg-Id"
@@ -149,6 +151,12 @@ def cancelled(subject: str) -> str:
 def taken(key: str) -> str:
     """`key` as `messages.Request.key` spells it."""
     return f"taken.{key}"
+
+
+def again(reply: str) -> str:
+    """Where the frames under `reply`, out.<tenant>.<mailbox>.<request>, are asked for once more."""
+    _, tenant, _, request = reply.split(".")
+    return f"again.{tenant}.{request}"
 
 
 def heartbeat(worker: str) -> str:

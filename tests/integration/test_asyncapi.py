@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ def test_addresses_are_the_subjects_that_the_code_builds() -> None:
     assert _address("requests", *names) == str(subjects.RequestSubject(*names))
     assert _address("replies", *names[:3]) == subjects.reply(*names[:3])
     assert _address("cancels", *names[:2]) == subjects.cancel(*names[:2])
+    assert _address("repeats", *names[:2]) == subjects.again(subjects.reply("a.b", "box", "batch"))
     assert _address("fleet", "a.b") == subjects.heartbeat("a.b")
     assert _address("held", "a.b") == subjects.held("a.b")
     assert _address("roster", "a.b") == subjects.roster("a.b")
@@ -249,6 +250,10 @@ class Wire:
     def frames(self, request: str) -> list[Frame]:
         return [codec.decode(msg.data) for msg in self.heard if msg.subject == f"out.acme.box.{request}"]
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(LIMIT), self._news:
+            await self._news.wait_for(condition)
+
     async def until_said(self, *wanted: str) -> None:
         """Wait for a message under each of these subjects."""
         async with asyncio.timeout(LIMIT), self._news:
@@ -268,7 +273,7 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
     connection = await nats.connect(nats_url)
     try:
         wire = Wire(connection)
-        for subject in ("req.>", "out.>", "cancel.>", "fleet.>", "held.>", "usage.>", "dead.>"):
+        for subject in ("req.>", "out.>", "cancel.>", "again.>", "fleet.>", "held.>", "usage.>", "dead.>"):
             await connection.subscribe(subject, cb=wire.on_message)
         await connection.flush()
         yield wire
@@ -297,6 +302,7 @@ def _name_of(message: Msg) -> str:
     names = {
         "req": "Request",
         "cancel": "Cancel",
+        "again": "Again",
         "fleet": "Heartbeat",
         "held": "Held",
         "usage": "Usage",
@@ -332,6 +338,9 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
     await wire.until_frame("endless", FrameKind.DATA)
     await wire.connection.publish("cancel.acme.endless", orjson.dumps({"at": time.time() * 1000}))
     assert (await wire.ended("endless")).extra["code"] == "cancelled"
+    said = len(wire.frames("streamed"))
+    await wire.connection.publish("again.acme.streamed", b"{}")
+    await wire.until(lambda: len(wire.frames("streamed")) == 2 * said)
 
     async with scheduling(nats_url, sweep=0.05, orphan_after=0):
         acks.append(await wire.publish(_chat(), _headers("orphan"), "req.typo.batch.acme.sim"))

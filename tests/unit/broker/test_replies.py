@@ -202,10 +202,17 @@ class Deafening(MemoryBroker):
         self.lost: set[int] = set()
         self.forgotten: set[int] = set()
         self.refused: list[str] = []
+        self.asked = 0
+        self.kept: list[bytes] = []  # what the writer publishes once more when asked
 
     async def publish(
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
     ) -> None:
+        if subject == subjects.again(SUBJECT):
+            self.asked += 1
+            for frame in self.kept:
+                await super().publish(SUBJECT, frame)
+            return
         number = codec.decode(data).seq
         if number in self.forgotten:
             return
@@ -325,14 +332,31 @@ async def test_silence_is_silence_when_nothing_was_said(stream: Stream) -> None:
     assert not stream.finished
 
 
-async def test_a_gap_that_the_journal_does_not_fill_is_a_loss(broker: Deafening, stream: Stream) -> None:
+async def test_a_gap_that_the_journal_does_not_fill_is_filled_by_its_writer(
+    broker: Deafening, stream: Stream
+) -> None:
+    broker.forgotten = {3}
+    await write(broker)
+    broker.kept = [codec.encode(Frame(1, n, FrameKind.DATA, n - 2, [n - 2])) for n in (2, 3, 4)]
+    assert tokens(await read(stream)) == [0, 1, 2, 3]
+    assert broker.asked == 1
+
+
+async def test_a_gap_that_nobody_fills_is_a_loss(
+    broker: Deafening, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "_LAG", 0.3)
     broker.forgotten = {3}
     await write(broker)
     with pytest.raises(errors.FramesLost, match="no longer has them"):
         await read(stream, silence=0.02)
+    assert broker.asked >= 2
 
 
-async def test_so_is_one_before_a_lost_tail(broker: Deafening, stream: Stream) -> None:
+async def test_so_is_one_before_a_lost_tail(
+    broker: Deafening, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "_LAG", 0.3)
     broker.forgotten, broker.lost = {3}, {4, 5, 6}
     await write(broker)
     with pytest.raises(errors.FramesLost, match="no longer has them"):
