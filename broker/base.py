@@ -136,6 +136,10 @@ class Broker(abc.ABC):
         """Core publish: no acknowledgement; subjects of a stream are captured by it."""
 
     @abc.abstractmethod
+    async def sync(self) -> None:
+        """One round trip: what the broker sent here before it answered has been handled."""
+
+    @abc.abstractmethod
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> Subscription: ...
 
     @abc.abstractmethod

@@ -206,6 +206,10 @@ class NatsBroker(base.Broker):
         except nats.errors.Error as exc:
             _log.warning("frames were not published again: %s", _reason(exc))
 
+    async def sync(self) -> None:
+        with _translated:
+            await self._nc.flush(max(1, round(self._config.timeout)))
+
     async def subscribe(self, subject: str, handler: Callable[[base.Message], None]) -> _Subscription:
         async def on_message(msg: Msg) -> None:
             handler(base.Message(msg.subject, msg.data, msg.headers, msg.reply))

@@ -232,6 +232,9 @@ class MemoryBroker(base.Broker):
         self._fits(subject, data, headers)
         self.send(self.hub.publish, Message(subject, data, headers, reply))
 
+    async def sync(self) -> None:
+        self.check()
+
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> base.Subscription:
         if self._closed:
             self.check()

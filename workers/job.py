@@ -28,6 +28,9 @@ _HAND_BACKS = 3
 """Deliveries up to which a request that the engine refused goes to another worker. Later ones are
 answered: where every worker's engine refuses, it would go round until its deadline."""
 
+_AWAY = 5.0
+"""Seconds that the end of a request waits for the broker to come back; then it is left to the ack wait."""
+
 _DEATH_NOTICE = 0.25
 """Seconds until an engine that failed a request counts as alive."""
 
@@ -125,6 +128,7 @@ class Job:
         self._broker = broker
         self._joint: recovery.Joint | None = None
         self.past = recovery.NOTHING
+        self._taken = False
         self._doubted = False  # the fleet may have taken us for lost, and given the request to another
         self._fault: errors.HeadraceError | None = None
         self._stopped = asyncio.Event()
@@ -343,7 +347,7 @@ class Job:
             self._fault = errors.EngineFailed("the engine ended without finishing its answer")
         if self._fault is None and self._joint is not None and not self._joint.reached:
             self._fault = errors.WorkerLost("the answer can't be continued: it ended sooner this time")
-        if (self._doubted or self._touch.lost) and await self._superseded():
+        if not await self._ours():
             self._fault = Superseded("another worker has it")
         if isinstance(self._fault, Superseded):
             _log.info("request left to the worker that took it over", extra=self.log_extra())
@@ -365,6 +369,8 @@ class Job:
         # The ack last: who finds the request answered but not acked tells of its usage again.
         event = self._usage_event()
         await usage.publish(self._broker, event, self.delivery.seq)
+        if not await self._ours(sure=True):
+            return  # the broker removes a message for whoever acks it, under the hands of whoever has it
         await self.delivery.ack()
         self._observe(event)
 
@@ -375,8 +381,34 @@ class Job:
         if died != bool(self._writer.frames):
             # An attempt that leaves a trace counts as a death, unless it says why it ended.
             await self._writer.beat(self._worker, left="" if died else reason.message)
-        await self.delivery.nak()
+        if await self._ours(sure=True):
+            await self.delivery.nak()
         _log.info("request handed back: %s", reason.message, extra=self.log_extra())
+
+    async def _ours(self, sure: bool = False) -> bool:
+        """Whether no other worker has taken the request over; `sure` takes a round trip to the broker.
+
+        Raises errors.Unavailable when the broker stays away.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _AWAY
+        while not self._taken:
+            try:
+                if sure:
+                    await self._broker.sync()
+                lost = self._doubted or self._touch.lost
+                return not (self._taken or (lost and await self._superseded()))
+            except errors.Unavailable:
+                if not sure or loop.time() > end:
+                    raise
+                self._doubted = True  # what was said meanwhile has passed us by
+                await asyncio.sleep(_AWAY / 50)
+        return False
+
+    def supersede(self) -> None:
+        """Another worker has taken the request over: stop, and neither ack nor hand it back."""
+        self._taken = True
+        self.stop(Superseded("another worker has it"))
 
     async def _superseded(self) -> bool:
         frames = await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
@@ -387,7 +419,7 @@ class Job:
         self._doubted = True
         with contextlib.suppress(errors.Unavailable, errors.MalformedMessage):  # asked again before the ack
             if await self._superseded():
-                self.stop(Superseded("another worker has it"))
+                self.supersede()
 
     async def _settle_held_head(self) -> None:
         if self._status >= 500 and await self._engine_died():

@@ -21,7 +21,7 @@ from kvstate import budget
 from workers import held, intake, metrics, screening
 from workers.config import WorkerConfig
 from workers.engines.base import Engine
-from workers.job import HandBack, Job, Share, Superseded, Touch
+from workers.job import HandBack, Job, Share, Touch
 
 _log = logging.getLogger(__name__)
 
@@ -263,7 +263,7 @@ class Worker:
         """`taken.<tenant>.<request>`: another worker runs it now, as the attempt in the message."""
         job = self._jobs.get(message.subject.partition(".")[2])
         if job is not None and message.data.isdigit() and int(message.data) > job.delivery.attempt:
-            job.stop(Superseded("another worker has it"))
+            job.supersede()
 
     # Stopping
 

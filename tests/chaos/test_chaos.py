@@ -15,7 +15,6 @@ MINUTES = 2.0
 
 @pytest.mark.chaos
 @pytest.mark.timeout(MINUTES * 60 + 240)
-@pytest.mark.xfail(strict=False, reason="streams whose worker is lost are not continued on this branch")
 async def test_two_minutes_of_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told, trouble = await driver.run(SEED, MINUTES, tmp_path / "run")
     with capsys.disabled():
