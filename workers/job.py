@@ -95,7 +95,7 @@ class Job:
         self.delivery = delivery
         self.tap = Tap()
         self.timing = Timing(queued=max(0.0, time.time() - delivery.enqueued_ms / 1000))
-        self.prompt_estimate = max(1, len(request.body) // 4)
+        self.acked = False
         self._engine = engine
         self._worker = worker
         self._share = share
@@ -114,6 +114,10 @@ class Job:
         labels = request.subject.model if served else metrics.OTHER, request.subject.service_class
         self._itl = metrics.ITL.labels(*labels)
         self._labels = labels
+
+    @property
+    def prompt_estimate(self) -> int:
+        return max(1, len(self.request.body) // 4)
 
     @property
     def prompt_tokens(self) -> int:
@@ -286,6 +290,7 @@ class Job:
         event = self._usage_event()
         await usage.publish(self._broker, event, self.delivery.seq)
         await self.delivery.ack()
+        self.acked = True
         self._observe(event)
 
     async def _settle_held_head(self) -> None:

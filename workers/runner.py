@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from prometheus_client import start_http_server
 
-from broker import addresses, base, errors, replies, subjects
+from broker import addresses, base, bodies, errors, replies, subjects
 from broker.messages import Credit, Heartbeat, Request, ServiceClass, parse_request
 from kvstate import budget
 from workers import intake, metrics, screening
@@ -203,13 +203,18 @@ class Worker:
     async def _run(self, job: Job) -> None:
         try:
             verdict = await screening.screen(job.request, job.delivery, self._engine, self._broker)
+            if verdict is None and job.request.body_object:
+                verdict = await self._fetch_body(job)
             cancelled = self._tombstones.pop(job.request.key, job.delivery.enqueued_ms)
             if verdict is screening.ANSWERED:
                 await screening.settle(self._broker, job.request, job.delivery)
+                await bodies.discard(self._broker, job.request)
                 return
             if cancelled:
                 verdict = errors.Cancelled("the caller went away")
             await job.run(verdict)
+            if job.acked:  # not sooner: a redelivery must find it
+                await bodies.discard(self._broker, job.request)
             if job.tap.output_tokens:
                 self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
                 self._mean_output += _SMOOTHING * (job.tap.output_tokens - self._mean_output)
@@ -222,6 +227,17 @@ class Worker:
             if not self._jobs:
                 self._idle.set()
             self._prefilled(job)
+
+    async def _fetch_body(self, job: Job) -> errors.HeadraceError | None:
+        """Fetch a body that lies in the object store; returns why it can't be had, if so."""
+        try:
+            job.request = await bodies.load(self._broker, job.request)
+        except (errors.BodyLost, errors.TooLarge) as exc:
+            return exc
+        # Taken against the credit as a short one, for only now its length is known.
+        self._prefill_held += job.prompt_estimate - self._prefilling[job]
+        self._prefilling[job] = job.prompt_estimate
+        return None
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
