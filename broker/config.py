@@ -20,7 +20,7 @@ class BrokerConfig(BaseModel):
         10.0, ge=0.5, description="a worker silent for so long loses its requests to another"
     )
     payload_bytes: int = Field(
-        4 * 2**30, ge=2**20, description="bodies too large for a message, on disk; one more is refused (429)"
+        2 * 2**30, ge=2**20, description="bodies too large for a message, on disk; one more is refused (429)"
     )
     payload_age: float = Field(
         8 * 86400.0, gt=0, description="such a body is kept no longer; more than any deadline"
