@@ -64,6 +64,7 @@ async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: in
         body: bytes = message.get("body", b"")
         if len(body) > limit:
             raise _too_large(limit)
+        await turn.wait(len(body))
         return body
     chunks: list[bytes] = []
     size = 0

@@ -297,7 +297,7 @@ async def test_a_full_queue_keeps_no_body() -> None:
 
 
 async def test_a_full_store_refuses_and_its_place_is_free_again() -> None:
-    async with rig(BrokerConfig(payload_bytes=2**20), max_large=1) as at:
+    async with rig(BrokerConfig(payload_bytes=2**20), max_large=1, body_timeout=2.0) as at:
         for _ in range(2):
             async with request(at.app, CHAT, LARGE) as call:
                 _, body = await outcome(call)
