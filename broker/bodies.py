@@ -26,6 +26,11 @@ def room(broker: base.Broker) -> int:
     return broker.max_payload - _HEADER_ROOM
 
 
+def size(broker: base.Broker, request: Request) -> int:
+    """Bytes of its body; of one that is still in the store the fewest that bring a body there."""
+    return len(request.body) or (room(broker) if request.body_object else 0)
+
+
 async def stow(broker: base.Broker, request: Request) -> Request:
     """`request` as it can be published: a body without room in its message is in the store then.
 

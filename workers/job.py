@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from broker import base, errors, messages, replies, usage
+from broker import base, bodies, errors, messages, replies, usage
 from broker.messages import Latency, Request
 from workers import metrics
 from workers.engines.base import ASGIMessage, Engine, Receive, Refused, Scope, Tap, current_tap
@@ -117,7 +117,7 @@ class Job:
 
     @property
     def prompt_estimate(self) -> int:
-        return max(1, len(self.request.body) // 4)
+        return max(1, bodies.size(self._broker, self.request) // 4)
 
     @property
     def prompt_tokens(self) -> int:

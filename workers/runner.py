@@ -234,7 +234,7 @@ class Worker:
             job.request = await bodies.load(self._broker, job.request)
         except (errors.BodyLost, errors.TooLarge) as exc:
             return exc
-        # Taken against the credit as a short one, for only now its length is known.
+        # Only now its length is known; until now it counted as the shortest that no message holds.
         self._prefill_held += job.prompt_estimate - self._prefilling[job]
         self._prefilling[job] = job.prompt_estimate
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -81,8 +82,18 @@ async def test_the_body_stays_while_it_runs_and_when_it_is_handed_back(
     await second.close()
 
 
-async def test_its_length_counts_against_the_credit(broker: MemoryBroker, caller: Caller) -> None:
+async def test_its_length_counts_against_the_credit(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before it is known: a worker must not take in many of them at once."""
     free: list[int] = []
+    load, known = bodies.load, asyncio.Event()
+
+    async def slow(*given: object) -> Request:
+        await known.wait()
+        return await load(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bodies, "load", slow)
 
     def heard(message: Message) -> None:
         free.append(Heartbeat.model_validate_json(message.data).credit.prefill_tokens_free)
@@ -92,6 +103,8 @@ async def test_its_length_counts_against_the_credit(broker: MemoryBroker, caller
     async with serving(broker, engine, prefill_steps=2.0):
         await until(lambda: 8192 in free)
         call = await caller.submit(prompt=LARGE)
+        await until(lambda: free[-1] == 8192 - 4096 // 4)
+        known.set()
         await until(lambda: engine.running)
         free.clear()
         await until(lambda: free)
