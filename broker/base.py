@@ -199,6 +199,10 @@ class Broker(abc.ABC):
         """Remove one stored message; False when it is no longer there."""
 
     @abc.abstractmethod
+    async def purge(self, stream: str, subject: str) -> None:
+        """Remove all stored messages under one subject; none is fine."""
+
+    @abc.abstractmethod
     async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[Record]:
         """Up to `limit` stored messages whose subject matches `subject` (wildcards allowed), from
         sequence `start` on, in order."""

@@ -352,6 +352,9 @@ class NatsBroker(base.Broker):
         )
         return bool(answer.get("success"))
 
+    async def purge(self, stream: str, subject: str) -> None:
+        await self._api(f"STREAM.PURGE.{stream}", {"filter": subject})
+
     # Reading streams
 
     async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[base.Record]:

@@ -83,6 +83,12 @@ class TooLarge(HeadraceError):
     code, status, kind = "request_too_large", 413, "invalid_request_error"
 
 
+class BodyLost(HeadraceError):
+    """The request's body was to lie in the object store, and does not, or is another than was stored."""
+
+    code, status, kind = "body_lost", 500, "server_error"
+
+
 class Overloaded(HeadraceError):
     code, status, kind, retry = "overloaded", 429, "rate_limit_error", True
 

@@ -301,6 +301,11 @@ class MemoryBroker(base.Broker):
         self.check()
         return self.hub.remove(stream, seq)
 
+    async def purge(self, stream: str, subject: str) -> None:
+        self.check()
+        for record in self.hub.stream(stream).select(subject):
+            self.hub.remove(stream, record.seq)
+
     async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[Record]:
         self.check()
         found = self.hub.stream(stream).select(subject)

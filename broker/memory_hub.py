@@ -61,7 +61,7 @@ class _Stream:
         size = size_of(subject, data, headers)
         while self.entries and (len(self.entries) >= self._count or self._bytes + size > self._size):
             if self._refuses:
-                raise errors.Overloaded("the request queue is full")
+                raise errors.Overloaded("the stream is full")
             self.remove(next(iter(self.entries)))
         self._last += 1
         self._bytes += size
@@ -143,16 +143,15 @@ class Hub:
         self._changes = itertools.count(1)
         self.queues: dict[str, Queue] = {}
         window, forever = config.dedup_window, math.inf
-        self.streams = {
-            subjects.REQUESTS: _Stream(
-                subjects.ALL_REQUESTS,
-                count=config.max_queued,
-                size=config.max_queued_bytes,
-                age=forever,
-                window=window,
-                refuses=True,
+        self.streams: dict[str, _Stream] = {}
+        payloads, all_payloads = subjects.objects(subjects.PAYLOADS), subjects.all_objects(subjects.PAYLOADS)
+        for name, subject, count, size, age in (
+            (subjects.REQUESTS, subjects.ALL_REQUESTS, config.max_queued, config.max_queued_bytes, forever),
+            (payloads, all_payloads, forever, config.payload_bytes, config.payload_age),
+        ):
+            self.streams[name] = _Stream(
+                subject, count=count, size=size, age=age, window=window, refuses=True
             )
-        }
         for name, subject, size, age in (
             (subjects.REPLIES, subjects.ALL_REPLIES, config.journal_bytes, config.journal_age),
             (subjects.USAGE, subjects.ALL_USAGE, config.usage_bytes, config.usage_age),

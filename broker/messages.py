@@ -26,6 +26,10 @@ PATHS = (
 """What Headrace offers of an engine's HTTP API; a model's card lists those that it serves."""
 
 
+MAX_BODY = 64 * 2**20
+"""Bytes of a request body: no engine takes more."""
+
+
 class ServiceClass(enum.StrEnum):
     """Queue classes, most urgent first; iteration order is priority order."""
 
@@ -43,7 +47,8 @@ class Request:
         request_id: unique for a tenant; last token of `reply_to`.
         reply_to: subject of the frames, `out.<tenant>.<mailbox>.<request>`.
         path: of the engine's HTTP API, e.g. `/v1/chat/completions`.
-        body: the caller's JSON, untouched.
+        body: the caller's JSON, untouched; empty while it lies in the object store.
+        body_object: its name there, where it is too large for a message, or "". See `bodies`.
         deadline_ms: unix time in ms after which the request is worth nothing; 0 = none.
         dedup_key: the caller's idempotency key; the request id where there is none.
         traceparent: W3C trace context, or "".
@@ -57,6 +62,7 @@ class Request:
     deadline_ms: int = 0
     dedup_key: str = ""
     traceparent: str = ""
+    body_object: str = ""
 
     @property
     def key(self) -> str:
@@ -75,6 +81,8 @@ class Request:
             head[subjects.DEADLINE] = str(self.deadline_ms)
         if self.traceparent:
             head[subjects.TRACEPARENT] = self.traceparent
+        if self.body_object:
+            head[subjects.BODY_OBJECT] = self.body_object
         return head
 
 
@@ -126,6 +134,12 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         raise errors.MalformedMessage(
             f"header {subjects.DEADLINE} must be unix time in ms, not {deadline!r:.99}"
         )
+    body_object = head.get(subjects.BODY_OBJECT, "")
+    if body_object and (body or not subjects.may_name(parsed.tenant, body_object)):
+        raise errors.MalformedMessage(
+            f"header {subjects.BODY_OBJECT} must be {subjects.token(parsed.tenant)}.<unique> with an empty "
+            f"body, not {body_object!r:.200} with {len(body)} bytes"
+        )
     return Request(
         subject=parsed,
         request_id=request_id,
@@ -135,6 +149,7 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         deadline_ms=int(deadline),
         dedup_key=head[subjects.MSG_ID].partition(":")[2],
         traceparent=head.get(subjects.TRACEPARENT, ""),
+        body_object=body_object,
     )
 
 

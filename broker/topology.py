@@ -58,6 +58,18 @@ def streams(config: BrokerConfig) -> list[api.StreamConfig]:
             allow_direct=True,
         ),
         api.StreamConfig(
+            # An object store to every NATS client: `nats object put` writes into it too.
+            name=subjects.objects(subjects.PAYLOADS),
+            subjects=[subjects.all_objects(subjects.PAYLOADS)],
+            storage=api.StorageType.FILE,
+            discard=api.DiscardPolicy.NEW,
+            max_bytes=config.payload_bytes,
+            max_age=config.payload_age,
+            num_replicas=config.replicas,
+            allow_rollup_hdrs=True,
+            allow_direct=True,
+        ),
+        api.StreamConfig(
             name=subjects.DEAD,
             subjects=[subjects.ALL_DEAD],
             storage=api.StorageType.FILE,

@@ -8,24 +8,22 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 
-from broker import addresses, base, errors, replies, subjects, usage
+from broker import addresses, base, bodies, errors, replies, subjects, usage
 from broker.messages import PATHS, Request
 from ingress import admit, metrics, pages, resume, sse
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
 from ingress.exchange import Exchange
-from ingress.http import ClientGone, Receive, Scope, Send, answer, read_body
+from ingress.http import ClientGone, Receive, Scope, Send, Turn, answer, read_body
 from ingress.relay import Relay
 
 _log = logging.getLogger(__name__)
-
-_HEADER_ROOM = 4096
-"""Bytes of a message kept free for its headers."""
 
 
 class Ingress:
@@ -40,7 +38,8 @@ class Ingress:
         self._catalogue = catalogue
         self._tenants = admit.Tenants(config)
         self._pages = pages.app(broker, catalogue)
-        self._cancels: set[asyncio.Task[None]] = set()
+        self._large = asyncio.Semaphore(config.max_large)
+        self._afterwards: set[asyncio.Task[None]] = set()
         self._resumed = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,8 +101,8 @@ class Ingress:
         status = 499
         try:
             detached = admit.detached(headers)
-            request, streaming = await self._admit(path, headers, request_id, receive)
-            stream = self._mailbox.open(request.subject.tenant, request_id)
+            request, streaming = await self._take_in(path, headers, request_id, receive)
+            stream = await self._open(request)
             relay = Relay(send, path, request_id, streaming)
             status = await self._exchange(request, stream, relay, receive, started, detached)
         except ClientGone:
@@ -134,9 +133,11 @@ class Ingress:
             metrics.STREAMS.dec()
             left_alone = detached and isinstance(fault, errors.Cancelled)
             if fault is not None and exchange.cancellable and not left_alone:
-                self._cancel(exchange, stream, fault)
+                self._after(self._cancel(exchange, stream, fault))
             else:
                 stream.close()
+            if not exchange.cancellable:  # no queued message names its body
+                self._after(bodies.discard(self._broker, request))
         return 499 if isinstance(fault, errors.Cancelled) else relay.status
 
     async def _publish_and_follow(
@@ -155,17 +156,34 @@ class Ingress:
         await relay.fail(fault)
         return fault
 
-    async def _admit(
+    async def _take_in(
         self, path: str, headers: dict[bytes, bytes], request_id: str, receive: Receive
     ) -> tuple[Request, bool]:
-        """Everything that can be refused before the queue is touched."""
+        """The request, its body stored where it is too large for a message, and whether it is to stream."""
+        turn = Turn(self._large, bodies.room(self._broker))
+        try:
+            request, streaming = await self._admit(path, headers, request_id, receive, turn)
+            return await bodies.stow(self._broker, request), streaming
+        finally:
+            turn.end()
+
+    async def _open(self, request: Request) -> replies.Stream:
+        try:
+            return self._mailbox.open(request.subject.tenant, request.request_id)
+        except errors.DuplicateRequest:
+            await bodies.discard(self._broker, request)
+            raise
+
+    async def _admit(
+        self, path: str, headers: dict[bytes, bytes], request_id: str, receive: Receive, turn: Turn
+    ) -> tuple[Request, bool]:
+        """Everything that can be refused before the broker is touched."""
         config = self._config
-        limit = min(config.max_body, self._broker.max_payload - _HEADER_ROOM)
         # Who may not ask, or asks too much, is told before a body is held for them.
         tenant = self._tenants.of(headers)
         admit.check_request_id(headers)
         self._check_room()
-        body = await read_body(headers, receive, limit, config.body_timeout)
+        body = await read_body(headers, receive, config.max_body, config.body_timeout, turn)
         priority = headers.get(b"x-priority")
         asked = admit.read_body(body, None if priority is None else priority.decode("latin-1"))
         card = self._catalogue.find(asked.model)
@@ -182,23 +200,22 @@ class Ingress:
             asked.stream,
         )
 
-    def _cancel(self, exchange: Exchange, stream: replies.Stream, fault: errors.HeadraceError) -> None:
+    async def _cancel(self, exchange: Exchange, stream: replies.Stream, fault: errors.HeadraceError) -> None:
+        try:
+            await exchange.cancel(fault)
+        finally:
+            stream.close()
+
+    def _after(self, work: Coroutine[Any, Any, None]) -> None:
         """In the background: the client is gone or answered, and the connection is free again."""
-
-        async def cancel() -> None:
-            try:
-                await exchange.cancel(fault)
-            finally:
-                stream.close()
-
-        task = asyncio.create_task(cancel())
-        self._cancels.add(task)
-        task.add_done_callback(self._cancels.discard)
+        task = asyncio.create_task(work)
+        self._afterwards.add(task)
+        task.add_done_callback(self._afterwards.discard)
 
     async def drain(self) -> None:
-        """Wait for the cancels under way; each is bounded in time."""
-        while self._cancels:
-            await asyncio.wait(self._cancels)
+        """Wait for the cancels and the clearing up under way; each is bounded in time."""
+        while self._afterwards:
+            await asyncio.wait(self._afterwards)
 
     def _observe(
         self, request: Request, relay: Relay, fault: errors.HeadraceError | None, started: float

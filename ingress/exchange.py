@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import orjson
 
-from broker import base, errors, replies, subjects, usage
+from broker import base, bodies, errors, replies, subjects, usage
 from broker.messages import Request
 from ingress import metrics
 from ingress.config import IngressConfig
@@ -207,6 +207,7 @@ class Exchange:
                 deleted = await self._broker.delete(subjects.REQUESTS, seq)
                 self._taken = bool(await self._stream.next(_WORKER_FIRST)) or self._taken
                 if deleted and (over or not self._taken):
+                    await bodies.discard(self._broker, self._request)
                     return seq
             if over:
                 break

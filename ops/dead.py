@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -12,8 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import orjson
 
-from broker import base, client, errors, subjects
+from broker import base, bodies, client, errors, subjects
 from broker.config import BrokerConfig
+from broker.messages import parse_request
+from ops.errors import NotReplayable
 from ops.letters import Letter, Row, describe, revived, summary, table
 
 _PAGE = 16
@@ -173,4 +176,9 @@ async def replay(broker: base.Broker, letter: Letter) -> str:
 
 
 async def drop(broker: base.Broker, letter: Letter) -> str:
-    return "dropped" if await broker.delete(subjects.DEAD, letter.seq) else "gone already"
+    if not await broker.delete(subjects.DEAD, letter.seq):
+        return "gone already"
+    with contextlib.suppress(NotReplayable):
+        subject, body, headers = revived(letter)
+        await bodies.discard(broker, parse_request(subject, headers, body))
+    return "dropped"

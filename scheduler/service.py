@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 from prometheus_client import start_http_server
 
-from broker import addresses, base, errors, fleet, registry, replies, subjects, usage
+from broker import addresses, base, bodies, errors, fleet, registry, replies, subjects, usage
 from broker.messages import ModelCard, Request, ServiceClass, parse_request
 from scheduler import metrics
 from scheduler.config import SchedulerConfig
@@ -241,6 +241,7 @@ class Scheduler:
         epoch = 0 if newest is None else newest.epoch + 1
         await replies.Writer(self._broker, request.reply_to, epoch).error(fault)
         await usage.publish(self._broker, usage.event(request, fault, ""), record.seq)
+        await bodies.discard(self._broker, request)
 
     async def _delete(self, record: base.Record, reason: str) -> bool:
         deleted = await self._broker.delete(subjects.REQUESTS, record.seq)

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from prometheus_client import REGISTRY
 
-from broker import base, replies, subjects
+from broker import base, bodies, replies, subjects
 from broker.messages import TERMINAL, Frame, FrameKind, ModelCard, Request, ServiceClass, UsageEvent
 from tests.waiting import until
 from workers.config import SimConfig, WorkerConfig
@@ -131,6 +131,7 @@ class Caller:
             body=orjson.dumps(asked) if body is None else body,
             deadline_ms=deadline_ms,
         )
+        request = await bodies.stow(self.broker, request)
         stream = self.mailbox.open("acme", request_id)
         stored = await (await self.broker.enqueue(str(request.subject), request.body, request.headers()))
         return Call(self.broker, request, stream, stored, prompt, tokens)
@@ -145,6 +146,19 @@ class Caller:
 
     async def queued(self) -> int:
         return sum((await self.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS)).values())
+
+    async def kept(self) -> int:
+        """Messages of the object store of large bodies: one for each chunk, and one that describes it."""
+        stream, everything = subjects.objects(subjects.PAYLOADS), subjects.all_objects(subjects.PAYLOADS)
+        return sum((await self.broker.counts(stream, everything)).values())
+
+    async def cleared(self) -> None:
+        """Until the queue and the object store are empty."""
+
+        async def empty() -> bool:
+            return not await self.queued() and not await self.kept()
+
+        await until(empty)
 
     async def drained(self) -> None:
         async def empty() -> bool:

@@ -58,7 +58,7 @@ class SimConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field("sim", description="the name it serves")
-    context_tokens: int = Field(8192, ge=16, le=2**18, description="prompt and answer together, at most")
+    context_tokens: int = Field(8192, ge=16, le=2**20, description="prompt and answer together, at most")
     max_num_seqs: int = Field(256, ge=1, description="requests in one step")
     max_num_batched_tokens: int = Field(2048, ge=16, description="tokens in one step")
     kv_blocks: int = Field(8192, ge=1, description="KV blocks that it has; without a free one it preempts")

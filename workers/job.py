@@ -8,7 +8,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from broker import base, errors, messages, replies, subjects, usage
+from broker import base, bodies, errors, messages, replies, subjects, usage
 from broker.messages import Latency, Request
 from workers import metrics, recovery
 from workers.engines.base import ASGIMessage, Engine, Receive, Refused, Scope, Tap, current_tap
@@ -119,7 +119,7 @@ class Job:
         self.delivery = delivery
         self.tap = Tap()
         self.timing = Timing(queued=max(0.0, time.time() - delivery.enqueued_ms / 1000))
-        self.prompt_estimate = max(1, len(request.body) // 4)
+        self.acked = False
         self._engine = engine
         self._worker = worker
         self._share = share
@@ -144,6 +144,10 @@ class Job:
         labels = request.subject.model if served else metrics.OTHER, request.subject.service_class
         self._itl = metrics.ITL.labels(*labels)
         self._labels = labels
+
+    @property
+    def prompt_estimate(self) -> int:
+        return max(1, bodies.size(self._broker, self.request) // 4)
 
     @property
     def prompt_tokens(self) -> int:
@@ -372,6 +376,7 @@ class Job:
         if not await self._ours(sure=True):
             return  # the broker removes a message for whoever acks it, under the hands of whoever has it
         await self.delivery.ack()
+        self.acked = True
         self._observe(event)
 
     async def _hand_back(self, reason: HandBack) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from prometheus_client import start_http_server
 
-from broker import addresses, base, errors, replies, subjects
+from broker import addresses, base, bodies, errors, replies, subjects
 from broker.messages import Credit, Heartbeat, Request, ServiceClass, parse_request
 from kvstate import budget
 from workers import held, intake, metrics, screening
@@ -213,16 +213,22 @@ class Worker:
         try:
             await self._held.tell()  # from here on it is handed on if we die
             verdict = screening.screen(job.request, self._engine)
+            if verdict is None and job.request.body_object:
+                verdict = await self._fetch_body(job)
             if job.delivery.attempt > 1 or self._touch.lost:
                 verdict = await job.take_over() or verdict
                 if job.past.ended:
                     await screening.settle(self._broker, job.request, job.delivery)
+                    await bodies.discard(self._broker, job.request)
                     return
                 if len(job.past.died) >= self._config.max_deaths:
                     verdict = await screening.bury(self._broker, job.delivery, job.past.died)
             if self._tombstones.pop(job.request.key, job.delivery.enqueued_ms):
                 verdict = errors.Cancelled("the caller went away")
             await job.run(verdict)
+            # Not before the ack: a redelivery must find it. A dead letter needs it still.
+            if job.acked and not isinstance(verdict, errors.Poisoned):
+                await bodies.discard(self._broker, job.request)
             if job.tap.output_tokens:
                 self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
                 self._mean_output += _SMOOTHING * (job.tap.output_tokens - self._mean_output)
@@ -236,6 +242,17 @@ class Worker:
             if not self._jobs:
                 self._idle.set()
             self._prefilled(job)
+
+    async def _fetch_body(self, job: Job) -> errors.HeadraceError | None:
+        """Fetch a body that lies in the object store; returns why it can't be had, if so."""
+        try:
+            job.request = await bodies.load(self._broker, job.request)
+        except (errors.BodyLost, errors.TooLarge) as exc:
+            return exc
+        # Only now its length is known; until now it counted as the shortest that no message holds.
+        self._prefill_held += job.prompt_estimate - self._prefilling[job]
+        self._prefilling[job] = job.prompt_estimate
+        return None
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

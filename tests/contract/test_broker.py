@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import orjson
 import pytest
 
-from broker import client, errors, subjects
+from broker import client, errors, objects, subjects
 from broker.base import Broker, Delivery, Message, Puller
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
@@ -684,6 +685,119 @@ async def test_a_pull_that_the_server_gives_up_lapses(nats_url: str, monkeypatch
         await puller.ask(1)
         await enqueue(broker, b"b")
         assert (await box.next()).data == b"b"
+
+
+# Objects
+
+BUCKET = subjects.PAYLOADS
+OBJECTS = subjects.objects(BUCKET)
+
+
+async def stored(broker: Broker) -> int:
+    """Messages in the bucket."""
+    return sum((await broker.counts(OBJECTS, subjects.all_objects(BUCKET))).values())
+
+
+async def test_a_purge_removes_what_is_under_one_subject(broker: Broker) -> None:
+    other = "req.llama.standard.acme.other"
+    await enqueue(broker, b"a", b"b")
+    await enqueue(broker, b"c", subject=other)
+    await broker.purge(subjects.REQUESTS, SUBJECT)
+    await broker.purge(subjects.REQUESTS, SUBJECT)
+    assert await broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {other: 1}
+
+
+@pytest.mark.parametrize("size", [0, 1, 128 * 1024, 3 * 2**20 + 1])
+async def test_an_object_comes_back_whole_and_leaves_nothing(fleet: Fleet, size: int) -> None:
+    one, other = await fleet.connect(), await fleet.connect()
+    data = bytes(range(251)) * (size // 251) + b"x" * (size % 251)
+    await objects.put(one, BUCKET, "acme.1", data)
+    await objects.put(one, BUCKET, "acme.2", b"stays")
+    assert await objects.get(other, BUCKET, "acme.1", size) == data
+    assert await objects.get(other, BUCKET, "acme.1", size) == data  # reading takes nothing away
+    await objects.remove(other, BUCKET, "acme.1")
+    await objects.remove(other, BUCKET, "acme.1")
+    with pytest.raises(objects.Missing, match=r"no object 'acme\.1'"):
+        await objects.get(one, BUCKET, "acme.1", size)
+    assert await objects.get(one, BUCKET, "acme.2", 5) == b"stays"
+    assert await stored(one) == 2
+
+
+async def test_an_object_larger_than_wanted_is_not_read(broker: Broker) -> None:
+    await objects.put(broker, BUCKET, "acme.1", b"x" * 1001)
+    with pytest.raises(errors.TooLarge, match=r"1,001 bytes, more than the 1,000"):
+        await objects.get(broker, BUCKET, "acme.1", 1000)
+
+
+async def test_a_full_bucket_refuses_and_keeps_nothing_of_it(fleet: Fleet) -> None:
+    broker = await fleet.connect(payload_bytes=2**20)
+    await objects.put(broker, BUCKET, "acme.1", b"x" * 600_000)
+    before = await stored(broker)
+    with pytest.raises(errors.Overloaded):
+        await objects.put(broker, BUCKET, "acme.2", b"x" * 600_000)
+    assert await stored(broker) == before
+    await objects.remove(broker, BUCKET, "acme.1")
+    await objects.put(broker, BUCKET, "acme.2", b"x" * 600_000)
+    assert await objects.get(broker, BUCKET, "acme.2", 2**20) == b"x" * 600_000
+
+
+async def test_an_object_goes_by_its_age(fleet: Fleet) -> None:
+    broker = await fleet.connect(payload_age=0.5)
+    await objects.put(broker, BUCKET, "acme.1", b"x")
+
+    async def gone() -> bool:
+        fleet.pass_time(0.2)
+        return not await stored(broker)
+
+    await until(gone)
+
+
+async def test_objects_are_unavailable_without_the_broker(fleet: Fleet) -> None:
+    broker = await fleet.connect()
+    await fleet.stop()
+    await until(lambda: not broker.connected)
+    with pytest.raises(errors.Unavailable):
+        await objects.put(broker, BUCKET, "acme.1", b"x")
+    with pytest.raises(errors.Unavailable):
+        await objects.get(broker, BUCKET, "acme.1", 1)
+    with pytest.raises(errors.Unavailable):
+        await objects.remove(broker, BUCKET, "acme.1")
+
+
+async def describe(broker: Broker, **changes: Any) -> None:
+    """What describes object `acme.1`, as somebody else may write it."""
+    subject = subjects.object_meta(BUCKET, "acme.1")
+    record = await broker.last(OBJECTS, subject)
+    assert record is not None
+    meta = orjson.dumps(orjson.loads(record.data) | changes)
+    await (await broker.enqueue(subject, meta, {subjects.ROLLUP: "sub"}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"digest": "SHA-256=" + "A" * 43 + "="},
+        {"size": 4},
+        {"size": 6},
+        {"chunks": 0},
+        {"nuid": "*"},
+        {"nuid": ">"},
+        {"nuid": ""},
+        {"nuid": "elsewhere"},
+        {"deleted": True},
+        {"size": "many"},
+    ],
+)
+async def test_an_object_that_is_not_what_its_description_says_is_missing(
+    broker: Broker, changes: dict[str, Any]
+) -> None:
+    await objects.put(broker, BUCKET, "acme.1", b"12345")
+    await objects.put(broker, BUCKET, "acme.2", b"other")
+    await describe(broker, **changes)
+    with pytest.raises(objects.Missing):
+        await objects.get(broker, BUCKET, "acme.1", 1000)
+    await objects.remove(broker, BUCKET, "acme.1")  # which takes no other object with it
+    assert await objects.get(broker, BUCKET, "acme.2", 1000) == b"other"
 
 
 # Reading streams

@@ -173,15 +173,17 @@ def test_the_request_headers_are_those_that_are_read() -> None:
         subjects.REQUEST_ID,
         subjects.DEADLINE,
         subjects.TRACEPARENT,
+        subjects.BODY_OBJECT,
     }
     for left_out in documented["properties"]:
-        head = _headers("r1", Deadline="1", traceparent="00", Tenant="acme", **{"Request-Id": "r1"})
+        rest = {"Request-Id": "r1", "Body-Object": "acme.r1"}
+        head = _headers("r1", Deadline="1", traceparent="00", Tenant="acme", **rest)
         del head[left_out]
         if left_out in documented["required"]:
             with pytest.raises(errors.MalformedMessage):
-                messages.parse_request(SUBJECT, head, b"{}")
+                messages.parse_request(SUBJECT, head, b"")
         else:
-            messages.parse_request(SUBJECT, head, b"{}")
+            messages.parse_request(SUBJECT, head, b"")
 
 
 def test_the_examples_are_what_they_show() -> None:

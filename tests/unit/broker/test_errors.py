@@ -17,6 +17,7 @@ WIRE = {
     "BodyTimeout": ("request_timeout", 408, "invalid_request_error", True),
     "DuplicateRequest": ("duplicate_request", 409, "invalid_request_error", False),
     "TooLarge": ("request_too_large", 413, "invalid_request_error", False),
+    "BodyLost": ("body_lost", 500, "server_error", False),
     "Overloaded": ("overloaded", 429, "rate_limit_error", True),
     "Cancelled": ("cancelled", 499, "cancelled", False),
     "Unavailable": ("unavailable", 503, "server_error", True),

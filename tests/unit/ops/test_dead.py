@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from broker import base, errors, replies, subjects
+from broker import base, errors, objects, replies, subjects
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import Attempt, DeadLetter, parse_request
@@ -245,7 +245,7 @@ async def test_a_full_queue_ends_it(anyio_backend: object, capsys: pytest.Captur
     assert await headrace(broker, "replay", "--all") == 1
     assert await left(broker) == [3, 4]
     told = capsys.readouterr().err
-    assert "3: the request queue is full" in told
+    assert "3: the stream is full" in told
     assert "2 done, 1 not" in told
 
 
@@ -321,6 +321,16 @@ async def test_what_is_dropped_is_gone(anyio_backend: object, which: list[str], 
     assert await headrace(broker, "drop", "--yes", *which) == 0
     assert await left(broker) == rest
     assert await queued(broker) == []
+
+
+async def test_a_body_that_no_message_held_is_dropped_with_its_letter(anyio_backend: object) -> None:
+    broker = MemoryBroker()
+    await objects.put(broker, subjects.PAYLOADS, "acme.one", b"a large body")
+    large = headers("r1") | {subjects.BODY_OBJECT: "acme.one"}
+    await replies.dead_letter(broker, SUBJECT, large, b"", FAULT, 1, HISTORY)
+    assert await headrace(broker, "drop", "--yes", "1") == 0
+    with pytest.raises(objects.Missing):
+        await objects.get(broker, subjects.PAYLOADS, "acme.one", 100)
 
 
 def _unasked(_: str) -> str:

@@ -12,7 +12,7 @@ import httpx
 import orjson
 import pytest
 
-from broker import base, codec, errors, replies, subjects, usage
+from broker import base, bodies, codec, errors, replies, subjects, usage
 from broker.base import Broker, Delivery
 from broker.memory import MemoryBroker
 from broker.messages import (
@@ -422,6 +422,31 @@ async def test_every_message_is_looked_at_however_many_there_are(
 
 
 # Cancels
+
+
+@pytest.mark.parametrize("reason", ["expired", "orphan", "cancelled"])
+async def test_a_request_that_ends_here_takes_its_stored_body_along(
+    broker: Flaky, caller: Caller, reason: str
+) -> None:
+    if reason != "orphan":
+        await remember(broker)
+    deadline_ms = 1 if reason == "expired" else soon(60)
+    call = await caller.submit(prompt="x" * 2 * broker.max_payload, deadline_ms=deadline_ms)
+    other = await caller.submit(prompt="y" * 2 * broker.max_payload, model="other", deadline_ms=soon(60))
+    broker.hub.remove(subjects.REQUESTS, other.stored.seq)  # it runs elsewhere, say
+    both = await caller.kept()
+    async with scheduling(broker):
+        if reason == "cancelled":
+            await call.cancel()
+        await call.end()
+        await until(lambda: _kept_less(caller, both))
+    with pytest.raises(errors.BodyLost):
+        await bodies.load(broker, call.request)
+    assert len((await bodies.load(broker, other.request)).body) > 2 * broker.max_payload
+
+
+async def _kept_less(caller: Caller, than: int) -> bool:
+    return await caller.kept() <= than / 2
 
 
 async def test_a_cancel_with_its_sequence_deletes_a_queued_request(broker: Flaky, caller: Caller) -> None:
