@@ -11,7 +11,7 @@ import base64
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -25,6 +25,8 @@ _LAG = 3.0
 """Seconds until frames that are missing count as lost: a copy of the journal may lag behind, and who wrote
 them may be reconnecting."""
 _POLL = 0.1
+_OVERLAP = 256
+"""Tokens of each choice by which a later attempt is seen to say the same again."""
 _CLOCKS_APART = 60_000
 """Milliseconds that a reader's clock and the broker's may differ; half the default dedup window."""
 
@@ -199,7 +201,6 @@ class Assembler:
 
     Attributes:
         passed: frames passed on so far.
-        tokens: output tokens of choice 0 in them.
     """
 
     def __init__(self) -> None:
@@ -207,10 +208,15 @@ class Assembler:
         self.next_seq = 0
         self.finished = False
         self.passed = 0
-        self.tokens = 0
+        self._said: dict[int, _Said] = {0: _Said()}
         self._headed = False
         self._whole: list[Frame] | None = None
         self._held: dict[tuple[int, int], Frame] = {}
+
+    @property
+    def tokens(self) -> dict[int, int]:
+        """Output tokens passed on, by choice."""
+        return {index: said.count for index, said in self._said.items() if said.count}
 
     @property
     def gap(self) -> bool:
@@ -275,18 +281,63 @@ class Assembler:
         elif self._whole is not None and frame.kind is FrameKind.DATA:
             self._whole.append(frame)
         elif self._follows(frame):
-            self.tokens = frame.off + len(frame.ids)
             ready.append(frame)
 
     def _follows(self, frame: Frame) -> bool:
         """Whether this part of a streamed answer is new. Raises errors.FramesLost when it is out of place."""
-        if frame.off > self.tokens:
-            raise errors.FramesLost(f"the reply goes on at token {frame.off}, but {self.tokens} were seen")
         if frame.kind is FrameKind.HEAD:
             if self._headed:
                 raise errors.FramesLost("the answer was begun anew after a part of it had been passed on")
             self._headed, self._whole = True, None
-        return frame.off == self.tokens
+        if not frame.choices and frame.off == self._said[0].count:
+            self._said[0].add(frame.ids)
+            return True
+        new = old = 0
+        for index, off, ids in _tokens(frame):
+            said = self._said.setdefault(index, _Said())
+            fresh = said.compare(off, ids)
+            new, old = new + fresh, old + (not fresh)
+        if new and old:
+            raise errors.FramesLost("the reply goes on in the middle of a frame that was seen")
+        if new:
+            for index, _, ids in _tokens(frame):
+                self._said[index].add(ids)
+        return bool(new)
+
+
+class _Said:
+    """Output tokens of one choice that were passed on."""
+
+    __slots__ = ("count", "last")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last: deque[int] = deque(maxlen=_OVERLAP)
+
+    def compare(self, off: int, ids: list[int]) -> bool:
+        """Whether `ids`, from `off` on, come next; False when they were passed on before. Raises
+        errors.FramesLost for anything else."""
+        if off == self.count:
+            return True
+        again = self.count - off
+        if again < 0:
+            raise errors.FramesLost(f"the reply goes on at token {off}, but {self.count} were seen")
+        if again < len(ids):
+            raise errors.FramesLost("the reply goes on in the middle of a frame that was seen")
+        known = list(self.last)[-again:] if again <= len(self.last) else []
+        if known and known[: len(ids)] != ids:
+            raise errors.FramesLost("the answer goes on otherwise than it was passed on")
+        return False
+
+    def add(self, ids: list[int]) -> None:
+        self.count += len(ids)
+        self.last.extend(ids)
+
+
+def _tokens(frame: Frame) -> list[tuple[int, int, list[int]]]:
+    """(choice, tokens before, tokens) for each choice in a frame; choice 0 stands for a frame without any."""
+    more = [(index, off, ids) for index, off, ids in frame.choices]
+    return more if more and not frame.ids else [(0, frame.off, frame.ids), *more]
 
 
 def _streamed(head: Frame) -> bool:
@@ -464,7 +515,11 @@ class Stream:
             return [], False
         if assembler.gap or assembler.passed < had.passed:
             return [], False
-        if sum(len(frame.ids) for frame in frames[: had.passed]) != had.tokens:
+        counts: Counter[int] = Counter()
+        for frame in frames[: had.passed]:
+            for index, _, ids in _tokens(frame):
+                counts[index] += len(ids)
+        if +counts != had.tokens:
             raise errors.FramesLost("the reply was read in another order than the journal has it")
         self._assembler, self._behind = assembler, False
         return frames[had.passed :], True

@@ -231,7 +231,11 @@ async def test_drain_finishes_what_runs_and_leaves_the_rest(
         for call in running:
             await call.finishes()
         await worker.task
-        assert await caller.queued() == len(waiting)
+
+        async def rest() -> bool:
+            return await caller.queued() == len(waiting)
+
+        await until(rest)
         async with serving(await connect(), await simulated(few), "w2"):
             for call in waiting:
                 await call.finishes()

@@ -130,7 +130,9 @@ class Answer:
             pieces = []
             for lane in self._live:
                 if lane.output.due:
-                    due, lane.output.due = lane.output.due, 0
+                    # A reader may have some of these: one by one, none comes with one that it has not.
+                    due = 1 if lane.past else lane.output.due
+                    lane.output.due -= due
                     self._advance(lane, lane.tokens.take(due), pieces)
             if pieces:
                 self._drop_ended(pieces)

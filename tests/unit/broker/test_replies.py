@@ -113,6 +113,62 @@ def test_an_answer_begun_anew_is_never_joined_to_what_was_sent() -> None:
         assembler.feed(head)
 
 
+SSE = {"headers": {"content-type": "text/event-stream"}}
+
+
+def ahead() -> Assembler:
+    """A reader who has tokens 0 to 3 of choice 0, and 7 and 8 of choice 1, from the first attempt."""
+    assembler = Assembler()
+    assembler.feed(Frame(1, 0, FrameKind.HEAD, 0, [0, 1], [[1, 0, [7]]], extra=SSE))
+    assembler.feed(Frame(1, 1, FrameKind.DATA, 2, [2]))
+    assembler.feed(Frame(1, 2, FrameKind.DATA, 3, [3], [[1, 1, [8]]]))
+    assembler.feed(Frame(2, 0, FrameKind.BEAT))
+    assert assembler.tokens == {0: 4, 1: 2}
+    return assembler
+
+
+def test_a_reader_who_is_ahead_of_the_journal_gets_nothing_twice() -> None:
+    """The next attempt knows what the journal had; its reader had more, of a node that is gone."""
+    assembler = ahead()
+    assert assembler.feed(Frame(2, 1, FrameKind.DATA, 2, [2])) == []
+    assert assembler.feed(Frame(2, 2, FrameKind.DATA, 3, [3], [[1, 1, [8]]])) == []
+    other = Frame(2, 3, FrameKind.DATA, 4, [], [[1, 2, [9]]])
+    last = Frame(2, 4, FrameKind.DATA, 4, [4])
+    tail = Frame(2, 5, FrameKind.DATA, 5, payload=b"usage")
+    assert [assembler.feed(frame) for frame in (other, last, tail)] == [[other], [last], [tail]]
+    assert assembler.tokens == {0: 5, 1: 3}
+
+
+@pytest.mark.parametrize(
+    ("frame", "told"),
+    [
+        (Frame(2, 1, FrameKind.DATA, 3, [33]), "otherwise"),
+        (Frame(2, 1, FrameKind.DATA, 2, [2, 3, 4]), "middle of a frame"),
+        (Frame(2, 1, FrameKind.DATA, 3, [3], [[1, 2, [9]]]), "middle of a frame"),
+        (Frame(2, 1, FrameKind.DATA, 4, [4], [[1, 3, [9]]]), "goes on at token 3, but 2"),
+    ],
+)
+def test_what_does_not_join_on_is_a_loss(frame: Frame, told: str) -> None:
+    with pytest.raises(errors.FramesLost, match=told):
+        ahead().feed(frame)
+
+
+def test_an_answer_that_is_not_streamed_is_passed_on_whole_and_may_begin_anew() -> None:
+    assembler = Assembler()
+    half = Frame(1, 0, FrameKind.HEAD, 0, [1], payload=b'{"ha', extra={"headers": {"content-type": "json"}})
+    assert assembler.feed(half) == []
+    assert assembler.feed(Frame(1, 1, FrameKind.DATA, 1, payload=b"lf")) == []
+    beat, head, end = Frame(2, 0, FrameKind.BEAT), Frame(2, 1, FrameKind.HEAD), Frame(2, 2, FrameKind.END)
+    assert [assembler.feed(frame) for frame in (beat, head, end)] == [[beat], [], [head, end]]
+
+
+def test_a_whole_answer_that_fails_at_its_end_has_only_failed() -> None:
+    assembler = Assembler()
+    assembler.feed(Frame(1, 0, FrameKind.HEAD))
+    error = Frame(1, 1, FrameKind.ERROR)
+    assert assembler.feed(error) == [error]
+
+
 @given(
     st.lists(st.tuples(sizes, st.booleans()), min_size=1, max_size=4),
     st.data(),
@@ -351,6 +407,22 @@ async def test_a_gap_that_nobody_fills_is_a_loss(
     with pytest.raises(errors.FramesLost, match="no longer has them"):
         await read(stream, silence=0.02)
     assert broker.asked >= 2
+
+
+async def test_the_end_of_a_lost_attempt_is_read_back_though_the_next_one_is_here(
+    broker: Deafening, stream: Stream
+) -> None:
+    broker.lost = {4, 5}
+    await write(broker, count=4, end=False)
+    broker.lost = set()
+    second = Writer(broker, SUBJECT, 2)
+    await second.beat("w2")
+    second.go_on({0: 4})
+    await second.data(b"4", [(0, [4])])
+    await second.end({})
+    frames = await read(stream, silence=0.02)
+    assert tokens(frames) == [0, 1, 2, 3, 4]
+    assert [frame.epoch for frame in frames] == [1, 1, 1, 1, 1, 1, 2, 2]
 
 
 async def test_so_is_one_before_a_lost_tail(
