@@ -23,7 +23,12 @@ from tests.integration.test_up import LIMIT, complete, running, wait
 from tests.waiting import until
 
 CHAT = "/v1/chat/completions"
-SMALL = {"max_queued_bytes": 4 * 2**20, "usage_bytes": 2**20, "dead_bytes": 2**20}
+SMALL = {
+    "max_queued_bytes": 4 * 2**20,
+    "payload_bytes": 2**20,
+    "usage_bytes": 2**20,
+    "dead_bytes": 2**20,
+}
 LATER = "req.later.standard.acme.later"
 
 
