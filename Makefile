@@ -1,5 +1,6 @@
 # make up      set up what is missing and serve on this machine
 # make test    run every test
+# make chaos   ten minutes of faults on a fleet: nothing lost, nothing doubled; ARGS='--seed 7 --minutes 10'
 # make lint    static checks of code, settings reference, workflow and deployment files
 # make bench   measure; writes docs/benchmarks.md
 # make docs    write docs/configuration.md from the settings models
@@ -13,7 +14,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: up test lint bench docs clean clean-data
+.PHONY: up test chaos lint bench docs clean clean-data
 
 # The two builds of vLLM are packages of the same files: in one venv each would overwrite the other's.
 VENV := $(if $(GPU),.venv-gpu,.venv)
@@ -28,6 +29,9 @@ up: $(VENV)/.engine
 test: $(VENV)/.dev
 	$(BIN)/headrace demo-model --data .data
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -44,6 +44,13 @@ class Stored(NamedTuple):
     duplicate: bool
 
 
+class Value(NamedTuple):
+    """A key of a bucket. `data` is None where it was removed; `revision` 0 = it never was."""
+
+    data: bytes | None
+    revision: int
+
+
 class Delivery(Protocol):
     """One queued message in a worker's hands, until `ack`, `nak` or the ack wait ends that.
 
@@ -52,6 +59,7 @@ class Delivery(Protocol):
         attempt: deliveries so far, from 1: the epoch of the frames this run may publish.
         pending: messages behind it in the same queue when it was delivered.
         enqueued_ms: unix time in ms at which the stream stored it.
+        receipt: what names this delivery to a third party, see `Broker.hand_on`.
     """
 
     @property
@@ -68,6 +76,8 @@ class Delivery(Protocol):
     def pending(self) -> int: ...
     @property
     def enqueued_ms(self) -> float: ...
+    @property
+    def receipt(self) -> str: ...
 
     async def ack(self) -> None: ...
     async def nak(self) -> None: ...
@@ -114,6 +124,11 @@ class Broker(abc.ABC):
     def ack_wait(self) -> float:
         """Seconds that a delivery may go without `in_progress` before another worker gets it."""
 
+    @property
+    @abc.abstractmethod
+    def inbox(self) -> str:
+        """Where what this client pulls is delivered; names its pulls to a third party, see `bounce`."""
+
     @abc.abstractmethod
     async def publish(
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
@@ -121,7 +136,16 @@ class Broker(abc.ABC):
         """Core publish: no acknowledgement; subjects of a stream are captured by it."""
 
     @abc.abstractmethod
+    async def sync(self) -> None:
+        """One round trip: what the broker sent here before it answered has been handled."""
+
+    @abc.abstractmethod
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> Subscription: ...
+
+    @abc.abstractmethod
+    async def listens(self, subject: str) -> bool:
+        """Whether any client listens to `subject`, one that hangs included; it may be sent an empty message.
+        No is known at once, yes after some 50 ms."""
 
     @abc.abstractmethod
     async def enqueue(
@@ -148,8 +172,35 @@ class Broker(abc.ABC):
         """
 
     @abc.abstractmethod
+    async def hand_on(self, receipt: str) -> None:
+        """NAK a delivery in its holder's stead: the next pull gets the message at once.
+
+        Only who knows that nobody runs the message may do it. A receipt names the message, whoever has
+        it now: nats-server 2.15.1 takes an earlier delivery's for the newest one's, and a NAK by it
+        redelivers a message that runs. One whose message was acked changes nothing.
+
+        Raises errors.MalformedMessage when `receipt` is none.
+        """
+
+    @abc.abstractmethod
+    async def delivered(self, base: str, service_class: ServiceClass) -> dict[int, str]:
+        """Receipts, by sequence, of what was delivered from one queue and not acked, whoever has it."""
+
+    @abc.abstractmethod
+    async def bounce(self, inbox: str) -> Subscription:
+        """Hand on whatever is still delivered to another client's pulls, of which the broker knows no end
+        while that client hangs: it would lie there until its ack wait is over.
+
+        Not for a client that is gone: to listen in its place would keep its pulls standing.
+        """
+
+    @abc.abstractmethod
     async def delete(self, stream: str, seq: int) -> bool:
         """Remove one stored message; False when it is no longer there."""
+
+    @abc.abstractmethod
+    async def purge(self, stream: str, subject: str) -> None:
+        """Remove all stored messages under one subject; none is fine."""
 
     @abc.abstractmethod
     async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[Record]:
@@ -164,7 +215,7 @@ class Broker(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def get(self, stream: str, seq: int) -> Record | None:
+    async def record(self, stream: str, seq: int) -> Record | None:
         """One stored message, as the stream's leader has it; None when it is not, or no longer, there."""
 
     @abc.abstractmethod
@@ -174,6 +225,17 @@ class Broker(abc.ABC):
     @abc.abstractmethod
     async def put(self, bucket: str, key: str, value: bytes) -> None:
         """Set `key` (a legal subject token) of a key-value bucket."""
+
+    @abc.abstractmethod
+    async def get(self, bucket: str, key: str) -> Value:
+        """The newest value, never that of a replica which lags behind."""
+
+    @abc.abstractmethod
+    async def swap(self, bucket: str, key: str, value: bytes, expected: int) -> int | None:
+        """Set `key` if its revision, as `get` tells it, is still `expected`; the new one, else None.
+
+        After errors.Unavailable it may have been set or not.
+        """
 
     @abc.abstractmethod
     async def remove(self, bucket: str, key: str) -> None: ...

@@ -8,6 +8,7 @@ a journal in one round trip (`DIRECT.GET` with `batch`).
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import itertools
 import logging
@@ -21,9 +22,15 @@ import nats.errors
 import nats.js.errors
 import orjson
 from nats.aio.msg import Msg
-from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception_type, wait_exponential
+from tenacity import (
+    AsyncRetrying,
+    before_sleep_log,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+)
 
-from broker import base, errors, subjects, topology
+from broker import base, errors, subjects, tail, topology
 from broker.config import BrokerConfig
 from broker.connection import Connection
 from broker.messages import ServiceClass
@@ -32,20 +39,35 @@ _log = logging.getLogger(__name__)
 
 _PULL_EXPIRES = 30.0
 _STORE_FAILED = 10077
-_NOT_THERE = (10043, 10057)  # of a delete: the message is not, or no longer, there
 _NO_MESSAGE = 10037
 _IN_PROCESS = 10158  # a message of the same id is being stored just now
+_NO_CONSUMER = 10014
+_WRONG_LAST_SEQUENCE = 10071
+_RECEIPT = "$JS.ACK."
+_NOT_LITERAL = set("*> \t\r\n")
+_NOT_THERE = (10043, 10057)  # of a delete: the message is not, or no longer, there; or a write failed
+_NO_ROOM = (10002, 10023, 10047)  # an account's, or the server's storage is used up
+_DISK_FULL = "no space left on device"
 _READ_BATCH = 256
+_NO_ANSWER = 0.05
+"""Seconds after which a listener that does not answer is known to be there: the server says at once, in
+0.3 ms, that there is none."""
+_TAIL_SECONDS = 12.0
+_TAIL_BYTES = 32 * 2**20
+"""Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
+_JOURNAL_ELECTED = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED." + subjects.REPLIES
+_TRIES = 3
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
 
-async def connect(config: BrokerConfig, name: str) -> NatsBroker:
+async def connect(config: BrokerConfig, name: str, *, make_streams: bool = True) -> NatsBroker:
     """Connect to `config.url`, make the streams, and return a broker that reconnects by itself.
 
+    Without `make_streams` they stay as they are: an operator's command knows nothing of a fleet's limits.
     Raises errors.Unavailable when no server answers within `config.timeout`.
     """
-    broker = NatsBroker(config, name)
+    broker = NatsBroker(config, name, make_streams)
     await broker.open()
     return broker
 
@@ -78,24 +100,31 @@ def _without_credentials(url: str) -> str:
 class NatsBroker(base.Broker):
     """One connection. See `base.Broker` for the contract."""
 
-    def __init__(self, config: BrokerConfig, name: str) -> None:
+    def __init__(self, config: BrokerConfig, name: str, make_streams: bool = True) -> None:
         self._config = config
         self._name = name
+        self._make_streams = make_streams
         self._nc = Connection()
         self._js = self._nc.jetstream(timeout=config.timeout)
         self._acks: dict[str, asyncio.Future[base.Stored]] = {}
         self._ack_numbers = itertools.count()
         self._ack_inbox = ""
+        self._inbox = self._nc.new_inbox()
+        self._inboxes = itertools.count()
         self._pullers: set[_Puller] = set()
         self._watches: set[_Watch] = set()
+        self._naks: set[asyncio.Task[None]] = set()
         self._closing = False
         self._outage: set[str] = set()  # kinds of error logged since the connection was lost
         self._reconnecting: asyncio.Task[None] | None = None
+        self._tail = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)
+        self._repeats: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         try:
             await self._open()
         except errors.Unavailable as exc:
+            await self.close()  # it may be connected, and without its streams it is of no use
             url = _without_credentials(self._config.url)
             raise errors.Unavailable(f"no broker at {url}: {exc.message}") from exc
 
@@ -123,7 +152,10 @@ class NatsBroker(base.Broker):
             inbox = self._nc.new_inbox()
             self._ack_inbox = inbox + "."
             await self.subscribe(inbox + ".*", self._on_ack)
-            await topology.ensure(self._js, self._config)
+            await self.subscribe(subjects.ALL_AGAIN, self._on_again)
+            await self.subscribe(_JOURNAL_ELECTED, self._on_journal_elected)
+            if self._make_streams:
+                await topology.ensure(self._js, self._config)
 
     @property
     def connected(self) -> bool:
@@ -147,6 +179,37 @@ class NatsBroker(base.Broker):
             raise errors.TooLarge("the message is larger than the broker takes")
         with _translated:
             await self._nc.publish(subject, data, reply, headers)
+        if subject.startswith("out."):
+            self._tail.add(subject, data, asyncio.get_running_loop().time())
+
+    def _on_again(self, message: base.Message) -> None:
+        """A reader misses frames that the journal has not."""
+        key = message.subject.partition(".")[2]
+        if self._tail.of(key):
+            self._repeat([key])
+
+    def _on_journal_elected(self, _: base.Message) -> None:
+        """What was published since the journal's last leader went is in no journal."""
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
+
+    def _repeat(self, keys: list[str]) -> None:
+        task = asyncio.create_task(self._publish_again(keys))
+        self._repeats.add(task)
+        task.add_done_callback(self._repeats.discard)
+
+    async def _publish_again(self, keys: list[str]) -> None:
+        """One reply after the other, each without a pause: its newest frame has to be the journal's too."""
+        try:
+            for key in keys:
+                for subject, data in self._tail.of(key):
+                    await self._nc.publish(subject, data)
+                await asyncio.sleep(0)
+        except nats.errors.Error as exc:
+            _log.warning("frames were not published again: %s", _reason(exc))
+
+    async def sync(self) -> None:
+        with _translated:
+            await self._nc.flush(max(1, round(self._config.timeout)))
 
     async def subscribe(self, subject: str, handler: Callable[[base.Message], None]) -> _Subscription:
         async def on_message(msg: Msg) -> None:
@@ -157,7 +220,22 @@ class NatsBroker(base.Broker):
         self._nc.handlers[inner._id] = handler
         return _Subscription(inner, lambda: self._nc.handlers.pop(inner._id, None))
 
+    async def listens(self, subject: str) -> bool:
+        try:
+            with _translated:
+                await self._nc.request(subject, timeout=_NO_ANSWER)
+        except errors.Unavailable as exc:
+            if isinstance(exc.__cause__, nats.errors.NoRespondersError):
+                return False
+            if not self._nc.is_connected:
+                raise
+        return True
+
     # The durable queue
+
+    @property
+    def inbox(self) -> str:
+        return self._inbox
 
     async def enqueue(
         self, subject: str, data: bytes, headers: dict[str, str] | None = None
@@ -201,6 +279,8 @@ class NatsBroker(base.Broker):
             future.set_exception(errors.Unconfirmed("the broker is storing a request of this id"))
         elif fault.get("err_code") == _STORE_FAILED and fault["description"].startswith("maximum"):
             future.set_exception(errors.Overloaded("the queue is full: try again later", retry_after=1.0))
+        elif fault.get("err_code") in _NO_ROOM:
+            future.set_exception(errors.Unavailable(f"the broker's storage is full: {fault['description']}"))
         else:
             future.set_exception(errors.Unavailable(f"the broker refused it: {fault['description']}"))
 
@@ -213,15 +293,60 @@ class NatsBroker(base.Broker):
     ) -> base.Puller:
         config = topology.consumer(base_model, service_class, self._config)
         ensure = functools.partial(self._js.add_consumer, subjects.REQUESTS, config)
-        inbox = self._nc.new_inbox()
+        inbox = f"{self._inbox}.{next(self._inboxes)}"
+        name = f"{subjects.REQUESTS}.{config.durable_name}"
+        await self._insist(ensure)
         with _translated:
-            await ensure()
-            puller = _Puller(
-                self, inbox, f"{subjects.REQUESTS}.{config.durable_name}", handler, lapsed, ensure
-            )
+            puller = _Puller(self, inbox, name, handler, lapsed, ensure)
             puller.subscription = await self.subscribe(inbox, puller.on_message)
         self._pullers.add(puller)
         return puller
+
+    async def hand_on(self, receipt: str) -> None:
+        # It came from a third party: nothing but an ack subject may be published to for it.
+        if not receipt.startswith(_RECEIPT) or set(receipt) & _NOT_LITERAL:
+            raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
+        if not self._nc.is_connected:
+            # nats-py would buffer it, and by the time it is sent the message may run elsewhere.
+            raise errors.Unavailable("the broker can't be reached")
+        await self.publish(receipt, b"-NAK")
+
+    async def delivered(self, base_model: str, service_class: ServiceClass) -> dict[int, str]:
+        consumer = subjects.consumer(base_model, service_class)
+        info = await self._api(f"CONSUMER.INFO.{subjects.REQUESTS}.{consumer}", {}, may_fail=(_NO_CONSUMER,))
+        newest = info.get("delivered", {"stream_seq": 0})
+        found: dict[int, str] = {}
+        start, wanted = 1, subjects.request_filter(base_model, service_class)
+        while start <= newest["stream_seq"]:
+            page = await self.read(subjects.REQUESTS, wanted, start, _READ_BATCH)
+            seqs = [record.seq for record in page if record.seq <= newest["stream_seq"]]
+            for seq in seqs:
+                # Of a receipt the server reads the message's sequence and a delivery's within the known ones.
+                place = f"1.{seq}.{newest['consumer_seq']}.0.0"
+                found[seq] = f"{_RECEIPT}{subjects.REQUESTS}.{consumer}.{place}"
+            if len(seqs) < _READ_BATCH:
+                break
+            start = seqs[-1] + 1
+        return found
+
+    async def bounce(self, inbox: str) -> _Subscription:
+        if not inbox.startswith("_INBOX.") or set(inbox) & _NOT_LITERAL:
+            raise errors.MalformedMessage(f"{inbox!r:.200} is no inbox")
+        return await self.subscribe(f"{inbox}.*", self._hand_back)
+
+    def _hand_back(self, msg: base.Message) -> None:
+        if msg.reply.startswith(_RECEIPT):
+            nak = asyncio.create_task(_Delivery(self, msg).nak())
+            self._naks.add(nak)
+            nak.add_done_callback(self._naks.discard)
+
+    async def _insist(self, act: Callable[[], Awaitable[Any]]) -> None:
+        """A cluster leaves one of several who make the same consumer at once without an answer."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(errors.Unavailable), stop=stop_after_attempt(_TRIES), reraise=True
+        ):
+            with attempt, _translated:
+                await act()
 
     async def delete(self, stream: str, seq: int) -> bool:
         # no_erase: the bytes need no overwriting, and the caller waits for this.
@@ -229,6 +354,9 @@ class NatsBroker(base.Broker):
             f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": True}, may_fail=_NOT_THERE
         )
         return bool(answer.get("success"))
+
+    async def purge(self, stream: str, subject: str) -> None:
+        await self._api(f"STREAM.PURGE.{stream}", {"filter": subject})
 
     # Reading streams
 
@@ -261,6 +389,8 @@ class NatsBroker(base.Broker):
                     if status in ("204", "404"):
                         return
                     text = (msg.headers or {}).get("Description", "")
+                    if status == "503":  # its text holds the subject asked, on a line of its own
+                        text = "there is no such stream, or JetStream is not ready"
                     raise errors.Unavailable(f"stream {stream} can't be read: {status} {text}")
             finally:
                 await subscription.unsubscribe()
@@ -276,7 +406,7 @@ class NatsBroker(base.Broker):
             )
         return _record(msg) if _is_stored(msg) else None
 
-    async def get(self, stream: str, seq: int) -> base.Record | None:
+    async def record(self, stream: str, seq: int) -> base.Record | None:
         return await self._get(stream, seq, None)
 
     async def _get(self, stream: str, seq: int | None, subject: str | None) -> base.Record | None:
@@ -304,13 +434,20 @@ class NatsBroker(base.Broker):
                 return found
 
     async def _api(self, call: str, body: dict[str, Any], may_fail: tuple[int, ...] = ()) -> dict[str, Any]:
+        return await self._request(f"$JS.API.{call}", orjson.dumps(body), None, may_fail)
+
+    async def _request(
+        self, subject: str, data: bytes, headers: dict[str, str] | None, may_fail: tuple[int, ...]
+    ) -> dict[str, Any]:
         """JetStream's answer. A fault other than those of `may_fail` raises errors.Unavailable."""
         with _translated:
-            msg = await self._nc.request(f"$JS.API.{call}", orjson.dumps(body), self._config.timeout)
+            msg = await self._nc.request(subject, data, self._config.timeout, headers=headers)
         answer: dict[str, Any] = orjson.loads(msg.data)
         fault = answer.get("error")
-        if fault is not None and fault.get("err_code") not in may_fail:
-            raise errors.Unavailable(f"the broker refused {call}: {fault.get('description')}")
+        if fault is not None and (
+            fault.get("err_code") not in may_fail or _DISK_FULL in fault["description"]
+        ):
+            raise errors.Unavailable(f"the broker refused {subject}: {fault.get('description')}")
         return answer
 
     # Key-value buckets
@@ -318,6 +455,24 @@ class NatsBroker(base.Broker):
     async def put(self, bucket: str, key: str, value: bytes) -> None:
         with _translated:
             await self._js.publish(f"$KV.{bucket}.{_kv_key(key)}", value)
+
+    async def get(self, bucket: str, key: str) -> base.Value:
+        # Asked of the stream's leader: a direct get may be answered by a replica that lags behind.
+        asked = {"last_by_subj": f"$KV.{bucket}.{_kv_key(key)}"}
+        answer = await self._api(f"STREAM.MSG.GET.KV_{bucket}", asked, may_fail=(_NO_MESSAGE,))
+        found = answer.get("message")
+        if found is None:
+            return base.Value(None, 0)
+        removed = b"KV-Operation:" in base64.b64decode(found.get("hdrs", ""))
+        return base.Value(None if removed else base64.b64decode(found.get("data", "")), found["seq"])
+
+    async def swap(self, bucket: str, key: str, value: bytes, expected: int) -> int | None:
+        if not self._nc.is_connected:
+            # Buffered, it would be set behind the back of a caller who was told that it failed.
+            raise errors.Unavailable("the broker can't be reached")
+        head = {"Nats-Expected-Last-Subject-Sequence": str(expected)}
+        answer = await self._request(f"$KV.{bucket}.{_kv_key(key)}", value, head, (_WRONG_LAST_SEQUENCE,))
+        return None if "error" in answer else answer["seq"]
 
     async def remove(self, bucket: str, key: str) -> None:
         with _translated:
@@ -372,6 +527,8 @@ class NatsBroker(base.Broker):
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         self._reconnecting = asyncio.create_task(self._restore())
+        # What was on its way when the connection broke may have arrived or not.
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
 
     async def _restore(self) -> None:
         """What a restarted server forgot: streams, consumers, standing pulls; what we missed: changes.
@@ -385,7 +542,8 @@ class NatsBroker(base.Broker):
         )
         async for attempt in again:
             with attempt, _translated:
-                await topology.ensure(self._js, self._config)
+                if self._make_streams:
+                    await topology.ensure(self._js, self._config)
                 for puller in list(self._pullers):
                     await puller.restore()
                 for watch in list(self._watches):
@@ -475,7 +633,6 @@ class _Puller:
         self._ensure = ensure
         self._closed = False
         self.subscription: _Subscription | None = None
-        self._naks: set[asyncio.Task[None]] = set()
         self._recovering: asyncio.Task[None] | None = None
         self.outstanding = 0
 
@@ -494,17 +651,14 @@ class _Puller:
             raise
 
     def on_message(self, msg: base.Message) -> None:
-        if not msg.reply.startswith("$JS.ACK."):
+        if not msg.reply.startswith(_RECEIPT):
             self._on_status(msg.headers or {})
             return
         self.outstanding = max(0, self.outstanding - 1)
-        delivery = _Delivery(self._broker, msg)
         if self._closed:
-            nak = asyncio.create_task(delivery.nak())
-            self._naks.add(nak)
-            nak.add_done_callback(self._naks.discard)
+            self._broker._hand_back(msg)
         else:
-            self._handler(delivery)
+            self._handler(_Delivery(self._broker, msg))
 
     def _on_status(self, head: Mapping[str, str]) -> None:
         """408 = expired: asks come back. Anything else (409 = the consumer moved or went, 503 = nobody
@@ -552,11 +706,21 @@ class _Puller:
 class _Delivery:
     """A message with JetStream's `$JS.ACK...` reply subject; its tokens are the metadata."""
 
-    __slots__ = ("_ack", "_broker", "attempt", "data", "enqueued_ms", "headers", "pending", "seq", "subject")
+    __slots__ = (
+        "_broker",
+        "attempt",
+        "data",
+        "enqueued_ms",
+        "headers",
+        "pending",
+        "receipt",
+        "seq",
+        "subject",
+    )
 
     def __init__(self, broker: NatsBroker, msg: base.Message) -> None:
         self._broker = broker
-        self._ack = msg.reply
+        self.receipt = msg.reply
         # $JS.ACK.[<domain>.<account>.]<stream>.<consumer>.<delivered>.<seq>.<cseq>.<ns>.<pending>[.<token>]
         tokens = msg.reply.split(".")
         at = 4 if len(tokens) == 9 else 6
@@ -569,10 +733,10 @@ class _Delivery:
         self.pending = int(tokens[at + 4])
 
     async def ack(self) -> None:
-        await self._broker.publish(self._ack, b"+ACK")
+        await self._broker.publish(self.receipt, b"+ACK")
 
     async def nak(self) -> None:
-        await self._broker.publish(self._ack, b"-NAK")
+        await self._broker.publish(self.receipt, b"-NAK")
 
     async def in_progress(self) -> None:
-        await self._broker.publish(self._ack, b"+WPI")
+        await self._broker.publish(self.receipt, b"+WPI")

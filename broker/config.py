@@ -19,6 +19,12 @@ class BrokerConfig(BaseModel):
     ack_wait: float = Field(
         10.0, ge=0.5, description="a worker silent for so long loses its requests to another"
     )
+    payload_bytes: int = Field(
+        2 * 2**30, ge=2**20, description="bodies too large for a message, on disk; one more is refused (429)"
+    )
+    payload_age: float = Field(
+        8 * 86400.0, gt=0, description="such a body is kept no longer; more than any deadline"
+    )
     journal_bytes: int = Field(256 * 2**20, ge=2**20, description="reply frames kept in memory")
     journal_age: float = Field(900.0, gt=0, description="reply frames are kept no longer")
     usage_bytes: int = Field(2**30, ge=2**20, description="usage events on disk; the oldest go first")

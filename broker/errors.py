@@ -89,6 +89,12 @@ class TooLarge(HeadraceError):
     code, status, kind = "request_too_large", 413, "invalid_request_error"
 
 
+class BodyLost(HeadraceError):
+    """The request's body was to lie in the object store, and does not, or is another than was stored."""
+
+    code, status, kind = "body_lost", 500, "server_error"
+
+
 class Overloaded(HeadraceError):
     code, status, kind, retry = "overloaded", 429, "rate_limit_error", True
 
@@ -121,6 +127,12 @@ class WorkerLost(HeadraceError):
     """The worker died after output had reached the caller, and the output can't be continued."""
 
     code, status, kind, retry = "worker_lost", 500, "server_error", True
+
+
+class Poisoned(HeadraceError):
+    """Too many workers died under the request; it is kept among the dead letters."""
+
+    code, status, kind = "poisoned", 500, "server_error"
 
 
 class FramesLost(HeadraceError):

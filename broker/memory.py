@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from broker import base, errors
 from broker.base import Message, Record, Stored
 from broker.config import BrokerConfig
-from broker.memory_hub import Hub, Lease, Pull, Queue, size_of
+from broker.memory_hub import Hub, Lease, Pull, Queue, matches, size_of
 from broker.messages import ServiceClass
 
 _log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ class _Puller:
         self.client.hub.pump(self.queue)
 
     def _hand(self, lease: Lease) -> None:
+        self.client.hub.route(Message(self.client.inbox, b"", None, f"{self.queue.name}.{lease.record.seq}"))
         asyncio.get_running_loop().call_soon(self._deliver, lease)
 
     def _deliver(self, lease: Lease) -> None:
@@ -131,6 +132,7 @@ class _Delivery:
         self.subject, self.data, self.headers = lease.record.subject, lease.record.data, lease.record.headers
         self.seq, self.attempt, self.pending = lease.record.seq, lease.attempt, lease.pending
         self.enqueued_ms = lease.at * 1000
+        self.receipt = f"{puller.queue.name}.{lease.record.seq}"
         self._puller = puller
 
     async def ack(self) -> None:
@@ -230,10 +232,21 @@ class MemoryBroker(base.Broker):
         self._fits(subject, data, headers)
         self.send(self.hub.publish, Message(subject, data, headers, reply))
 
+    async def sync(self) -> None:
+        self.check()
+
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> base.Subscription:
         if self._closed:
             self.check()
         return _Subscription(self, subject, handler)
+
+    async def listens(self, subject: str) -> bool:
+        self.check()
+        return any(matches(listener.subject, subject) for listener in self.hub.listeners)
+
+    @property
+    def inbox(self) -> str:
+        return f"_INBOX.{id(self)}"
 
     async def enqueue(
         self, subject: str, data: bytes, headers: dict[str, str] | None = None
@@ -263,9 +276,35 @@ class MemoryBroker(base.Broker):
         self.pullers.append(puller)
         return puller
 
+    async def hand_on(self, receipt: str) -> None:
+        self.check()
+        consumer, _, seq = receipt.rpartition(".")
+        if consumer not in self.hub.queues or not seq.isdecimal():
+            raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
+        self.hub.nak(self.hub.queues[consumer], int(seq))
+
+    async def delivered(self, base_model: str, service_class: ServiceClass) -> dict[int, str]:
+        self.check()
+        queue = self.hub.queue(base_model, service_class)
+        return {seq: f"{queue.name}.{seq}" for seq in sorted([*queue.unacked, *queue.again])}
+
+    async def bounce(self, inbox: str) -> base.Subscription:
+        if not inbox.startswith("_INBOX.") or set(inbox) & set("*> "):
+            raise errors.MalformedMessage(f"{inbox!r:.200} is no inbox")
+        return await self.subscribe(inbox, self._hand_back)
+
+    def _hand_back(self, message: Message) -> None:
+        consumer, _, seq = message.reply.rpartition(".")
+        self.hub.nak(self.hub.queues[consumer], int(seq))
+
     async def delete(self, stream: str, seq: int) -> bool:
         self.check()
         return self.hub.remove(stream, seq)
+
+    async def purge(self, stream: str, subject: str) -> None:
+        self.check()
+        for record in self.hub.stream(stream).select(subject):
+            self.hub.remove(stream, record.seq)
 
     async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[Record]:
         self.check()
@@ -276,7 +315,7 @@ class MemoryBroker(base.Broker):
         self.check()
         return next(reversed(self.hub.stream(stream).select(subject)), None)
 
-    async def get(self, stream: str, seq: int) -> Record | None:
+    async def record(self, stream: str, seq: int) -> Record | None:
         self.check()
         entry = self.hub.stream(stream).entries.get(seq)
         return None if entry is None else entry.record
@@ -287,13 +326,20 @@ class MemoryBroker(base.Broker):
 
     async def put(self, bucket: str, key: str, value: bytes) -> None:
         self.check()
-        self.hub.bucket(bucket)[key] = value
-        self.hub.route(Message(f"$KV.{bucket}.{key}", value))
+        self.hub.put(bucket, key, value)
+
+    async def get(self, bucket: str, key: str) -> base.Value:
+        self.check()
+        return base.Value(self.hub.bucket(bucket).get(key), self.hub.revisions.get((bucket, key), 0))
+
+    async def swap(self, bucket: str, key: str, value: bytes, expected: int) -> int | None:
+        if (await self.get(bucket, key)).revision != expected:
+            return None
+        return self.hub.put(bucket, key, value)
 
     async def remove(self, bucket: str, key: str) -> None:
         self.check()
-        self.hub.bucket(bucket).pop(key, None)
-        self.hub.route(Message(f"$KV.{bucket}.{key}", b"", {"KV-Operation": "DEL"}))
+        self.hub.put(bucket, key, None)
 
     async def watch(self, bucket: str, handler: Callable[[str, bytes | None], None]) -> base.Subscription:
         self.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -60,7 +61,7 @@ class _Stream:
         size = size_of(subject, data, headers)
         while self.entries and (len(self.entries) >= self._count or self._bytes + size > self._size):
             if self._refuses:
-                raise errors.Overloaded("the request queue is full")
+                raise errors.Overloaded("the stream is full")
             self.remove(next(iter(self.entries)))
         self._last += 1
         self._bytes += size
@@ -114,6 +115,7 @@ class Pull:
 class Queue:
     """A consumer of REQUESTS. `fresh` and `again` are ordered sets of sequences."""
 
+    name: str
     subject: str
     fresh: dict[int, None]
     again: dict[int, None] = field(default_factory=dict)
@@ -136,19 +138,20 @@ class Hub:
     def __init__(self, config: BrokerConfig, clock: Callable[[], float], max_payload: int) -> None:
         self.config, self.clock, self.max_payload = config, clock, max_payload
         self.listeners: list[Listener] = []
-        self.buckets: dict[str, dict[str, bytes]] = {subjects.KV_MODELS: {}}
+        self.buckets: dict[str, dict[str, bytes]] = {subjects.KV_MODELS: {}, subjects.KV_LEASES: {}}
+        self.revisions: dict[tuple[str, str], int] = {}  # of the keys that were removed, too
+        self._changes = itertools.count(1)
         self.queues: dict[str, Queue] = {}
         window, forever = config.dedup_window, math.inf
-        self.streams = {
-            subjects.REQUESTS: _Stream(
-                subjects.ALL_REQUESTS,
-                count=config.max_queued,
-                size=config.max_queued_bytes,
-                age=forever,
-                window=window,
-                refuses=True,
+        self.streams: dict[str, _Stream] = {}
+        payloads, all_payloads = subjects.objects(subjects.PAYLOADS), subjects.all_objects(subjects.PAYLOADS)
+        for name, subject, count, size, age in (
+            (subjects.REQUESTS, subjects.ALL_REQUESTS, config.max_queued, config.max_queued_bytes, forever),
+            (payloads, all_payloads, forever, config.payload_bytes, config.payload_age),
+        ):
+            self.streams[name] = _Stream(
+                subject, count=count, size=size, age=age, window=window, refuses=True
             )
-        }
         for name, subject, size, age in (
             (subjects.REPLIES, subjects.ALL_REPLIES, config.journal_bytes, config.journal_age),
             (subjects.USAGE, subjects.ALL_USAGE, config.usage_bytes, config.usage_age),
@@ -191,6 +194,18 @@ class Hub:
             raise errors.Unavailable(f"there is no bucket {name}")
         return self.buckets[name]
 
+    def put(self, name: str, key: str, value: bytes | None) -> int:
+        """The new revision."""
+        bucket = self.bucket(name)
+        if value is None:
+            bucket.pop(key, None)
+        else:
+            bucket[key] = value
+        self.revisions[name, key] = revision = next(self._changes)
+        head = {"KV-Operation": "DEL"} if value is None else None
+        self.route(Message(f"$KV.{name}.{key}", value or b"", head))
+        return revision
+
     def _line_up(self, seq: int, subject: str) -> None:
         for queue in self.queues.values():
             if matches(queue.subject, subject):
@@ -202,7 +217,7 @@ class Hub:
         if name not in self.queues:
             pattern = subjects.request_filter(base_name, service_class)
             waiting = self.streams[subjects.REQUESTS].select(pattern)
-            self.queues[name] = Queue(pattern, {record.seq: None for record in waiting})
+            self.queues[name] = Queue(name, pattern, {record.seq: None for record in waiting})
         return self.queues[name]
 
     def pump(self, queue: Queue) -> None:
@@ -230,6 +245,7 @@ class Hub:
         self.remove(subjects.REQUESTS, seq)
 
     def nak(self, queue: Queue, seq: int) -> None:
+        """Whichever delivery it is for: as in a real server, the message goes out again."""
         queue.give_back(seq)
         self.pump(queue)
 

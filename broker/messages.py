@@ -26,6 +26,10 @@ PATHS = (
 """What Headrace offers of an engine's HTTP API; a model's card lists those that it serves."""
 
 
+MAX_BODY = 64 * 2**20
+"""Bytes of a request body: no engine takes more."""
+
+
 class ServiceClass(enum.StrEnum):
     """Queue classes, most urgent first; iteration order is priority order."""
 
@@ -43,7 +47,8 @@ class Request:
         request_id: unique for a tenant; last token of `reply_to`.
         reply_to: subject of the frames, `out.<tenant>.<mailbox>.<request>`.
         path: of the engine's HTTP API, e.g. `/v1/chat/completions`.
-        body: the caller's JSON, untouched.
+        body: the caller's JSON, untouched; empty while it lies in the object store.
+        body_object: its name there, where it is too large for a message, or "". See `bodies`.
         deadline_ms: unix time in ms after which the request is worth nothing; 0 = none.
         dedup_key: the caller's idempotency key; the request id where there is none.
         traceparent: W3C trace context, or "".
@@ -57,6 +62,7 @@ class Request:
     deadline_ms: int = 0
     dedup_key: str = ""
     traceparent: str = ""
+    body_object: str = ""
 
     @property
     def key(self) -> str:
@@ -75,6 +81,8 @@ class Request:
             head[subjects.DEADLINE] = str(self.deadline_ms)
         if self.traceparent:
             head[subjects.TRACEPARENT] = self.traceparent
+        if self.body_object:
+            head[subjects.BODY_OBJECT] = self.body_object
         return head
 
 
@@ -126,6 +134,12 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         raise errors.MalformedMessage(
             f"header {subjects.DEADLINE} must be unix time in ms, not {deadline!r:.99}"
         )
+    body_object = head.get(subjects.BODY_OBJECT, "")
+    if body_object and (body or not subjects.may_name(parsed.tenant, body_object)):
+        raise errors.MalformedMessage(
+            f"header {subjects.BODY_OBJECT} must be {subjects.token(parsed.tenant)}.<unique> with an empty "
+            f"body, not {body_object!r:.200} with {len(body)} bytes"
+        )
     return Request(
         subject=parsed,
         request_id=request_id,
@@ -135,6 +149,7 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         deadline_ms=int(deadline),
         dedup_key=head[subjects.MSG_ID].partition(":")[2],
         traceparent=head.get(subjects.TRACEPARENT, ""),
+        body_object=body_object,
     )
 
 
@@ -215,6 +230,22 @@ class Heartbeat(_Wire):
     state: Literal["serving", "draining", "gone"]
     credit: Credit
     metrics_url: str = ""
+    inbox: str = Field("", description="where what it pulls is delivered")
+    told: int = Field(0, description="`number` of this worker's last message on `held.<worker>`")
+
+
+class Held(_Wire):
+    """`held.<worker>`: what a worker took and let go of since its message before, or all that it holds.
+
+    A worker dies without a word; whoever leads then gives back what it held. `number` counts a life's
+    messages from 1, so that one which was lost shows.
+    """
+
+    started_ms: int = Field(description="as in the heartbeat")
+    number: int
+    full: bool = Field(False, description="`take` is all that it holds: the answer to `roster.<worker>`")
+    take: tuple[tuple[int, int, str], ...] = Field((), description="sequence, attempt, ack subject of each")
+    drop: tuple[tuple[int, int], ...] = Field((), description="sequence, attempt of each")
 
 
 class Latency(_Wire):
@@ -250,6 +281,15 @@ class UsageEvent(_Wire):
     latency: Latency = Latency()
 
 
+class Attempt(_Wire):
+    """One attempt at a request that failed for good: who had it, and what became of it."""
+
+    epoch: int
+    worker: str
+    at_ms: int
+    what: str
+
+
 class DeadLetter(_Wire):
     """`dead.<reason>`: a message that nobody could be told about, or that failed for good."""
 
@@ -259,3 +299,4 @@ class DeadLetter(_Wire):
     headers: dict[str, str]
     body: str = Field(description="the body, base64")
     failed_ms: int
+    history: tuple[Attempt, ...] = ()

@@ -11,12 +11,12 @@ import base64
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from broker import base, codec, errors, subjects
-from broker.messages import TERMINAL, DeadLetter, Frame, FrameKind
+from broker.messages import TERMINAL, Attempt, DeadLetter, Frame, FrameKind
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +30,12 @@ NOTE_AGAIN = 300.0
 """Seconds after which the note that a request is queued is written anew: the journal forgets."""
 
 _HELD_LIMIT = 4096
+_LAG = 3.0
+"""Seconds until frames that are missing count as lost: a copy of the journal may lag behind, and who wrote
+them may be reconnecting."""
+_POLL = 0.1
+_OVERLAP = 256
+"""Tokens of each choice by which a later attempt is seen to say the same again."""
 _CLOCKS_APART = 60_000
 """Milliseconds that a reader's clock and the broker's may differ; half the default dedup window."""
 
@@ -45,8 +51,17 @@ class Writer:
         self.frames = 0
         self.head_sent = False
 
-    async def beat(self, worker: str) -> None:
-        await self._send(FrameKind.BEAT, extra={"worker": worker, "at": _stamp()})
+    def go_on(self, said: Mapping[int, int]) -> None:
+        """Continue an answer of which an earlier attempt said so many tokens of each choice, and its head."""
+        self._offs = dict(said)
+        self.head_sent = True
+
+    async def beat(self, worker: str, left: str = "") -> None:
+        """Say that `worker` has the request; or, with `left`, why it gives it to another unfinished."""
+        extra: dict[str, Any] = {"worker": worker, "at": _stamp()}
+        if left:
+            extra["left"] = left
+        await self._send(FrameKind.BEAT, extra=extra)
 
     async def head(
         self,
@@ -85,15 +100,20 @@ class Writer:
         if extra is not None:
             frame.extra = extra
         data = codec.encode(frame)
-        over = len(data) - self._broker.max_payload
-        if over > len(payload):
-            raise errors.TooLarge("the answer holds more tokens than one reply frame can name")
+        while (over := len(data) - self._broker.max_payload) > 0:
+            if over >= len(frame.payload):
+                raise errors.TooLarge("the answer holds more tokens than one reply frame can name")
+            part, rest = _split(frame.payload, len(frame.payload) - over)
+            # The last part names the tokens: who has it has all of their payload.
+            whole = Frame(self._epoch, self.frames, frame.kind, frame.off, payload=part, extra=frame.extra)
+            await self._publish(codec.encode(whole))
+            frame.seq, frame.kind, frame.payload, frame.extra = self.frames, FrameKind.DATA, rest, {}
+            data = codec.encode(frame)
+        await self._publish(data)
+
+    async def _publish(self, data: bytes) -> None:
         self.frames += 1
-        if over <= 0:
-            await self._broker.publish(self._reply_to, data)
-            return
-        await self._broker.publish(self._reply_to, data[:-over])
-        await self._send(FrameKind.DATA, payload[-over:])
+        await self._broker.publish(self._reply_to, data)
 
     def _number(self, frame: Frame, tokens: list[tuple[int, list[int]]]) -> None:
         for index, ids in tokens:
@@ -114,6 +134,13 @@ async def note_queued(broker: base.Broker, reply_to: str, seq: int) -> None:
         await broker.publish(reply_to, codec.encode(Frame(QUEUED_EPOCH, 0, FrameKind.BEAT, extra=extra)))
 
 
+def _split(payload: bytes, at: int) -> tuple[bytes, bytes]:
+    """Two parts, the first of at most `at` bytes; never between the two newlines that end an event."""
+    while at > 1 and payload[at - 1 : at] == b"\n":
+        at -= 1
+    return payload[:at], payload[at:]
+
+
 def now_ms() -> int:
     return int(time.time() * 1000)
 
@@ -130,19 +157,33 @@ async def dead_letter(
     body: bytes,
     exc: errors.HeadraceError,
     epoch: int = 0,
+    history: tuple[Attempt, ...] = (),
 ) -> None:
     """Keep a message that can't be run in DEAD, and answer it with an `error` frame if it says where."""
     head = dict(headers or {})
     reply_to = head.get(subjects.REPLY_TO, "")
     if subjects.may_answer(subject, reply_to):
         await Writer(broker, reply_to, epoch).error(exc)
+    await bury(broker, subject, head, body, exc, history)
+
+
+async def bury(
+    broker: base.Broker,
+    subject: str,
+    headers: Mapping[str, str] | None,
+    body: bytes,
+    exc: errors.HeadraceError,
+    history: tuple[Attempt, ...] = (),
+) -> None:
+    """Keep a message that failed for good in DEAD. Whoever asked is told elsewhere."""
     letter = DeadLetter(
         reason=exc.code,
         message=exc.message,
         subject=subject.encode("utf-8", "backslashreplace").decode(),
-        headers=head,
+        headers=dict(headers or {}),
         body=base64.b64encode(body).decode(),
         failed_ms=now_ms(),
+        history=history,
     )
     data = letter.model_dump_json().encode()
     if len(data) > broker.max_payload:
@@ -163,21 +204,37 @@ async def last_frame(broker: base.Broker, reply_to: str, since_ms: float) -> Fra
     return None if record is None or record.stored_ms < since_ms else codec.decode(record.data)
 
 
+async def journal(broker: base.Broker, reply_to: str, since_ms: float) -> list[Frame]:
+    """All frames that the journal has for a request that was queued at `since_ms`, in its order."""
+    records = await broker.read(subjects.REPLIES, reply_to, limit=1_000_000)
+    return [codec.decode(record.data) for record in records if record.stored_ms >= since_ms]
+
+
 class Assembler:
     """Puts frames in order, each once. Pure: no I/O; `gap` says when frames are missing.
 
     A frame of an older epoch is dropped. A newer epoch starts again at seq 0 and goes on, without a
-    head of its own, at the output token that the reader has come to; what it repeats is dropped. One
-    that brings a second head has begun anew, with another text perhaps: that is a loss.
+    head of its own, at the output token that the earlier ones came to; what it repeats is dropped. An
+    answer that is not streamed is passed on whole, at its end: one that was cut short may so begin anew.
+
+    Attributes:
+        passed: frames passed on so far, but for beats.
     """
 
     def __init__(self) -> None:
         self.epoch = 0
         self.next_seq = 0
         self.finished = False
+        self.passed = 0
+        self._said: dict[int, _Said] = {0: _Said()}
         self._headed = False
-        self._off = 0
+        self._whole: list[Frame] | None = None
         self._held: dict[tuple[int, int], Frame] = {}
+
+    @property
+    def tokens(self) -> dict[int, int]:
+        """Output tokens passed on, by choice."""
+        return {index: said.count for index, said in self._said.items() if said.count}
 
     @property
     def gap(self) -> bool:
@@ -192,28 +249,31 @@ class Assembler:
     def feed(self, frame: Frame) -> list[Frame]:
         """The frames that may now be forwarded, in order.
 
-        Raises errors.FramesLost when more is held back than any repair could explain, or when a new
-        attempt starts past what was seen.
+        Raises errors.FramesLost when more is held back than any repair could explain, or when an
+        attempt goes on past what was seen.
         """
+        ready: list[Frame] = []
         if frame.seq == self.next_seq and frame.epoch == self.epoch and not self._held and not self.finished:
             # Every frame of an undisturbed stream takes this way.
             self.next_seq += 1
-            return [frame] if self._wanted(frame) else []
-        if self.finished or (frame.epoch, frame.seq) < (self.epoch, self.next_seq):
-            return []
-        self._held[frame.epoch, frame.seq] = frame
-        if len(self._held) > _HELD_LIMIT:
-            raise errors.FramesLost("reply frames are missing and too many wait behind them")
-        ready: list[Frame] = []
+            self._place(frame, ready)
+        elif not self.finished and (frame.epoch, frame.seq) >= (self.epoch, self.next_seq):
+            self._held[frame.epoch, frame.seq] = frame
+            if len(self._held) > _HELD_LIMIT:
+                raise errors.FramesLost("reply frames are missing and too many wait behind them")
+            self._release(ready)
+        self.passed += sum(frame.kind is not FrameKind.BEAT for frame in ready)
+        return ready
+
+    def _release(self, ready: list[Frame]) -> None:
+        """Place those held back whose turn has come."""
         while not self.finished:
             following = self._held.pop((self.epoch, self.next_seq), None)
-            if following is None and not self._advance_epoch():
-                break
             if following is not None:
                 self.next_seq += 1
-                if self._wanted(following):
-                    ready.append(following)
-        return ready
+                self._place(following, ready)
+            elif not self._advance_epoch():
+                return
 
     def _advance_epoch(self) -> bool:
         """Move to the newest epoch whose first frame is here."""
@@ -224,22 +284,99 @@ class Assembler:
         self._held = {key: frame for key, frame in self._held.items() if key[0] >= newest}
         return True
 
-    def _wanted(self, frame: Frame) -> bool:
+    def _place(self, frame: Frame, ready: list[Frame]) -> None:
+        """Add to `ready` what may be passed on now that `frame`'s turn has come."""
         if frame.kind in TERMINAL:
             self.finished = True
-            return True
-        if frame.kind is FrameKind.BEAT:
-            return not self._headed
-        if frame.off > self._off:
-            raise errors.FramesLost(f"the reply goes on at token {frame.off}, but {self._off} were seen")
+            if frame.kind is FrameKind.END and self._whole is not None:
+                ready += self._whole
+            ready.append(frame)
+        elif frame.kind is FrameKind.BEAT:
+            if not self._headed:
+                ready.append(frame)
+        elif frame.kind is FrameKind.HEAD and not _streamed(frame) and not self._headed:
+            self._whole = [frame]
+        elif self._whole is not None and frame.kind is FrameKind.DATA:
+            self._whole.append(frame)
+        elif self._follows(frame):
+            ready.append(frame)
+
+    def _follows(self, frame: Frame) -> bool:
+        """Whether this part of a streamed answer is new. Raises errors.FramesLost when it is out of place."""
         if frame.kind is FrameKind.HEAD:
             if self._headed:
                 raise errors.FramesLost("the answer was begun anew after a part of it had been passed on")
-            self._headed = True
-        elif frame.off < self._off:
-            return False
-        self._off = frame.off + len(frame.ids)
-        return True
+            self._headed, self._whole = True, None
+        if not frame.choices and frame.off == self._said[0].count:
+            self._said[0].add(frame.ids)
+            return True
+        new = old = 0
+        for index, off, ids in _tokens(frame):
+            said = self._said.setdefault(index, _Said())
+            fresh = said.compare(off, ids)
+            new, old = new + fresh, old + (not fresh)
+        if new and old:
+            raise errors.FramesLost("the reply goes on in the middle of a frame that was seen")
+        if new:
+            for index, _, ids in _tokens(frame):
+                self._said[index].add(ids)
+        return bool(new)
+
+
+class _Said:
+    """Output tokens of one choice that were passed on."""
+
+    __slots__ = ("count", "last")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.last: deque[int] = deque(maxlen=_OVERLAP)
+
+    def compare(self, off: int, ids: list[int]) -> bool:
+        """Whether `ids`, from `off` on, come next; False when they were passed on before. Raises
+        errors.FramesLost for anything else."""
+        if off == self.count:
+            return True
+        again = self.count - off
+        if again < 0:
+            raise errors.FramesLost(f"the reply goes on at token {off}, but {self.count} were seen")
+        if again < len(ids):
+            raise errors.FramesLost("the reply goes on in the middle of a frame that was seen")
+        known = list(self.last)[-again:] if again <= len(self.last) else []
+        if known and known[: len(ids)] != ids:
+            raise errors.FramesLost("the answer goes on otherwise than it was passed on")
+        return False
+
+    def add(self, ids: list[int]) -> None:
+        self.count += len(ids)
+        self.last.extend(ids)
+
+
+def _tokens(frame: Frame) -> list[tuple[int, int, list[int]]]:
+    """(choice, tokens before, tokens) for each choice in a frame; choice 0 stands for a frame without any."""
+    more = [(index, off, ids) for index, off, ids in frame.choices]
+    return more if more and not frame.ids else [(0, frame.off, frame.ids), *more]
+
+
+def _streamed(head: Frame) -> bool:
+    headers = head.extra.get("headers", {})
+    return isinstance(headers, dict) and str(headers.get("content-type", "")).startswith("text/event-stream")
+
+
+def _newest_request(frames: list[Frame]) -> int:
+    """Where the frames of the newest request of one id begin.
+
+    What stands behind an end without beginning a request: late frames of an attempt that was given up, a
+    late note, and the first word, and only one, of a worker that was about to take the request over.
+    """
+    start, ended = 0, 0
+    for n, frame in enumerate(frames):
+        late = frame.kind is FrameKind.BEAT and frame.epoch > ended and n == len(frames) - 1
+        if ended and frame.seq == 0 and frame.epoch != QUEUED_EPOCH and not late:
+            start, ended = n, 0
+        if frame.kind in TERMINAL:
+            ended = max(frame.epoch, 1) if frame.epoch < LAST_EPOCH else 1
+    return start
 
 
 class Stream:
@@ -255,7 +392,12 @@ class Stream:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0  # uvloop's handle of a timer that is due at once can't tell
         self._assembler = Assembler()
+        self._behind = (
+            False  # what the assembler holds can't be continued: the journal must be read from its start
+        )
+        self._lag: float | None = None  # loop time since which the journal lacks what must be there
         self._since_ms = time.time() * 1000 - _CLOCKS_APART
+        self._asked_again = 0.0  # loop time
 
     @property
     def finished(self) -> bool:
@@ -279,19 +421,45 @@ class Stream:
         Silence is not trusted: the journal is asked whether frames passed us by, unless the caller
         knows better. Raises errors.FramesLost when a gap can't be filled from it.
         """
-        if not self._waiting and not await self._wait(timeout) and not self._waiting:
+        if self._lag is not None:
+            timeout = min(timeout, _POLL)
+        if not self._waiting and not await self._wait(timeout) and not self._waiting and self._lag is None:
             return []
         ready: list[Frame] = []
         silent = ask_journal and not self._waiting
-        while self._waiting:
-            ready += self._assembler.feed(codec.decode(self._waiting.popleft()))
+        while self._waiting and not self._behind:
+            frame = codec.decode(self._waiting.popleft())
+            try:
+                ready += self._assembler.feed(frame)
+            except errors.FramesLost:
+                self._behind = True  # an earlier attempt's last frames may only have passed us by
         try:
-            if self._assembler.gap or (silent and await self._missed()):
-                ready += await self._repair()
+            if self._behind:
+                ready += await self._checked(*await self._again())
+            elif self._assembler.gap or (silent and await self._missed()):
+                ready += await self._checked(*await self._repair())
         except errors.Unavailable as exc:
             # What is in order goes on its way; the next frame or silence asks the journal again.
             _log.warning("the journal can't be read now: %s", exc.message)
         return ready
+
+    async def _checked(self, frames: list[Frame], whole: bool) -> list[Frame]:
+        """What a repair found; what it did not find, its writer is asked for.
+
+        Raises errors.FramesLost when it is not `whole` for too long.
+        """
+        now = asyncio.get_running_loop().time()
+        if whole:
+            self._lag = None
+            return frames
+        if self._lag is None or frames:
+            self._lag = now
+        elif now - self._lag > _LAG:
+            raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
+        if now - self._asked_again >= _POLL:
+            self._asked_again = now
+            await self._broker.publish(subjects.again(self.subject), b"{}")
+        return frames
 
     async def _wait(self, timeout: float) -> bool:
         """Whether `timeout` passed in silence.
@@ -334,16 +502,14 @@ class Stream:
 
         Raises errors.FramesLost when it no longer has the beginning, errors.Unavailable.
         """
-        records = await self._journal()
+        records = await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000)
         frames = [codec.decode(record.data) for record in records]
-        start, ended = 0, False
-        for n, frame in enumerate(frames):
-            # Else it is a late frame of an attempt that was given up, or a late note.
-            if ended and frame.seq == 0 and frame.epoch != QUEUED_EPOCH:
-                start, ended = n, False
-            ended = ended or frame.kind in TERMINAL
+        start = _newest_request(frames)
         self._since_ms = records[start].stored_ms if records else self._since_ms
-        return self._fill(frames[start:])
+        ready = [new for frame in frames[start:] for new in self._assembler.feed(frame)]
+        if self._assembler.gap:
+            raise errors.FramesLost("the journal no longer has the beginning of the reply")
+        return ready
 
     async def forgotten(self) -> bool:
         """Whether the journal keeps nothing of the reply any more; False while it can't be asked."""
@@ -352,19 +518,32 @@ class Stream:
         except errors.Unavailable:
             return False
 
-    async def _repair(self) -> list[Frame]:
-        """Read the journal and pass on what is new."""
-        records = [record for record in await self._journal() if record.stored_ms >= self._since_ms]
-        return self._fill([codec.decode(record.data) for record in records])
+    async def _repair(self) -> tuple[list[Frame], bool]:
+        """Read the journal: what is new in it, and whether that closed the gap."""
+        frames = await journal(self._broker, self.subject, self._since_ms)
+        ready = [new for frame in frames for new in self._assembler.feed(frame)]
+        return ready, not self._assembler.gap
 
-    async def _journal(self) -> list[base.Record]:
-        return await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000)
-
-    def _fill(self, frames: list[Frame]) -> list[Frame]:
-        ready = [passed for frame in frames for passed in self._assembler.feed(frame)]
-        if self._assembler.gap:
-            raise errors.FramesLost("reply frames were lost, and the journal no longer has them")
-        return ready
+    async def _again(self) -> tuple[list[Frame], bool]:
+        """Put the whole reply in order once more, by the journal's own: where attempts follow each other,
+        that is the one which counts. What the reader has had stays out."""
+        had, assembler = self._assembler, Assembler()
+        try:
+            kept = await journal(self._broker, self.subject, self._since_ms)
+            ready = [new for frame in kept for new in assembler.feed(frame)]
+            frames = [frame for frame in ready if frame.kind is not FrameKind.BEAT]
+        except errors.FramesLost:
+            return [], False
+        if assembler.gap or assembler.passed < had.passed:
+            return [], False
+        counts: Counter[int] = Counter()
+        for frame in frames[: had.passed]:
+            for index, _, ids in _tokens(frame):
+                counts[index] += len(ids)
+        if +counts != had.tokens:
+            raise errors.FramesLost("the reply was read in another order than the journal has it")
+        self._assembler, self._behind = assembler, False
+        return frames[had.passed :], True
 
     def close(self) -> None:
         if self._timer is not None:

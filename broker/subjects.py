@@ -5,13 +5,19 @@
     usage.<tenant>.<model>                one event a request          (stream USAGE)
     dead.<reason>                         requests that failed for good (stream DEAD)
     cancel.<tenant>.<request>             stop a request, queued or running (core)
+    taken.<tenant>.<request>              a worker has taken a request over from another (core)
+    again.<tenant>.<request>              publish a reply's latest frames once more (core)
     fleet.<worker>                        heartbeat and credit         (core)
+    held.<worker>                         what it took and let go      (core)
+    roster.<worker>                       it is to tell all it holds   (core)
+    $O.payloads.M.<name>, .C.<nuid>       request bodies over max_payload (object store `payloads`)
 
 Each `<...>` is one subject token. Names that are no legal token are percent-encoded by `token`.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,6 +29,11 @@ USAGE = "USAGE"
 DEAD = "DEAD"
 
 KV_MODELS = "models"
+KV_LEASES = "leases"
+
+PAYLOADS = "payloads"
+"""Object store of request bodies that no message holds. A bucket of its own, beside `artifacts`: everything
+in it goes by its age, so that what a crash leaves behind needs no janitor, while artifacts stay."""
 
 ALL_REQUESTS = "req.>"
 ALL_REPLIES = "out.>"
@@ -30,6 +41,12 @@ ALL_USAGE = "usage.>"
 ALL_DEAD = "dead.>"
 ALL_HEARTBEATS = "fleet.*"
 ALL_CANCELS = "cancel.*.*"
+ALL_TAKEN = "taken.*.*"
+ALL_HELD = "held.*"
+
+LEADER = "leader"
+"""Key in `KV_LEASES`: the scheduler that leads."""
+ALL_AGAIN = "again.*.*"
 
 # Header names of a request message.
 MSG_ID = "Nats-Msg-Id"
@@ -39,10 +56,16 @@ TENANT = "Tenant"
 DEADLINE = "Deadline"
 REQUEST_ID = "Request-Id"
 TRACEPARENT = "traceparent"
+RESERVED = "Nats-"
+"""What the headers begin with that a server reads or writes itself."""
+BODY_OBJECT = "Body-Object"
 
 MAX = 3000
 """Bytes of a subject. The server closes a connection that sends it a line of more than 4,096, and a line
 holds a second subject for the answer."""
+
+ROLLUP = "Nats-Rollup"
+"""Header by which a message takes the place of those before it under its subject; the value is `sub`."""
 
 # Unreserved characters of RFC 3986, less '.', which separates NATS tokens.
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_\-]")
@@ -135,8 +158,27 @@ def cancelled(subject: str) -> str:
     return f"{token(name(tenant))}.{token(name(request))}"
 
 
+def taken(key: str) -> str:
+    """`key` as `messages.Request.key` spells it."""
+    return f"taken.{key}"
+
+
+def again(reply: str) -> str:
+    """Where the frames under `reply`, out.<tenant>.<mailbox>.<request>, are asked for once more."""
+    _, tenant, _, request = reply.split(".")
+    return f"again.{tenant}.{request}"
+
+
 def heartbeat(worker: str) -> str:
     return f"fleet.{token(worker)}"
+
+
+def held(worker: str) -> str:
+    return f"held.{token(worker)}"
+
+
+def roster(worker: str) -> str:
+    return f"roster.{token(worker)}"
 
 
 def usage(tenant: str, model: str) -> str:
@@ -146,6 +188,48 @@ def usage(tenant: str, model: str) -> str:
 def usage_id(tenant: str, request_id: str, seq: int) -> str:
     """`Nats-Msg-Id` of a usage event: a request is counted once, whoever tells of its end."""
     return f"{token(tenant)}:{token(request_id)}:{seq}"
+
+
+def replay_id(tenant: str, letter: int, stored_ms: float) -> str:
+    """`Nats-Msg-Id` of a dead letter's request, put back: new, and the same however often it is tried."""
+    return dedup_id(tenant, f"dead:{letter}:{stored_ms:.0f}")
+
+
+def objects(bucket: str) -> str:
+    """Stream behind an object store."""
+    return f"OBJ_{bucket}"
+
+
+def all_objects(bucket: str) -> str:
+    return f"$O.{bucket}.>"
+
+
+def object_meta(bucket: str, name: str) -> str:
+    """Where an object's description is stored, as every NATS client spells it."""
+    return f"$O.{bucket}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+
+
+def object_chunks(bucket: str, nuid: str) -> str:
+    """Where an object's bytes are stored. Raises ValueError for a `nuid` that is no token of plain letters:
+    descriptions are anybody's, and a wildcard in one would name other objects' bytes."""
+    if _UNSAFE.search(nuid.encode("utf-8", "surrogatepass")) or not nuid:
+        raise ValueError(f"{nuid!r} can't name an object's chunks")
+    return f"$O.{bucket}.C.{nuid}"
+
+
+def body_object(tenant: str, unique: str) -> str:
+    """Name of a stored body. `unique` must not come again: a repeat of a request that took the first one's
+    object could take it away from under it."""
+    return f"{token(tenant)}.{unique}"
+
+
+_OBJECT_REST = re.compile(r"[A-Za-z0-9_\-]{1,128}")
+
+
+def may_name(tenant: str, name: str) -> bool:
+    """Whether a request of `tenant` may have the stored body `name`: it is `<tenant token>.<unique>`."""
+    owner, _, rest = name.partition(".")
+    return owner == token(tenant) and _OBJECT_REST.fullmatch(rest) is not None
 
 
 def dead(reason: str) -> str:

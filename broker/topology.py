@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 from nats.js import JetStreamContext, api
-from nats.js.errors import BadRequestError
+from nats.js.errors import APIError, NotFoundError
 
-from broker import subjects
+from broker import errors, subjects
 from broker.config import BrokerConfig
 
+_log = logging.getLogger(__name__)
+
 _NAME_IN_USE = 10058
+_NO_ROOM = 10047  # told before the name in use, so of a stream too that has its place already
 
 
 def streams(config: BrokerConfig) -> list[api.StreamConfig]:
@@ -54,6 +58,18 @@ def streams(config: BrokerConfig) -> list[api.StreamConfig]:
             allow_direct=True,
         ),
         api.StreamConfig(
+            # An object store to every NATS client: `nats object put` writes into it too.
+            name=subjects.objects(subjects.PAYLOADS),
+            subjects=[subjects.all_objects(subjects.PAYLOADS)],
+            storage=api.StorageType.FILE,
+            discard=api.DiscardPolicy.NEW,
+            max_bytes=config.payload_bytes,
+            max_age=config.payload_age,
+            num_replicas=config.replicas,
+            allow_rollup_hdrs=True,
+            allow_direct=True,
+        ),
+        api.StreamConfig(
             name=subjects.DEAD,
             subjects=[subjects.ALL_DEAD],
             storage=api.StorageType.FILE,
@@ -66,17 +82,41 @@ def streams(config: BrokerConfig) -> list[api.StreamConfig]:
 
 
 async def ensure(js: JetStreamContext, config: BrokerConfig) -> None:
-    """Make every stream and bucket of `config`; those that exist take its limits."""
+    """Make every stream and bucket of `config`; those that exist take its limits.
+
+    Raises errors.Unavailable where the server has no room for a new one: each is promised its `max_bytes`.
+    """
     for stream in streams(config):
         try:
             await js.add_stream(stream)
-        except BadRequestError as exc:
-            if exc.err_code != _NAME_IN_USE:
+        except APIError as exc:
+            if exc.err_code not in (_NAME_IN_USE, _NO_ROOM):
                 raise
-            # How a stream is written can't be changed later: it keeps what it was made with.
-            made = (await js.stream_info(str(stream.name))).config
-            await js.update_stream(dataclasses.replace(stream, persist_mode=made.persist_mode))
+            await _bring_up_to_date(js, stream)
     await js.create_key_value(bucket=subjects.KV_MODELS, history=1, replicas=config.replicas, direct=True)
+    # In memory: a lease is worth nothing after a restart, and a slow or full disk must cost nobody the lead.
+    memory = api.StorageType.MEMORY
+    await js.create_key_value(
+        bucket=subjects.KV_LEASES, history=1, replicas=config.replicas, storage=memory, direct=True
+    )
+
+
+async def _bring_up_to_date(js: JetStreamContext, stream: api.StreamConfig) -> None:
+    try:
+        made = (await js.stream_info(str(stream.name))).config
+    except NotFoundError:
+        raise errors.Unavailable(
+            f"its storage has no room for the {stream.max_bytes or 0:,} bytes of stream {stream.name}: "
+            "free some, or set lower limits in [broker]"
+        ) from None
+    # How a stream is written can't be changed later: it keeps what it was made with.
+    try:
+        await js.update_stream(dataclasses.replace(stream, persist_mode=made.persist_mode))
+    except APIError as exc:
+        if exc.err_code != _NO_ROOM:
+            raise
+        # Started anew on a disk that has filled up meanwhile. What is in the stream must run all the same.
+        _log.warning("the broker's storage is short: stream %s keeps the limits it has", stream.name)
 
 
 def consumer(base: str, service_class: str, config: BrokerConfig) -> api.ConsumerConfig:

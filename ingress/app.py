@@ -8,24 +8,22 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 
-from broker import addresses, base, errors, replies, subjects, usage
+from broker import addresses, base, bodies, errors, replies, subjects, usage
 from broker.messages import PATHS, Request
 from ingress import admit, keys, metrics, pages, resume, sse
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
 from ingress.exchange import Exchange
-from ingress.http import ClientGone, Receive, Scope, Send, answer, read_body
+from ingress.http import ClientGone, Receive, Scope, Send, Turn, answer, read_body
 from ingress.relay import Relay
 
 _log = logging.getLogger(__name__)
-
-_HEADER_ROOM = 4096
-"""Bytes of a message kept free for its headers."""
 
 
 class Ingress:
@@ -40,7 +38,8 @@ class Ingress:
         self._catalogue = catalogue
         self._tenants = admit.Tenants(config)
         self._pages = pages.app(broker, catalogue)
-        self._cancels: set[asyncio.Task[None]] = set()
+        self._large = asyncio.Semaphore(config.max_large)
+        self._afterwards: set[asyncio.Task[None]] = set()
         self._readers = 0  # those that read on, and those with a key: their streams are in no mailbox
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,12 +119,12 @@ class Ingress:
             detached = admit.detached(headers)
             key = keys.given(headers)
             after = sse.last_event(headers) if key is not None else None
-            request, streaming = await self._admit(path, headers, request_id, key, receive)
+            request, streaming = await self._take_in(path, headers, request_id, key, receive)
             request_id = request.request_id
             relay = Relay(send, path, request_id, streaming)
             relay.after = after
             if key is None:
-                stream = self._mailbox.open(request.subject.tenant, request_id)
+                stream = await self._open(request)
                 status = await self._exchange(request, stream, relay, receive, started, detached)
             else:
                 status = await self._once(request, relay, receive, started, detached)
@@ -141,15 +140,28 @@ class Ingress:
         self, request: Request, relay: Relay, receive: Receive, started: float, detached: bool
     ) -> int:
         """A request with a key: queued if its key is new, and in any case followed."""
-        timeout, read_on = self._config.publish_timeout, relay.after is not None
         with self._reader():
             async with replies.following(self._broker, request.reply_to) as stream:
-                claim = await keys.claim(self._broker, request, timeout, read_on)
+                claim = await self._claim(request, relay.after is not None)
                 if not claim.ours:
                     relay.live = False
                     return await self._read_on(stream, relay, receive, claim.seq)
                 stored = base.Stored(claim.seq, False)
                 return await self._exchange(request, stream, relay, receive, started, detached, stored)
+
+    async def _claim(self, request: Request, read_on: bool) -> keys.Claim:
+        """Raises what keys.claim does. Its body is kept where a message of this call is, or may be, queued."""
+        needed = False
+        try:
+            claim = await keys.claim(self._broker, request, self._config.publish_timeout, read_on)
+            needed = claim.ours
+            return claim
+        except errors.Unconfirmed:
+            needed = True
+            raise
+        finally:
+            if not needed:
+                self._after(bodies.discard(self._broker, request))
 
     async def _exchange(
         self,
@@ -173,9 +185,11 @@ class Ingress:
             # What is lost on its reader here may be whole to the next.
             left_alone = detached and isinstance(fault, errors.Cancelled | errors.FramesLost)
             if fault is not None and exchange.cancellable and not left_alone:
-                self._cancel(exchange, stream, fault)
+                self._after(self._cancel(exchange, stream, fault))
             else:
                 stream.close()
+            if not exchange.cancellable:  # no queued message names its body
+                self._after(bodies.discard(self._broker, request))
         return 499 if isinstance(fault, errors.Cancelled) else relay.status
 
     async def _publish_and_follow(
@@ -202,17 +216,40 @@ class Ingress:
         await relay.fail(fault)
         return fault
 
-    async def _admit(
+    async def _take_in(
         self, path: str, headers: dict[bytes, bytes], request_id: str, key: bytes | None, receive: Receive
     ) -> tuple[Request, bool]:
-        """Everything that can be refused before the queue is touched."""
+        """The request, its body stored where it is too large for a message, and whether it is to stream."""
+        turn = Turn(self._large, bodies.room(self._broker))
+        try:
+            request, streaming = await self._admit(path, headers, request_id, key, receive, turn)
+            return await bodies.stow(self._broker, request), streaming
+        finally:
+            turn.end()
+
+    async def _open(self, request: Request) -> replies.Stream:
+        try:
+            return self._mailbox.open(request.subject.tenant, request.request_id)
+        except errors.DuplicateRequest:
+            await bodies.discard(self._broker, request)
+            raise
+
+    async def _admit(
+        self,
+        path: str,
+        headers: dict[bytes, bytes],
+        request_id: str,
+        key: bytes | None,
+        receive: Receive,
+        turn: Turn,
+    ) -> tuple[Request, bool]:
+        """Everything that can be refused before the broker is touched."""
         config = self._config
-        limit = min(config.max_body, self._broker.max_payload - _HEADER_ROOM)
         # Who may not ask, or asks too much, is told before a body is held for them.
         tenant = self._tenants.of(headers)
         admit.check_request_id(headers)
         self._check_room()
-        body = await read_body(headers, receive, limit, config.body_timeout)
+        body = await read_body(headers, receive, config.max_body, config.body_timeout, turn)
         priority = headers.get(b"x-priority")
         asked = admit.read_body(body, None if priority is None else priority.decode("latin-1"))
         card = self._catalogue.find(asked.model)
@@ -232,23 +269,22 @@ class Ingress:
             asked.stream,
         )
 
-    def _cancel(self, exchange: Exchange, stream: replies.Stream, fault: errors.HeadraceError) -> None:
+    async def _cancel(self, exchange: Exchange, stream: replies.Stream, fault: errors.HeadraceError) -> None:
+        try:
+            await exchange.cancel(fault)
+        finally:
+            stream.close()
+
+    def _after(self, work: Coroutine[Any, Any, None]) -> None:
         """In the background: the client is gone or answered, and the connection is free again."""
-
-        async def cancel() -> None:
-            try:
-                await exchange.cancel(fault)
-            finally:
-                stream.close()
-
-        task = asyncio.create_task(cancel())
-        self._cancels.add(task)
-        task.add_done_callback(self._cancels.discard)
+        task = asyncio.create_task(work)
+        self._afterwards.add(task)
+        task.add_done_callback(self._afterwards.discard)
 
     async def drain(self) -> None:
-        """Wait for the cancels under way; each is bounded in time."""
-        while self._cancels:
-            await asyncio.wait(self._cancels)
+        """Wait for the cancels and the clearing up under way; each is bounded in time."""
+        while self._afterwards:
+            await asyncio.wait(self._afterwards)
 
     def _observe(
         self, request: Request, relay: Relay, fault: errors.HeadraceError | None, started: float

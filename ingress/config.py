@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
-from broker.messages import ServiceClass
+from broker.messages import MAX_BODY, ServiceClass
 
 _DEADLINES = {ServiceClass.INTERACTIVE: 600.0, ServiceClass.STANDARD: 600.0, ServiceClass.BATCH: 86400.0}
 
@@ -17,7 +17,13 @@ class IngressConfig(BaseModel):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 or :: is every one")
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free one")
     name: str = Field("", description="mailbox name; unique in the fleet; made up when empty")
-    max_body: int = Field(4 * 2**20, ge=1024, description="larger bodies are refused (413)")
+    max_body: int = Field(32 * 2**20, ge=1024, le=MAX_BODY, description="larger bodies are refused (413)")
+    max_large: int = Field(
+        8,
+        ge=1,
+        description="bodies too large for a message that are received and stored at once; the next one "
+        "waits, within body_timeout",
+    )
     body_timeout: float = Field(30.0, gt=0, description="time for a client to send its body (408)")
     keepalive: float = Field(5.0, gt=0, description="SSE comment interval while nothing else is sent")
     publish_timeout: float = Field(2.0, gt=0, description="time for the broker to accept (503)")

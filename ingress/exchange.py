@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import orjson
 
-from broker import base, errors, replies, subjects, usage
+from broker import base, bodies, errors, replies, subjects, usage
 from broker.messages import Frame, Request
 from ingress import metrics
 from ingress.config import IngressConfig
@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 
 _WORKER_FIRST = 0.25
 """Seconds in which a worker that had the request says so."""
+
+_STORE_AGAIN = 0.1
+"""Seconds after which a request that no stream took, or no connection, is offered again."""
 
 _REPEAT = 1.0
 """Seconds after which a cancel that nobody confirmed is sent again."""
@@ -61,11 +64,18 @@ class Exchange:
     async def publish(self) -> None:
         """Put the request into the queue; its acknowledgement is awaited beside the first frame.
 
-        Raises errors.Unavailable, errors.TooLarge.
+        A connection that moves to another node is waited for. Raises errors.Unavailable, errors.TooLarge.
         """
         self._published_at = time.monotonic()
         self._note_at = self._published_at + _NOTE_AFTER
-        self._ack = await self._publish()
+        while True:
+            try:
+                self._ack = await self._publish()
+                break
+            except errors.Unavailable:
+                if not self._may_publish_again():
+                    raise
+            await asyncio.sleep(_STORE_AGAIN)
         self._ack.add_done_callback(self._on_ack)
 
     def accepted(self, stored: base.Stored) -> None:
@@ -74,6 +84,9 @@ class Exchange:
         self._note_at = self._published_at + replies.NOTE_AGAIN
         self._ack = asyncio.get_running_loop().create_future()
         self._ack.set_result(stored)
+
+    def _may_publish_again(self) -> bool:
+        return time.monotonic() - self._published_at + _STORE_AGAIN < self._config.publish_timeout
 
     async def _publish(self) -> asyncio.Future[base.Stored]:
         request = self._request
@@ -119,6 +132,8 @@ class Exchange:
                         return self._relay.fault
                     continue
                 fault = self._overdue()
+                if isinstance(fault, errors.Unavailable) and await self._published_again(fault):
+                    continue
                 if fault is not None:
                     await self._relay.fail(fault)
                     return fault
@@ -132,6 +147,18 @@ class Exchange:
             raise errors.FramesLost(f"the reply holds what is no frame: {exc.message}") from exc
         finally:
             gone.cancel()
+
+    async def _published_again(self, fault: errors.Unavailable) -> bool:
+        """Offer the request once more where it is sure that nobody has it: its stream elects a leader."""
+        if isinstance(fault, errors.Unconfirmed) or not self._may_publish_again():
+            return False
+        await asyncio.sleep(_STORE_AGAIN)
+        try:
+            self._ack = await self._publish()
+        except errors.Unavailable:
+            return False
+        self._ack.add_done_callback(self._on_ack)
+        return True
 
     def _patience(self) -> float:
         """Seconds until something is due: a keep-alive, the deadline, the broker's acknowledgement."""
@@ -218,6 +245,7 @@ class Exchange:
                 deleted = await self._broker.delete(subjects.REQUESTS, seq)
                 self._taken = _from_worker(await self._stream.next(_WORKER_FIRST)) or self._taken
                 if deleted and (over or not self._taken):
+                    await bodies.discard(self._broker, self._request)
                     return seq
             if over:
                 break
@@ -243,7 +271,7 @@ class Exchange:
         return stored.seq
 
     async def _is_ours(self, seq: int) -> bool:
-        record = await self._broker.get(subjects.REQUESTS, seq)
+        record = await self._broker.record(subjects.REQUESTS, seq)
         return record is not None and (record.headers or {}).get(subjects.REPLY_TO) == self._request.reply_to
 
 

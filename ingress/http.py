@@ -21,24 +21,50 @@ class ClientGone(Exception):
     """The client disconnected before its request was complete: there is nobody to answer."""
 
 
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int, timeout: float) -> bytes:
-    """The whole body.
+class Turn:
+    """One request's place among the large bodies that may be held at once. Others wait unread, in their
+    senders' sockets, so that many large uploads take no more memory than `places` of them."""
 
-    Raises errors.TooLarge past `limit` bytes, errors.BodyTimeout after `timeout` seconds, ClientGone.
+    def __init__(self, places: asyncio.Semaphore, large: int) -> None:
+        self._places = places
+        self._large = large  # bytes up to which a body needs no place
+        self._held = False
+
+    async def wait(self, size: int) -> None:
+        """Before holding `size` bytes."""
+        if size > self._large and not self._held:
+            await self._places.acquire()
+            self._held = True
+
+    def end(self) -> None:
+        """The body is held no more. Idempotent."""
+        if self._held:
+            self._held = False
+            self._places.release()
+
+
+async def read_body(
+    headers: Mapping[bytes, bytes], receive: Receive, limit: int, timeout: float, turn: Turn
+) -> bytes:
+    """The whole body; the caller ends the `turn` that a large one took.
+
+    Raises errors.TooLarge past `limit` bytes, errors.BodyTimeout after `timeout` seconds, the wait for its
+    turn included, ClientGone.
     """
     try:
         async with asyncio.timeout(timeout):
-            return await _read_body(headers, receive, limit)
+            return await _read_body(headers, receive, limit, turn)
     except TimeoutError as exc:
         raise errors.BodyTimeout(f"the request body did not arrive within {timeout:g} s") from exc
 
 
-async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
+async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int, turn: Turn) -> bytes:
     message = await receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")
         if len(body) > limit:
             raise _too_large(limit)
+        await turn.wait(len(body))
         return body
     chunks: list[bytes] = []
     size = 0
@@ -49,6 +75,7 @@ async def _read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: in
         chunk = message.get("body", b"")
         size += len(chunk)
         if max(size, declared) <= limit:
+            await turn.wait(max(size, declared))
             chunks.append(chunk)
         if size > _POLITE_DRAIN or (not message.get("more_body", False) and max(size, declared) > limit):
             raise _too_large(limit)

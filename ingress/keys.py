@@ -68,8 +68,21 @@ async def claim(broker: base.Broker, request: Request, timeout: float, read_on: 
     `read_on`: the client has a part of the reply, and another run's would not go on from there.
 
     Raises errors.KeyReused, errors.NotFound when what is to be read on is no longer kept, errors.FramesLost,
-    errors.Overloaded, errors.Unavailable.
+    errors.Overloaded, errors.Unavailable; with all but errors.Unconfirmed this call surely queued nothing.
     """
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            return await _claim(broker, request, end, read_on)
+        except errors.Unconfirmed:
+            raise
+        except errors.Unavailable:
+            if time.monotonic() + _AGAIN >= end:
+                raise
+        await asyncio.sleep(_AGAIN)
+
+
+async def _claim(broker: base.Broker, request: Request, end: float, read_on: bool) -> Claim:
     replies_to = subjects.replies_to(request.subject.tenant, request.request_id)
     known = await broker.last(subjects.REPLIES, replies_to, leader=True)
     if known is None and read_on:
@@ -77,19 +90,26 @@ async def claim(broker: base.Broker, request: Request, timeout: float, read_on: 
         if known is None:
             raise errors.NotFound("the reply is no longer kept: without Last-Event-ID the request runs anew")
     if known is None:
-        stored = await _queue(broker, request, timeout)
-        first = await broker.get(subjects.REQUESTS, stored.seq) if stored.duplicate else None
+        stored = await _queue(broker, request, end)
+        first = await broker.record(subjects.REQUESTS, stored.seq) if stored.duplicate else None
         if not stored.duplicate or first is not None:
             if first is not None:
                 _check(request, (first.headers or {}).get(subjects.REPLY_TO, ""))
             # The queue forgets its ids sooner than a request may wait.
             await replies.note_queued(broker, request.reply_to, stored.seq)
-            return Claim(stored.seq, not stored.duplicate)
+            return Claim(stored.seq, first is None or _queued_before(request, first))
         known = await _settled(broker, replies_to)
         if known is None:
             raise errors.FramesLost("the first request under this key left the queue, and no reply is kept")
     _check(request, known.subject)
     return Claim(0, False)
+
+
+def _queued_before(request: Request, first: base.Record) -> bool:
+    """Whether what lies in the queue is this very call's, whose acknowledgement was lost."""
+    return (
+        bool(request.body_object) and (first.headers or {}).get(subjects.BODY_OBJECT) == request.body_object
+    )
 
 
 def _check(request: Request, reply_to: str) -> None:
@@ -99,13 +119,13 @@ def _check(request: Request, reply_to: str) -> None:
         )
 
 
-async def _queue(broker: base.Broker, request: Request, timeout: float) -> base.Stored:
-    """Publish until the queue has said yes, no, or that it knows the id."""
+async def _queue(broker: base.Broker, request: Request, end: float) -> base.Stored:
+    """Publish until the queue has said yes, no, or that it knows the id; at monotonic time `end` at last."""
     started = time.monotonic()
     doubt: errors.Unconfirmed | None = None
     while True:
         try:
-            stored = await _publish(broker, request, started + timeout)
+            stored = await _publish(broker, request, end)
         except errors.Unconfirmed as exc:
             doubt = exc
         except errors.Unavailable:
@@ -114,7 +134,7 @@ async def _queue(broker: base.Broker, request: Request, timeout: float) -> base.
         else:
             metrics.PUBLISH.observe(time.monotonic() - started)
             return stored
-        if time.monotonic() >= started + timeout:
+        if time.monotonic() >= end:
             raise doubt
         await asyncio.sleep(_AGAIN)
 

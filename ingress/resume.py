@@ -66,7 +66,7 @@ class _Waiting:
         """Why nothing will come of it any more; None while something may."""
         now = time.monotonic()
         if now >= self._check_at:
-            record = await self._broker.get(subjects.REQUESTS, self._seq) if self._seq else None
+            record = await self._broker.record(subjects.REQUESTS, self._seq) if self._seq else None
             if record is None:
                 return errors.FramesLost("the request left the queue, and no reply to it is kept")
             self._check_at = now + _CHECK

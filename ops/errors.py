@@ -1,4 +1,4 @@
-"""What keeps a process from starting."""
+"""What goes wrong at an operator's hands."""
 
 from __future__ import annotations
 
@@ -9,3 +9,9 @@ class StartFailed(HeadraceError):
     """An address, a file or a download is not to be had. The message tells the operator what to do."""
 
     code = "start_failed"
+
+
+class NotReplayable(HeadraceError):
+    """A dead letter whose request can't be put back into the queue. The message says why."""
+
+    code = "not_replayable"

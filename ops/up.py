@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import urllib.error
 import urllib.request
@@ -29,6 +30,10 @@ from ops.settings import Settings
 logger = logging.getLogger(__name__)
 
 _POLL = 0.02
+_LOOK = 1.0
+"""Seconds from one look at the disk to the next."""
+_ROOM = 64 * 2**20
+"""Bytes free on a disk that was full, from which on the server is given another try."""
 _GRACE = 5.0
 """Seconds beyond the drain limit before a part that does not end is killed."""
 
@@ -171,13 +176,27 @@ class _Fleet:
 
 
 async def _keep_nats(nats: NatsServer) -> None:
-    """Start the server again, on the same port and data, when it dies."""
+    """Start the server again, on the same port and data, when it dies or needs it."""
     while True:
-        status = await nats.wait()
-        logger.warning("nats-server ended; starting it again", extra={"status": status})
+        await _first(_ended(nats), _room_again(nats))
         await nats.stop()
         await asyncio.sleep(BACKOFF)
         await nats.start()
+
+
+async def _ended(nats: NatsServer) -> None:
+    status = await nats.wait()
+    logger.warning("nats-server ended; starting it again", extra={"status": status})
+
+
+async def _room_again(nats: NatsServer) -> None:
+    """Until there is room for a server that has found the disk full: it does not go on by itself."""
+    while not await nats.full():  # noqa: ASYNC110
+        await asyncio.sleep(_LOOK)  # it tells nobody but its log
+    logger.error("the disk is full: requests are refused until there is room in %s", nats.data_dir)
+    while shutil.disk_usage(nats.data_dir).free < _ROOM:  # noqa: ASYNC110
+        await asyncio.sleep(_LOOK)  # whoever makes room tells nobody
+    logger.warning("there is room on the disk; starting nats-server again")
 
 
 async def _first(*awaitables: Awaitable[object]) -> None:

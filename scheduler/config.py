@@ -12,6 +12,9 @@ class SchedulerConfig(BaseModel):
 
     name: str = Field("", description="unique in the fleet; made up when empty")
     lost_after: float = Field(0.3, gt=0, description="a worker without heartbeat for so long is lost")
+    lease: float = Field(
+        1.0, gt=0, description="a leader silent for so long loses its lead to another scheduler"
+    )
     sweep: float = Field(1.0, gt=0, description="interval of the look for requests that nobody serves")
     orphan_after: float = Field(
         5.0, ge=0, description="a base that nobody ever served is given so long before its requests fail"

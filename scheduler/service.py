@@ -1,8 +1,10 @@
 """The scheduler process: the fleet's registry and health, and the last resort of queued requests.
 
 It is not on the path of a request: without it workers pull first come, first served. What only it
-does: it remembers models in the registry after their workers have gone, ends requests that nobody
-will ever pull, and deletes what a direct publisher cancels while it is still queued.
+does: it remembers models in the registry after their workers have gone, hands on at once what a lost worker
+held, ends requests that nobody will ever pull, and deletes what a direct publisher cancels while it is still
+queued. Of several schedulers one leads and does all that; the others know the fleet as well as it does, and
+one of them leads within moments of its end.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from typing import Any
 import orjson
 from prometheus_client import start_http_server
 
-from broker import addresses, base, errors, fleet, registry, replies, subjects, usage
+from broker import addresses, base, bodies, errors, fleet, registry, replies, subjects, usage
 from broker.messages import ModelCard, Request, ServiceClass, parse_request
 from scheduler import metrics
 from scheduler.config import SchedulerConfig
+from scheduler.guard import Guard
+from scheduler.leader import Leader
 
 _log = logging.getLogger(__name__)
 
@@ -47,18 +51,25 @@ class Scheduler:
         self.name = config.name or f"scheduler-{socket.gethostname()}-{os.getpid()}"
         self._config = config
         self._broker = broker
+        self._leader = Leader(broker, self.name, config.lease)
         self._fleet = fleet.Fleet(config.lost_after)
+        self._guard = Guard(config.lost_after, broker, self._leader, self._spawn)
         self._registry = registry.Registry(broker)
         self._stamp_ms = min(_STAMP, config.forget_after / 4) * 1000
         self._orphans: dict[str, float] = {}  # subject -> when it was first seen with nobody to serve it
         self._reached: dict[str, int] = {}  # subject -> sequence from which the next sweep goes on
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def leads(self) -> bool:
+        return self._leader.leads
+
     async def run(self, stop: asyncio.Event, ready: Callable[[str], None] = lambda url: None) -> None:
         """Serve until `stop`. `ready` gets the URL of its metrics once it looks after the fleet."""
         server, _ = start_http_server(self._config.metrics_port, self._config.metrics_host)
         subscriptions = [
             await self._broker.subscribe(subjects.ALL_HEARTBEATS, self._on_heartbeat),
+            await self._broker.subscribe(subjects.ALL_HELD, self._guard.on_held),
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._registry.watch(),
         ]
@@ -66,7 +77,8 @@ class Scheduler:
         metrics_url = addresses.url("http", host, server.server_port) + "/metrics"
         _log.info("serving", extra={"scheduler": self.name, "metrics_url": metrics_url})
         ready(metrics_url)
-        ends = [asyncio.create_task(stop.wait()), asyncio.create_task(self._watch())]
+        sides: list[Coroutine[Any, Any, Any]] = [stop.wait(), self._guard.run(), self._look_after()]
+        ends: list[asyncio.Task[Any]] = [*map(asyncio.create_task, sides)]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for end in ends:
@@ -77,6 +89,8 @@ class Scheduler:
         finally:
             for end in ends:
                 end.cancel()
+            await asyncio.wait(ends)
+            await self._leader.resign()
             for subscription in subscriptions:
                 await subscription.close()
             await asyncio.to_thread(server.shutdown)  # it answers its poll, up to half a second later
@@ -98,8 +112,13 @@ class Scheduler:
     # The registry
 
     def _on_heartbeat(self, message: base.Message) -> None:
-        beat = self._fleet.observe(message, time.monotonic())
+        now = time.monotonic()
+        beat = self._fleet.observe(message, now)
         if beat is None:
+            return
+        if self._guard.on_heartbeat(beat, now):
+            self._spawn(self._broker.publish(subjects.roster(beat.worker)))
+        if not self.leads:
             return
         now_ms = replies.now_ms()
         for card in beat.models:
@@ -126,21 +145,19 @@ class Scheduler:
                 await self._registry.remove(name)
                 _log.info("model %s is forgotten: no worker serves it any more", name)
 
-    async def _watch(self) -> None:
-        swept = time.monotonic()
+    async def _look_after(self) -> None:
         while True:
-            await asyncio.sleep(self._config.lost_after / 3)
+            await asyncio.sleep(self._config.sweep)
             now = time.monotonic()
-            for beat in self._fleet.expire(now):
-                metrics.LOST.inc()
-                _log.warning("worker %s fell silent", beat.worker, extra={"worker": beat.worker})
+            self._fleet.expire(now)
             self._count_workers(now)
-            if now - swept >= self._config.sweep:
-                swept = now
-                try:
-                    await self._sweep()
-                except errors.HeadraceError as exc:
-                    _log.warning("no sweep: %s", exc.message)
+            if not self.leads:
+                metrics.QUEUED.clear()
+                continue
+            try:
+                await self._sweep()
+            except errors.HeadraceError as exc:
+                _log.warning("no sweep: %s", exc.message)
 
     def _count_workers(self, now: float) -> None:
         metrics.WORKERS.clear()
@@ -219,6 +236,7 @@ class Scheduler:
             return
         if await self._delete(record, reason):
             await usage.unrun(self._broker, request, fault, record.seq)
+            await bodies.discard(self._broker, request)
 
     async def _delete(self, record: base.Record, reason: str) -> bool:
         deleted = await self._broker.delete(subjects.REQUESTS, record.seq)
@@ -242,6 +260,8 @@ class Scheduler:
         except ValueError:
             return  # no request has such a name
         await asyncio.sleep(_WORKER_FIRST)
+        if not self.leads:
+            return  # asked only now: who leads may have changed
         found = await self._broker.read(subjects.REQUESTS, subjects.ALL_REQUESTS, start=seq, limit=1)
         if not found or found[0].seq != seq or _key(found[0]) != key:
             return

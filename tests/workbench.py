@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from prometheus_client import REGISTRY
 
-from broker import base, replies, subjects
+from broker import base, bodies, replies, subjects
 from broker.messages import TERMINAL, Frame, FrameKind, ModelCard, Request, ServiceClass, UsageEvent
 from tests.waiting import until
 from workers.config import SimConfig, WorkerConfig
@@ -131,6 +131,7 @@ class Caller:
             body=orjson.dumps(asked) if body is None else body,
             deadline_ms=deadline_ms,
         )
+        request = await bodies.stow(self.broker, request)
         stream = self.mailbox.open("acme", request_id)
         stored = await (await self.broker.enqueue(str(request.subject), request.body, request.headers()))
         return Call(self.broker, request, stream, stored, prompt, tokens)
@@ -145,6 +146,19 @@ class Caller:
 
     async def queued(self) -> int:
         return sum((await self.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS)).values())
+
+    async def kept(self) -> int:
+        """Messages of the object store of large bodies: one for each chunk, and one that describes it."""
+        stream, everything = subjects.objects(subjects.PAYLOADS), subjects.all_objects(subjects.PAYLOADS)
+        return sum((await self.broker.counts(stream, everything)).values())
+
+    async def cleared(self) -> None:
+        """Until the queue and the object store are empty."""
+
+        async def empty() -> bool:
+            return not await self.queued() and not await self.kept()
+
+        await until(empty)
 
     async def drained(self) -> None:
         async def empty() -> bool:
@@ -212,6 +226,7 @@ class WaxEngine:
     """An engine whose app, figures and death a test shapes. `seen` holds the bodies it was called with."""
 
     name = "wax"
+    continues = False
     base = "sim"
 
     def __init__(self, app: ASGIApp, slots: int = 8) -> None:
@@ -242,7 +257,8 @@ class WaxEngine:
 
 
 async def start_response(send: Send, body: bytes = b"data: 1\n\n", status: int = 200) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": []})
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
 
 

@@ -21,6 +21,9 @@ class WorkerConfig(BaseModel):
     )
     drain_timeout: float = Field(30.0, ge=0, description="time for running streams to finish on SIGTERM")
     heartbeat: float = Field(0.1, gt=0, description="interval at which the fleet is told of state and credit")
+    max_deaths: int = Field(
+        4, ge=1, description="workers or engines that may die under one request before it is buried"
+    )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus; 0 picks a free one")
     metrics_host: str = Field("127.0.0.1", description="address that Prometheus is answered on")
 
@@ -55,7 +58,7 @@ class SimConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field("sim", description="the name it serves")
-    context_tokens: int = Field(8192, ge=16, le=2**18, description="prompt and answer together, at most")
+    context_tokens: int = Field(8192, ge=16, le=2**20, description="prompt and answer together, at most")
     max_num_seqs: int = Field(256, ge=1, description="requests in one step")
     max_num_batched_tokens: int = Field(2048, ge=16, description="tokens in one step")
     kv_blocks: int = Field(8192, ge=1, description="KV blocks that it has; without a free one it preempts")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
 
-from broker import base, errors, messages, replies, usage
+from broker import base, bodies, errors, messages, replies, subjects, usage
 from broker.messages import Latency, Request
-from workers import metrics
+from workers import metrics, recovery
 from workers.engines.base import ASGIMessage, Engine, Receive, Refused, Scope, Tap, current_tap
 
 _log = logging.getLogger(__name__)
@@ -24,9 +25,11 @@ _ABORT_GRACE = 2.0
 """Seconds an engine gets to end its run after a disconnect, before its task is cancelled."""
 
 _HAND_BACKS = 3
-"""Deliveries up to which a request that the engine refused, or died of, goes to another worker. Later
-ones are answered: where every worker's engine refuses, it would go round until its deadline, and one
-that kills engines would kill them all."""
+"""Deliveries up to which a request that the engine refused goes to another worker. Later ones are
+answered: where every worker's engine refuses, it would go round until its deadline."""
+
+_AWAY = 5.0
+"""Seconds that the end of a request waits for the broker to come back; then it is left to the ack wait."""
 
 _DEATH_NOTICE = 0.25
 """Seconds until an engine that failed a request counts as alive."""
@@ -36,6 +39,12 @@ class HandBack(errors.HeadraceError):
     """Not an outcome: the request leaves this worker unfinished, for another one to run."""
 
     code = "handed_back"
+
+
+class Superseded(errors.HeadraceError):
+    """Not an outcome: another worker has taken the request over, and whatever we say is nobody's."""
+
+    code = "superseded"
 
 
 @dataclass(slots=True)
@@ -79,6 +88,20 @@ class Share:
         return value - entered
 
 
+class Touch:
+    """When the worker last told the fleet that it lives; `at` is loop time, written by the worker."""
+
+    LIMIT = 0.25
+    """Seconds after which the fleet may have taken it for lost; below the 0.3 at which it does."""
+
+    def __init__(self) -> None:
+        self.at = asyncio.get_running_loop().time()
+
+    @property
+    def lost(self) -> bool:
+        return asyncio.get_running_loop().time() - self.at > self.LIMIT
+
+
 class Job:
     """Runs one request. Written by its own task; `stop` may be called from anywhere on the loop."""
 
@@ -90,30 +113,41 @@ class Job:
         engine: Engine,
         worker: str,
         share: Share,
+        touch: Touch,
     ) -> None:
         self.request = request
         self.delivery = delivery
         self.tap = Tap()
         self.timing = Timing(queued=max(0.0, time.time() - delivery.enqueued_ms / 1000))
-        self.prompt_estimate = max(1, len(request.body) // 4)
+        self.acked = False
         self._engine = engine
         self._worker = worker
         self._share = share
+        self._touch = touch
         self._writer = replies.Writer(broker, request.reply_to, delivery.attempt)
         self._broker = broker
+        self._joint: recovery.Joint | None = None
+        self.past = recovery.NOTHING
+        self._taken = False
+        self._doubted = False  # the fleet may have taken us for lost, and given the request to another
         self._fault: errors.HeadraceError | None = None
         self._stopped = asyncio.Event()
         self._limit: asyncio.Timeout | None = None
         self._beat: asyncio.Task[None] | None = None
         self._abort_sent_ms = 0
         self._held_head: ASGIMessage | None = None
-        self._held_body = b""
+        self._body = b""
         self._status = 0
+        self._streams = False  # what was said of the answer has been passed on: see `replies.Assembler`
         self._complete = False
         served = any(card.id == request.subject.model for card in engine.models)
         labels = request.subject.model if served else metrics.OTHER, request.subject.service_class
         self._itl = metrics.ITL.labels(*labels)
         self._labels = labels
+
+    @property
+    def prompt_estimate(self) -> int:
+        return max(1, bodies.size(self._broker, self.request) // 4)
 
     @property
     def prompt_tokens(self) -> int:
@@ -132,6 +166,27 @@ class Job:
             self._stopped.set()
             if self._limit is not None:
                 self._limit.reschedule(asyncio.get_running_loop().time() + _ABORT_GRACE)
+
+    async def take_over(self) -> errors.HeadraceError | None:
+        """Fence earlier attempts off, and go on from where they came to; the reason if that can't be.
+
+        Raises errors.Unavailable.
+        """
+        request, delivery = self.request, self.delivery
+        try:
+            if await self._superseded():
+                return Superseded("another worker has it")  # it lay in our socket while we were out of touch
+            await self._broker.publish(subjects.taken(request.key), b"%d" % delivery.attempt)
+            self.past = await recovery.fence(self._broker, request, delivery, self._writer, self._worker)
+        except errors.MalformedMessage as exc:
+            return exc  # someone else wrote there: who reads it can't tell what is ours
+        except errors.FramesLost as exc:
+            return errors.WorkerLost(f"the worker was lost while it was answering, and {exc.message}")
+        if self.past.streamed:
+            self._joint = recovery.Joint(self.past)
+            self._writer.go_on({index: len(ids) for index, ids in self.past.ids.items()})
+            self.tap.replay = self.past.ids
+        return recovery.refusal(self.past, request, self._engine.continues)
 
     async def run(self, verdict: errors.HeadraceError | None = None) -> None:
         """Run to the terminal frame and the ack; with a `verdict`, refuse without running."""
@@ -166,6 +221,7 @@ class Job:
         self.stop(errors.DeadlineExceeded("the request's deadline passed while it ran"))
 
     async def _call_engine(self) -> None:
+        self.tap.between, self.tap.fail = self._flush, self.stop
         current_tap.set(self.tap)
         try:
             # Without limit until `stop` sets one, for an engine deaf to its disconnect.
@@ -230,34 +286,62 @@ class Job:
             return
         if message["type"] != "http.response.body":
             return
-        body: bytes = message.get("body", b"")
+        self._body += message.get("body", b"")
         complete = not message.get("more_body", False)
-        if self._held_head is not None:
-            if self._status >= 500 or (not body and not complete):
-                # A dying engine answers 500: whether that is the caller's answer shows at the end.
-                self._held_body += body
-                self._complete = complete
-                return
-            head, self._held_head = self._held_head, None
-            await self._send_head(head, body)
-        elif body:
-            now = time.monotonic()
-            if self.tap.ids:
-                self._itl.observe(now - self.timing.last_frame)
-                self.timing.last_frame = now
-            tokens, self.tap.ids = self.tap.ids, []
-            await self._writer.data(body, tokens)
+        if complete or not self.tap.more:
+            await self._flush(complete)
         self._complete = complete  # not before: a frame that can't be sent is a fault
 
-    async def _send_head(self, head: ASGIMessage, body: bytes) -> None:
-        self.timing.last_frame = time.monotonic()
+    async def _flush(self, complete: bool = False) -> None:
+        """Pass on what the app has sent of the engine's outputs, with their tokens."""
+        self.tap.more = False
+        if self._fault is not None:
+            return
+        try:
+            if self._held_head is not None:
+                # A dying engine answers 500: whether that is the caller's answer shows at the end.
+                if self._status < 500 and (self._body or complete):
+                    await self._send_head()
+            elif self._body:
+                await self._pass_on(*self._drained())
+        except errors.HeadraceError as exc:
+            self.stop(exc)  # raised into the app, it would become an event of the answer
+
+    def _drained(self) -> tuple[bytes, list[tuple[int, list[int]]]]:
+        body, self._body = self._body, b""
         tokens, self.tap.ids = self.tap.ids, []
+        return body, tokens
+
+    async def _pass_on(self, body: bytes, tokens: list[tuple[int, list[int]]]) -> None:
+        if self._joint is not None:
+            body = self._joint.feed(body, tokens)
+            if not body and not tokens:
+                return
+        if tokens:
+            now = time.monotonic()
+            self._itl.observe(now - self.timing.last_frame)
+            self.timing.last_frame = now
+        await self._writer.data(body, tokens)
+
+    async def _send_head(self) -> None:
+        assert self._held_head is not None
+        self.timing.last_frame = time.monotonic()
+        head, self._held_head = self._held_head, None
+        body, tokens = self._drained()
         headers = {
             name.decode("latin-1"): value.decode("latin-1")
             for name, value in head.get("headers", ())
             if name.lower() in _TO_CALLER
         }
-        await self._writer.head(head["status"], headers, self._worker, body, tokens)
+        self._streams = headers.get("content-type", "").startswith("text/event-stream")
+        if self._joint is None:
+            await self._writer.head(head["status"], headers, self._worker, body, tokens)
+        elif head["status"] == 200:
+            await self._pass_on(body, tokens)  # its reader has had a head
+        else:
+            raise errors.WorkerLost(
+                f"the answer can't be continued: the engine answered {head['status']} now"
+            )
 
     async def _finish(self) -> None:
         """The terminal frame, the ack and the usage event, or the way back into the queue."""
@@ -265,17 +349,21 @@ class Job:
             await self._settle_held_head()
         if self._fault is None and not self._complete:
             self._fault = errors.EngineFailed("the engine ended without finishing its answer")
-        unstarted = isinstance(self._fault, errors.EngineFailed) and not self._writer.head_sent
-        again = self.delivery.attempt <= _HAND_BACKS
-        if again and unstarted and await self._engine_died():
+        if self._fault is None and self._joint is not None and not self._joint.reached:
+            self._fault = errors.WorkerLost("the answer can't be continued: it ended sooner this time")
+        if not await self._ours():
+            self._fault = Superseded("another worker has it")
+        if isinstance(self._fault, Superseded):
+            _log.info("request left to the worker that took it over", extra=self.log_extra())
+            return
+        movable = self._engine.continues or not self._streams
+        if movable and isinstance(self._fault, errors.EngineFailed) and await self._engine_died():
             self._fault = HandBack("the engine died")
-        if again and isinstance(self._fault, Refused):
+        elif isinstance(self._fault, Refused) and self.delivery.attempt <= _HAND_BACKS:
             self._fault = HandBack(self._fault.message)
         if isinstance(self._fault, HandBack):
-            if not self._writer.head_sent:
-                metrics.RETURNED.labels(self._fault.code).inc()
-                await self.delivery.nak()
-                _log.info("request handed back: %s", self._fault.message, extra=self.log_extra())
+            if movable:
+                await self._hand_back(self._fault)
                 return
             self._fault = errors.WorkerLost("the worker stopped while it was answering")
         if self._fault is None:
@@ -285,16 +373,64 @@ class Job:
         # The ack last: who finds the request answered but not acked tells of its usage again.
         event = self._usage_event()
         await usage.publish(self._broker, event, self.delivery.seq)
+        if not await self._ours(sure=True):
+            return  # the broker removes a message for whoever acks it, under the hands of whoever has it
         await self.delivery.ack()
+        self.acked = True
         self._observe(event)
 
+    async def _hand_back(self, reason: HandBack) -> None:
+        """To another worker, with what was said so far in the journal."""
+        metrics.RETURNED.labels(reason.code).inc()
+        died = self._engine.died.done()
+        if died != bool(self._writer.frames):
+            # An attempt that leaves a trace counts as a death, unless it says why it ended.
+            await self._writer.beat(self._worker, left="" if died else reason.message)
+        if await self._ours(sure=True):
+            await self.delivery.nak()
+        _log.info("request handed back: %s", reason.message, extra=self.log_extra())
+
+    async def _ours(self, sure: bool = False) -> bool:
+        """Whether no other worker has taken the request over; `sure` takes a round trip to the broker.
+
+        Raises errors.Unavailable when the broker stays away.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _AWAY
+        while not self._taken:
+            try:
+                if sure:
+                    await self._broker.sync()
+                lost = self._doubted or self._touch.lost
+                return not (self._taken or (lost and await self._superseded()))
+            except errors.Unavailable:
+                if not sure or loop.time() > end:
+                    raise
+                self._doubted = True  # what was said meanwhile has passed us by
+                await asyncio.sleep(_AWAY / 50)
+        return False
+
+    def supersede(self) -> None:
+        """Another worker has taken the request over: stop, and neither ack nor hand it back."""
+        self._taken = True
+        self.stop(Superseded("another worker has it"))
+
+    async def _superseded(self) -> bool:
+        frames = await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
+        return any(frame.epoch > self.delivery.attempt for frame in frames)
+
+    async def doubt(self) -> None:
+        """See whether the request was given to another worker while this one was out of touch."""
+        self._doubted = True
+        with contextlib.suppress(errors.Unavailable, errors.MalformedMessage):  # asked again before the ack
+            if await self._superseded():
+                self.supersede()
+
     async def _settle_held_head(self) -> None:
-        head, self._held_head = self._held_head, None
-        assert head is not None
-        if self._status >= 500 and self.delivery.attempt <= _HAND_BACKS and await self._engine_died():
+        if self._status >= 500 and await self._engine_died():
             self._fault = HandBack("the engine died")
         else:
-            await self._send_head(head, self._held_body)
+            await self._send_head()
 
     async def _engine_died(self) -> bool:
         """Give the engine's watcher a moment to notice the death that a failure may have announced."""

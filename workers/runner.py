@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from prometheus_client import start_http_server
 
-from broker import addresses, base, errors, replies, subjects
+from broker import addresses, base, bodies, errors, replies, subjects
 from broker.messages import Credit, Heartbeat, Request, ServiceClass, parse_request
 from kvstate import budget
-from workers import intake, metrics, screening
+from workers import held, intake, metrics, screening
 from workers.config import WorkerConfig
 from workers.engines.base import Engine
-from workers.job import HandBack, Job, Share
+from workers.job import HandBack, Job, Share, Touch
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Worker:
         self._engine = engine
         self._state: Literal["serving", "draining", "gone"] = "serving"
         self._started_ms = replies.now_ms()
+        self._held = held.Held(broker, self.name, self._started_ms)
         self._jobs: dict[str, Job] = {}
         self._prefilling: dict[Job, int] = {}  # those without a token yet, and their prompts' estimates
         self._prefill_held = 0
@@ -47,6 +48,7 @@ class Worker:
         self._pullers: list[base.Puller] = []
         self._tombstones = screening.Tombstones()
         self._share = Share()
+        self._touch = Touch()
         self._mean_prompt = 256.0
         self._mean_output = 128.0
         self._starved = False
@@ -67,7 +69,11 @@ class Worker:
         self._metrics_url = addresses.url("http", host, server.server_port) + "/metrics"
         _log.info("serving", extra={"worker": self.name, "metrics_url": self._metrics_url})
         ready(self._metrics_url)
-        cancels = await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel)
+        subscriptions = [
+            await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
+            await self._broker.subscribe(subjects.ALL_TAKEN, self._on_taken),
+            await self._broker.subscribe(subjects.roster(self.name), self._on_roster),
+        ]
         for number, service_class in enumerate(ServiceClass):
             receive = self._receiver(number)
             self._pullers.append(
@@ -93,7 +99,8 @@ class Worker:
                 end.cancel()
             for puller in self._pullers:
                 await puller.close()
-            await cancels.close()
+            for subscription in subscriptions:
+                await subscription.close()
             await self._announce()
             await asyncio.to_thread(server.shutdown)  # it answers its poll, up to half a second later
             server.server_close()
@@ -114,6 +121,7 @@ class Worker:
         if running is not None and running.delivery.seq == delivery.seq:
             # Our `in_progress` came too late, and the broker handed us what we are running.
             running.delivery = delivery
+            self._held.take(delivery)
             return
         for queue, puller in zip(self._queues, self._pullers, strict=True):
             queue.outstanding = puller.outstanding
@@ -130,9 +138,10 @@ class Worker:
         self._top_up()  # after it: asking for the next request must not hold this one up
 
     def _start(self, request: Request, delivery: base.Delivery) -> None:
-        job = Job(request, delivery, self._broker, self._engine, self.name, self._share)
+        job = Job(request, delivery, self._broker, self._engine, self.name, self._share, self._touch)
         job.tap.on_first_token = lambda: self._prefilled(job)
         self._jobs[request.key] = job
+        self._held.take(delivery)
         self._prefilling[job] = job.prompt_estimate
         self._prefill_held += job.prompt_estimate
         metrics.RUNNING.set(len(self._jobs))
@@ -202,14 +211,24 @@ class Worker:
 
     async def _run(self, job: Job) -> None:
         try:
-            verdict = await screening.screen(job.request, job.delivery, self._engine, self._broker)
-            cancelled = self._tombstones.pop(job.request.key, job.delivery.enqueued_ms)
-            if verdict is screening.ANSWERED:
-                await screening.settle(self._broker, job.request, job.delivery)
-                return
-            if cancelled:
+            await self._held.tell()  # from here on it is handed on if we die
+            verdict = screening.screen(job.request, self._engine)
+            if verdict is None and job.request.body_object:
+                verdict = await self._fetch_body(job)
+            if job.delivery.attempt > 1 or self._touch.lost:
+                verdict = await job.take_over() or verdict
+                if job.past.ended:
+                    await screening.settle(self._broker, job.request, job.delivery)
+                    await bodies.discard(self._broker, job.request)
+                    return
+                if len(job.past.died) >= self._config.max_deaths:
+                    verdict = await screening.bury(self._broker, job.delivery, job.past.died)
+            if self._tombstones.pop(job.request.key, job.delivery.enqueued_ms):
                 verdict = errors.Cancelled("the caller went away")
             await job.run(verdict)
+            # Not before the ack: a redelivery must find it. A dead letter needs it still.
+            if job.acked and not isinstance(verdict, errors.Poisoned):
+                await bodies.discard(self._broker, job.request)
             if job.tap.output_tokens:
                 self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
                 self._mean_output += _SMOOTHING * (job.tap.output_tokens - self._mean_output)
@@ -218,10 +237,22 @@ class Worker:
             _log.warning("a request was left to the broker: %s", exc.message, extra=job.log_extra())
         finally:
             del self._jobs[job.request.key]
+            self._held.drop(job.delivery)
             metrics.RUNNING.set(len(self._jobs))
             if not self._jobs:
                 self._idle.set()
             self._prefilled(job)
+
+    async def _fetch_body(self, job: Job) -> errors.HeadraceError | None:
+        """Fetch a body that lies in the object store; returns why it can't be had, if so."""
+        try:
+            job.request = await bodies.load(self._broker, job.request)
+        except (errors.BodyLost, errors.TooLarge) as exc:
+            return exc
+        # Only now its length is known; until now it counted as the shortest that no message holds.
+        self._prefill_held += job.prompt_estimate - self._prefilling[job]
+        self._prefilling[job] = job.prompt_estimate
+        return None
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -244,6 +275,12 @@ class Worker:
             self._tombstones.add(key)
         else:
             job.stop(errors.Cancelled("the caller went away"), screening.cancelled_at(message))
+
+    def _on_taken(self, message: base.Message) -> None:
+        """`taken.<tenant>.<request>`: another worker runs it now, as the attempt in the message."""
+        job = self._jobs.get(message.subject.partition(".")[2])
+        if job is not None and message.data.isdigit() and int(message.data) > job.delivery.attempt:
+            job.supersede()
 
     # Stopping
 
@@ -276,11 +313,21 @@ class Worker:
 
     async def _beat(self) -> None:
         while True:
+            if self._broker.connected:
+                if self._touch.lost:
+                    # We were stopped, or cut off: our requests may have been handed on.
+                    for job in list(self._jobs.values()):
+                        self._spawn(job.doubt())
+                self._touch.at = asyncio.get_running_loop().time()
             await self._announce()
             self._top_up()
             await asyncio.sleep(self._config.heartbeat)
 
+    def _on_roster(self, message: base.Message) -> None:
+        self._spawn(self._held.tell_all())
+
     async def _announce(self) -> None:
+        await self._held.tell()
         stats, load = self._engine.stats(), self._load()
         kv = budget.kv_free(load) if load.kv_total else 0
         credit = Credit(
@@ -304,6 +351,8 @@ class Worker:
             state=self._state,
             credit=credit,
             metrics_url=self._metrics_url,
+            inbox=self._broker.inbox,
+            told=self._held.number,
         )
         self._beats += 1
         metrics.observe_engine(stats, credit)

@@ -7,16 +7,13 @@ from collections import OrderedDict
 
 import orjson
 
-from broker import base, codec, errors, replies, subjects, usage
-from broker.messages import TERMINAL, FrameKind, Request, UsageEvent
+from broker import base, errors, replies, usage
+from broker.messages import Attempt, FrameKind, Request, UsageEvent
 from workers import metrics
 from workers.engines.base import Engine
 
 _CLOCKS_APART = 60_000
 """Milliseconds that a worker's clock and the broker's may differ."""
-
-ANSWERED = errors.DuplicateRequest("the request was answered before; only its ack was lost")
-"""A verdict of its own: nothing is left to do but what its worker may not have come to, see `settle`."""
 
 
 class Tombstones:
@@ -49,10 +46,8 @@ def cancelled_at(message: base.Message) -> int:
         return replies.now_ms()
 
 
-async def screen(
-    request: Request, delivery: base.Delivery, engine: Engine, broker: base.Broker
-) -> errors.HeadraceError | None:
-    """None when the request may run, else why not (`ANSWERED` when there is nobody to tell)."""
+def screen(request: Request, engine: Engine) -> errors.HeadraceError | None:
+    """None when the request may run, else why not."""
     if request.deadline_ms and request.deadline_ms <= time.time() * 1000:
         return errors.DeadlineExceeded("the request's deadline passed in the queue")
     cards = {card.id: card for card in engine.models}
@@ -66,26 +61,11 @@ async def screen(
         return errors.InvalidRequest(
             f"model {card.id!r} does not serve {request.path}; it serves {', '.join(card.paths)}"
         )
-    return await _earlier_attempt(request, delivery, broker) if delivery.attempt > 1 else None
-
-
-async def _earlier_attempt(
-    request: Request, delivery: base.Delivery, broker: base.Broker
-) -> errors.HeadraceError | None:
-    """A redelivered request runs again only if no output of an earlier attempt reached its caller."""
-    try:
-        frame = await replies.last_frame(broker, request.reply_to, delivery.enqueued_ms)
-    except errors.MalformedMessage as exc:
-        return exc  # someone else wrote there: who reads it can't tell what is ours
-    if frame is None or frame.kind is FrameKind.BEAT:
-        return None
-    if frame.kind in TERMINAL:
-        return ANSWERED
-    return errors.WorkerLost("the worker was lost while it was answering; send the request again")
+    return None
 
 
 async def settle(broker: base.Broker, request: Request, delivery: base.Delivery) -> None:
-    """Tell of the usage of a request that was ANSWERED, from its frames, and ack it.
+    """Tell of the usage of a request that was answered before, from its frames, and ack it.
 
     Its worker may have gone between the last frame and the usage event; where it had not, the two
     events are one to the stream.
@@ -101,8 +81,7 @@ async def settle(broker: base.Broker, request: Request, delivery: base.Delivery)
 
 async def _answered(broker: base.Broker, request: Request, delivery: base.Delivery) -> UsageEvent | None:
     """None where the journal holds no `end`: an `error` comes without figures."""
-    records = await broker.read(subjects.REPLIES, request.reply_to, limit=1_000_000)
-    frames = [codec.decode(record.data) for record in records if record.stored_ms >= delivery.enqueued_ms]
+    frames = await replies.journal(broker, request.reply_to, delivery.enqueued_ms)
     end = next((frame for frame in frames if frame.kind is FrameKind.END), None)
     if end is None:
         return None
@@ -117,6 +96,19 @@ async def _answered(broker: base.Broker, request: Request, delivery: base.Delive
         epoch=end.epoch,
         **{name: figures.get(name, 0) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")},
     )
+
+
+async def bury(
+    broker: base.Broker, delivery: base.Delivery, died: tuple[Attempt, ...]
+) -> errors.HeadraceError:
+    """Keep a request that its workers die of among the dead letters; returns what its caller is told."""
+    fault = errors.Poisoned(
+        f"{len(died)} workers or engines died under this request: it is kept among the dead letters and will "
+        "not run again by itself"
+    )
+    await replies.bury(broker, delivery.subject, delivery.headers, delivery.data, fault, died)
+    metrics.DEAD.inc()
+    return fault
 
 
 async def repeated(broker: base.Broker, request: Request, delivery: base.Delivery, running: Request) -> None:

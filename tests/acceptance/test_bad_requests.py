@@ -60,7 +60,7 @@ BAD: dict[str, tuple[str, bytes, int, str]] = {
     "broken unicode": (CHAT, chat()[:-1] + b',"user":"\xff\xfe"}', 400, "not valid JSON"),
     "a lone surrogate": (CHAT, chat()[:-1] + b',"user":"\\ud800"}', 400, "not valid JSON"),
     "deeply nested": (CHAT, deep(100_000), 400, ""),
-    "10 MB": (CHAT, chat(user="x" * 10_000_000), 413, "4,194,304"),
+    "40 MB": (CHAT, chat(user="x" * 40_000_000), 413, "33,554,432"),
     "prompt of a wrong type": (
         "/v1/completions",
         orjson.dumps({"model": MODEL, "prompt": {"a": 1}}),

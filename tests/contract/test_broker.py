@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import orjson
 import pytest
 
-from broker import client, errors, subjects
+from broker import client, errors, objects, subjects
 from broker.base import Broker, Delivery, Message, Puller
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
@@ -453,6 +454,124 @@ async def test_a_nak_reaches_a_standing_pull(fleet: Fleet) -> None:
     assert (again.data, [again.seq], again.attempt) == (b"a", seqs, 2)
 
 
+async def test_a_third_party_hands_a_message_on(fleet: Fleet) -> None:
+    holder, other, third = [await fleet.connect(ack_wait=3600) for _ in range(3)]
+    puller, box = await pull(holder)
+    await puller.ask(1)
+    seqs = await enqueue(holder, b"a")
+    receipt = (await box.next()).receipt
+    await holder.close()
+    taking, taken = await pull(other)
+    await taking.ask(1)
+    await third.hand_on(receipt)
+    again = await taken.next()
+    assert ([again.seq], again.attempt) == (seqs, 2)
+
+
+async def test_a_receipt_names_its_message_whoever_has_it_now(fleet: Fleet) -> None:
+    """Why a receipt may be used only while nobody runs the message: an earlier delivery's does the same
+    as the newest one's."""
+    broker = await fleet.connect(ack_wait=3600)
+    puller, box = await pull(broker)
+    await puller.ask(3)
+    await enqueue(broker, b"a")
+    first = await box.next()
+    await first.nak()
+    second = await box.next()
+    await broker.hand_on(first.receipt)
+    third = await box.next()
+    assert (second.attempt, third.attempt) == (2, 3)
+    await first.ack()
+    await until(lambda: _is_queued(broker, 0))
+
+
+async def test_a_receipt_of_a_message_that_was_acked_changes_nothing(fleet: Fleet) -> None:
+    broker = await fleet.connect(ack_wait=3600)
+    puller, box = await pull(broker)
+    await puller.ask(2)
+    await enqueue(broker, b"a")
+    held = await box.next()
+    await held.ack()
+    await until(lambda: _is_queued(broker, 0))
+    await broker.hand_on(held.receipt)
+    await enqueue(broker, b"b")
+    got = await box.next()
+    assert (got.data, got.attempt) == (b"b", 1)
+
+
+@pytest.mark.parametrize("receipt", ["", "req.a.b.c.d", "$JS.ACK.REQUESTS.>", "$JS.ACK.a b", "$JS.API.INFO"])
+async def test_what_names_no_delivery_is_no_receipt(broker: Broker, receipt: str) -> None:
+    heard: Box[Message] = Box()
+    await broker.subscribe(">", heard)
+    with pytest.raises(errors.MalformedMessage):
+        await broker.hand_on(receipt)
+    await broker.publish("fleet.after")
+    assert (await heard.next()).subject == "fleet.after"
+
+
+async def test_what_comes_to_the_pulls_of_a_client_that_hangs_is_handed_on(fleet: Fleet) -> None:
+    hung, other, third = [await fleet.connect(ack_wait=3600) for _ in range(3)]
+    puller, swallowed = await pull(hung)
+    await puller.ask(2)
+    bounced = await third.bounce(hung.inbox)
+    await enqueue(hung, b"a", b"b")
+    taking, taken = await pull(other)
+    await taking.ask(2)
+    again = await taken.take(2)
+    assert {got.data for got in again} == {b"a", b"b"}
+    assert max(got.attempt for got in again) > 1
+    await bounced.close()
+    await bounced.close()
+    await swallowed.take(2)
+    await puller.ask(1)
+    (seq,) = await enqueue(hung, b"c")
+    kept = await swallowed.next()
+    await taking.ask(1)
+    await enqueue(hung, b"d")
+    assert ((kept.seq, kept.attempt), (await taken.next()).data) == ((seq, 1), b"d")
+
+
+async def test_what_was_delivered_can_be_handed_on_whoever_has_it(fleet: Fleet) -> None:
+    broker, other = await fleet.connect(ack_wait=3600), await fleet.connect()
+    assert await other.delivered("llama", ServiceClass.STANDARD) == {}
+    puller, box = await pull(broker)
+    await puller.ask(300)
+    acked, *seqs = await enqueue(broker, *(b"%d" % number for number in range(300)))
+    deliveries = await box.take(300)
+    await deliveries[0].ack()
+    await until(lambda: _is_queued(broker, 299))
+    waiting = await enqueue(broker, b"not delivered")
+    found = await other.delivered("llama", ServiceClass.STANDARD)
+    assert [*found] == seqs
+    assert acked not in found
+    taking, taken = await pull(other)
+    await other.hand_on(found[seqs[7]])
+    await other.hand_on(found[seqs[200]])
+    await taking.ask(3)
+    got = await taken.take(3)
+    assert {(d.seq, d.attempt) for d in got} >= {(seqs[7], 2), (seqs[200], 2)}
+    assert waiting[0] in {d.seq for d in got}
+
+
+@pytest.mark.parametrize("inbox", ["", "req.a.b.c.d", "_INBOX.>", "_INBOX.a b"])
+async def test_what_is_no_inbox_is_not_listened_to(broker: Broker, inbox: str) -> None:
+    with pytest.raises(errors.MalformedMessage):
+        await broker.bounce(inbox)
+
+
+async def test_whether_anyone_listens(fleet: Fleet) -> None:
+    asking, listening = await fleet.connect(), await fleet.connect()
+    assert not await asking.listens("roster.w1")
+    subscription = await listening.subscribe("roster.*", Box[Message]())
+    await until(lambda: asking.listens("roster.w1"))
+    await subscription.close()
+
+    async def nobody() -> bool:
+        return not await asking.listens("roster.w1")
+
+    await until(nobody)
+
+
 async def test_what_is_not_acked_in_time_comes_again(fleet: Fleet) -> None:
     silent, other = await fleet.connect(ack_wait=0.5), await fleet.connect()
     assert silent.ack_wait == 0.5
@@ -568,6 +687,119 @@ async def test_a_pull_that_the_server_gives_up_lapses(nats_url: str, monkeypatch
         assert (await box.next()).data == b"b"
 
 
+# Objects
+
+BUCKET = subjects.PAYLOADS
+OBJECTS = subjects.objects(BUCKET)
+
+
+async def stored(broker: Broker) -> int:
+    """Messages in the bucket."""
+    return sum((await broker.counts(OBJECTS, subjects.all_objects(BUCKET))).values())
+
+
+async def test_a_purge_removes_what_is_under_one_subject(broker: Broker) -> None:
+    other = "req.llama.standard.acme.other"
+    await enqueue(broker, b"a", b"b")
+    await enqueue(broker, b"c", subject=other)
+    await broker.purge(subjects.REQUESTS, SUBJECT)
+    await broker.purge(subjects.REQUESTS, SUBJECT)
+    assert await broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {other: 1}
+
+
+@pytest.mark.parametrize("size", [0, 1, 128 * 1024, 3 * 2**20 + 1])
+async def test_an_object_comes_back_whole_and_leaves_nothing(fleet: Fleet, size: int) -> None:
+    one, other = await fleet.connect(), await fleet.connect()
+    data = bytes(range(251)) * (size // 251) + b"x" * (size % 251)
+    await objects.put(one, BUCKET, "acme.1", data)
+    await objects.put(one, BUCKET, "acme.2", b"stays")
+    assert await objects.get(other, BUCKET, "acme.1", size) == data
+    assert await objects.get(other, BUCKET, "acme.1", size) == data  # reading takes nothing away
+    await objects.remove(other, BUCKET, "acme.1")
+    await objects.remove(other, BUCKET, "acme.1")
+    with pytest.raises(objects.Missing, match=r"no object 'acme\.1'"):
+        await objects.get(one, BUCKET, "acme.1", size)
+    assert await objects.get(one, BUCKET, "acme.2", 5) == b"stays"
+    assert await stored(one) == 2
+
+
+async def test_an_object_larger_than_wanted_is_not_read(broker: Broker) -> None:
+    await objects.put(broker, BUCKET, "acme.1", b"x" * 1001)
+    with pytest.raises(errors.TooLarge, match=r"1,001 bytes, more than the 1,000"):
+        await objects.get(broker, BUCKET, "acme.1", 1000)
+
+
+async def test_a_full_bucket_refuses_and_keeps_nothing_of_it(fleet: Fleet) -> None:
+    broker = await fleet.connect(payload_bytes=2**20)
+    await objects.put(broker, BUCKET, "acme.1", b"x" * 600_000)
+    before = await stored(broker)
+    with pytest.raises(errors.Overloaded):
+        await objects.put(broker, BUCKET, "acme.2", b"x" * 600_000)
+    assert await stored(broker) == before
+    await objects.remove(broker, BUCKET, "acme.1")
+    await objects.put(broker, BUCKET, "acme.2", b"x" * 600_000)
+    assert await objects.get(broker, BUCKET, "acme.2", 2**20) == b"x" * 600_000
+
+
+async def test_an_object_goes_by_its_age(fleet: Fleet) -> None:
+    broker = await fleet.connect(payload_age=0.5)
+    await objects.put(broker, BUCKET, "acme.1", b"x")
+
+    async def gone() -> bool:
+        fleet.pass_time(0.2)
+        return not await stored(broker)
+
+    await until(gone)
+
+
+async def test_objects_are_unavailable_without_the_broker(fleet: Fleet) -> None:
+    broker = await fleet.connect()
+    await fleet.stop()
+    await until(lambda: not broker.connected)
+    with pytest.raises(errors.Unavailable):
+        await objects.put(broker, BUCKET, "acme.1", b"x")
+    with pytest.raises(errors.Unavailable):
+        await objects.get(broker, BUCKET, "acme.1", 1)
+    with pytest.raises(errors.Unavailable):
+        await objects.remove(broker, BUCKET, "acme.1")
+
+
+async def describe(broker: Broker, **changes: Any) -> None:
+    """What describes object `acme.1`, as somebody else may write it."""
+    subject = subjects.object_meta(BUCKET, "acme.1")
+    record = await broker.last(OBJECTS, subject)
+    assert record is not None
+    meta = orjson.dumps(orjson.loads(record.data) | changes)
+    await (await broker.enqueue(subject, meta, {subjects.ROLLUP: "sub"}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"digest": "SHA-256=" + "A" * 43 + "="},
+        {"size": 4},
+        {"size": 6},
+        {"chunks": 0},
+        {"nuid": "*"},
+        {"nuid": ">"},
+        {"nuid": ""},
+        {"nuid": "elsewhere"},
+        {"deleted": True},
+        {"size": "many"},
+    ],
+)
+async def test_an_object_that_is_not_what_its_description_says_is_missing(
+    broker: Broker, changes: dict[str, Any]
+) -> None:
+    await objects.put(broker, BUCKET, "acme.1", b"12345")
+    await objects.put(broker, BUCKET, "acme.2", b"other")
+    await describe(broker, **changes)
+    with pytest.raises(objects.Missing):
+        await objects.get(broker, BUCKET, "acme.1", 1000)
+    await objects.remove(broker, BUCKET, "acme.1")  # which takes no other object with it
+    assert await objects.get(broker, BUCKET, "acme.2", 1000) == b"other"
+
+
 # Reading streams
 
 
@@ -620,14 +852,14 @@ async def test_the_newest_message_of_a_subject(broker: Broker) -> None:
 async def test_one_message_by_its_sequence(broker: Broker) -> None:
     head = {subjects.MSG_ID: "acme:1", subjects.REPLY_TO: REPLY}
     stored = await (await broker.enqueue(SUBJECT, b"body", head))
-    record = await broker.get(subjects.REQUESTS, stored.seq)
+    record = await broker.record(subjects.REQUESTS, stored.seq)
     assert record is not None
     assert (record.seq, record.subject, record.data) == (stored.seq, SUBJECT, b"body")
     assert (record.headers or {})[subjects.REPLY_TO] == REPLY
     assert abs(record.stored_ms / 1000 - time.time()) < LIMIT
     await broker.delete(subjects.REQUESTS, stored.seq)
-    assert await broker.get(subjects.REQUESTS, stored.seq) is None
-    assert await broker.get(subjects.REQUESTS, stored.seq + 1) is None
+    assert await broker.record(subjects.REQUESTS, stored.seq) is None
+    assert await broker.record(subjects.REQUESTS, stored.seq + 1) is None
     assert not await broker.delete(subjects.REQUESTS, stored.seq)  # the stream is empty, and remembers it
 
 
@@ -667,7 +899,7 @@ async def test_a_stream_that_is_not_there_is_unavailable(broker: Broker) -> None
         lambda: broker.read("NONE", "none.>"),
         lambda: broker.last("NONE", "none.x"),
         lambda: broker.last("NONE", "none.x", leader=True),
-        lambda: broker.get("NONE", 1),
+        lambda: broker.record("NONE", 1),
         lambda: broker.counts("NONE", "none.>"),
         lambda: broker.delete("NONE", 1),
     ):
@@ -728,6 +960,54 @@ async def test_a_watch_gives_the_state_and_then_the_changes(fleet: Fleet) -> Non
     assert state[key] is None
 
 
+async def test_a_value_has_a_revision(broker: Broker) -> None:
+    assert await broker.get(subjects.KV_LEASES, "org%2Fx") == (None, 0)
+    await broker.put(subjects.KV_LEASES, "org%2Fx", b"\x00\xff")
+    data, first = await broker.get(subjects.KV_LEASES, "org%2Fx")
+    assert data == b"\x00\xff"
+    await broker.put(subjects.KV_LEASES, "other", b"")
+    assert await broker.get(subjects.KV_LEASES, "org%2Fx") == (data, first)
+    data, other = await broker.get(subjects.KV_LEASES, "other")
+    assert (data, other > 0) == (b"", True)
+    await broker.remove(subjects.KV_LEASES, "org%2Fx")
+    data, removed = await broker.get(subjects.KV_LEASES, "org%2Fx")
+    assert (data, removed > first) == (None, True)
+
+
+async def test_a_value_is_swapped_by_its_revision_alone(fleet: Fleet) -> None:
+    one, other = await fleet.connect(), await fleet.connect()
+    first = await one.swap(subjects.KV_LEASES, "leader", b"one", 0)
+    assert await one.get(subjects.KV_LEASES, "leader") == (b"one", first)
+    assert first is not None
+    assert await other.swap(subjects.KV_LEASES, "leader", b"other", 0) is None
+    assert await other.swap(subjects.KV_LEASES, "leader", b"other", first + 1) is None
+    assert await other.get(subjects.KV_LEASES, "leader") == (b"one", first)
+    second = await other.swap(subjects.KV_LEASES, "leader", b"other", first)
+    assert second is not None
+    assert await one.swap(subjects.KV_LEASES, "leader", b"one", first) is None
+    assert await one.get(subjects.KV_LEASES, "leader") == (b"other", second)
+    await one.remove(subjects.KV_LEASES, "leader")
+    _, removed = await one.get(subjects.KV_LEASES, "leader")
+    assert await one.swap(subjects.KV_LEASES, "leader", b"one", 0) is None
+    assert await one.swap(subjects.KV_LEASES, "leader", b"one", removed) is not None
+
+
+async def test_one_of_many_that_swap_at_once_succeeds(fleet: Fleet) -> None:
+    clients = [await fleet.connect() for _ in range(5)]
+    swaps = (
+        client.swap(subjects.KV_LEASES, "leader", b"%d" % number, 0) for number, client in enumerate(clients)
+    )
+    done = await asyncio.gather(*swaps)
+    ((winner, revision),) = [(n, revision) for n, revision in enumerate(done) if revision is not None]
+    assert await clients[0].get(subjects.KV_LEASES, "leader") == (b"%d" % winner, revision)
+
+
+async def test_a_bucket_that_is_not_there_is_unavailable(broker: Broker) -> None:
+    for call in (lambda: broker.get("none", "x"), lambda: broker.swap("none", "x", b"", 0)):
+        with pytest.raises(errors.Unavailable):
+            await call()
+
+
 # Outages
 
 
@@ -745,9 +1025,13 @@ async def test_nothing_hangs_while_the_broker_is_away(fleet: Fleet) -> None:
         lambda: broker.read(subjects.REPLIES, REPLY),
         lambda: broker.last(subjects.REPLIES, REPLY),
         lambda: broker.last(subjects.REPLIES, REPLY, leader=True),
-        lambda: broker.get(subjects.REQUESTS, 1),
+        lambda: broker.record(subjects.REQUESTS, 1),
         lambda: broker.counts(subjects.REQUESTS, SUBJECT),
         lambda: broker.put(subjects.KV_MODELS, "llama", b""),
+        lambda: broker.listens("roster.w1"),
+        lambda: broker.delivered("llama", ServiceClass.BATCH),
+        lambda: broker.get(subjects.KV_LEASES, "leader"),
+        lambda: broker.swap(subjects.KV_LEASES, "leader", b"", 0),
         lambda: broker.remove(subjects.KV_MODELS, "llama"),
         lambda: broker.watch(subjects.KV_MODELS, lambda *_: None),
     ):
@@ -770,6 +1054,8 @@ async def test_everything_goes_on_when_the_broker_is_back(fleet: Fleet) -> None:
 
     await fleet.stop()
     await until(lambda: not broker.connected and not other.connected)
+    with pytest.raises(errors.Unavailable):
+        await broker.hand_on(held.receipt)
     await held.ack()
     early: Box[Message] = Box()
     await broker.subscribe("fleet.early", early)

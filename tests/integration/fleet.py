@@ -1,4 +1,4 @@
-"""A fleet of several processes: each part by its own command, on one nats-server."""
+"""A fleet of several processes: each part by its own command, on one nats-server or a cluster of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import orjson
 
 from broker import processes
 from broker.server import NatsServer
+from tests.integration.cluster import NatsCluster
 
 LIMIT = 30.0
 
@@ -29,8 +30,19 @@ class Part:
     def url(self) -> str:
         return str(self.facts["url"])
 
+    @property
+    def alive(self) -> bool:
+        return self.process.returncode is None
+
     def term(self) -> None:
         self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """Hang it, until `resume`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     async def ended(self) -> int:
         """Its exit status; a negative one names the signal."""
@@ -46,9 +58,10 @@ class Part:
 class Fleet:
     """Starts parts on free ports with files under `data`, and ends by pid whatever still runs."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, cluster: NatsCluster | None = None) -> None:
         self.nats = NatsServer(data / "nats")
         self.parts: list[Part] = []
+        self._cluster = cluster
         self._data = data
 
     async def start(self, part: str, **settings: object) -> Part:
@@ -56,12 +69,14 @@ class Fleet:
         log = self._data / f"{part}-{len(os.listdir(self._data))}.log"
         command = [sys.executable, "-P", "-m", "ops", part]
         if part != "sim-engine":
-            command += ["--nats", self.nats.url]
+            settings = {"broker__url": (self._cluster or self.nats).url} | settings
         if part in ("ingress", "sim-engine"):
             command += ["--port", "0"]
         elif part == "worker":
             command += ["--data", str(self._data)]
             settings = {"worker__engine": "sim"} | settings
+        if self._cluster is not None and part != "sim-engine":
+            settings = {"broker__replicas": len(self._cluster.nodes)} | settings
         for key, value in settings.items():
             command += ["--set", f"{key.replace('__', '.')}={value}"]
         read, write = os.pipe()
@@ -102,9 +117,9 @@ class Fleet:
 
     async def __aenter__(self) -> Self:
         self._data.mkdir(parents=True, exist_ok=True)
-        await self.nats.start()
+        await (self._cluster or self.nats).start()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.gather(*(part.kill() for part in self.parts))
-        await self.nats.stop()
+        await (self._cluster or self.nats).stop()

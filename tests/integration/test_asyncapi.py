@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,10 @@ def test_addresses_are_the_subjects_that_the_code_builds() -> None:
     assert _address("requests", *names) == str(subjects.RequestSubject(*names))
     assert _address("replies", *names[:3]) == subjects.reply(*names[:3])
     assert _address("cancels", *names[:2]) == subjects.cancel(*names[:2])
+    assert _address("repeats", *names[:2]) == subjects.again(subjects.reply("a.b", "box", "batch"))
     assert _address("fleet", "a.b") == subjects.heartbeat("a.b")
+    assert _address("held", "a.b") == subjects.held("a.b")
+    assert _address("roster", "a.b") == subjects.roster("a.b")
     assert _address("usage", *names[:2]) == subjects.usage(*names[:2])
     assert _address("dead", "a.b") == subjects.dead("a.b")
 
@@ -143,7 +146,9 @@ def _tree(root: type[errors.HeadraceError]) -> Iterator[type[errors.HeadraceErro
         yield from _tree(child)
 
 
-@pytest.mark.parametrize("model", [messages.Heartbeat, messages.UsageEvent, messages.DeadLetter])
+@pytest.mark.parametrize(
+    "model", [messages.Heartbeat, messages.Held, messages.UsageEvent, messages.DeadLetter]
+)
 def test_payload_schemas_are_the_models_own(model: type[BaseModel]) -> None:
     own = _untitled(
         model.model_json_schema(mode="serialization", ref_template="#/components/schemas/{model}")
@@ -168,15 +173,17 @@ def test_the_request_headers_are_those_that_are_read() -> None:
         subjects.REQUEST_ID,
         subjects.DEADLINE,
         subjects.TRACEPARENT,
+        subjects.BODY_OBJECT,
     }
     for left_out in documented["properties"]:
-        head = _headers("r1", Deadline="1", traceparent="00", Tenant="acme", **{"Request-Id": "r1"})
+        rest = {"Request-Id": "r1", "Body-Object": "acme.r1"}
+        head = _headers("r1", Deadline="1", traceparent="00", Tenant="acme", **rest)
         del head[left_out]
         if left_out in documented["required"]:
             with pytest.raises(errors.MalformedMessage):
-                messages.parse_request(SUBJECT, head, b"{}")
+                messages.parse_request(SUBJECT, head, b"")
         else:
-            messages.parse_request(SUBJECT, head, b"{}")
+            messages.parse_request(SUBJECT, head, b"")
 
 
 def test_the_examples_are_what_they_show() -> None:
@@ -198,6 +205,7 @@ def test_the_examples_are_what_they_show() -> None:
             b'{"epoch":1,"seq":0,"kind":"head","off":0,"status":200,"headers":{"a":1},"worker":"w","at":1}\n',
         ),
         ("Heartbeat", b'{"worker":"w"}'),
+        ("Held", b'{"started_ms":1,"number":1,"take":[[1]]}'),
         ("Acknowledgement", b'{"stream":"REQUESTS"}'),
         ("Cancel", b'{"seq":0}'),
     ],
@@ -244,6 +252,10 @@ class Wire:
     def frames(self, request: str) -> list[Frame]:
         return [codec.decode(msg.data) for msg in self.heard if msg.subject == f"out.acme.box.{request}"]
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(LIMIT), self._news:
+            await self._news.wait_for(condition)
+
     async def until_said(self, *wanted: str) -> None:
         """Wait for a message under each of these subjects."""
         async with asyncio.timeout(LIMIT), self._news:
@@ -263,7 +275,7 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
     connection = await nats.connect(nats_url)
     try:
         wire = Wire(connection)
-        for subject in ("req.>", "out.>", "cancel.>", "fleet.>", "usage.>", "dead.>"):
+        for subject in ("req.>", "out.>", "cancel.>", "again.>", "fleet.>", "held.>", "usage.>", "dead.>"):
             await connection.subscribe(subject, cb=wire.on_message)
         await connection.flush()
         yield wire
@@ -273,10 +285,12 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
 
 @asynccontextmanager
 async def scheduling(nats_url: str, **settings: float) -> AsyncIterator[None]:
-    stop = asyncio.Event()
+    stop, ready = asyncio.Event(), asyncio.Event()
     async with await client.connect(BrokerConfig(url=nats_url), "scheduler") as broker:
-        serving = asyncio.create_task(Scheduler(SchedulerConfig(**settings), broker).run(stop))
+        scheduler = Scheduler(SchedulerConfig(**settings), broker)
+        serving = asyncio.create_task(scheduler.run(stop, lambda _: ready.set()))
         try:
+            await asyncio.wait_for(ready.wait(), LIMIT)
             yield
         finally:
             stop.set()
@@ -290,7 +304,9 @@ def _name_of(message: Msg) -> str:
     names = {
         "req": "Request",
         "cancel": "Cancel",
+        "again": "Again",
         "fleet": "Heartbeat",
+        "held": "Held",
         "usage": "Usage",
         "dead": "DeadLetter",
     }
@@ -324,6 +340,9 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
     await wire.until_frame("endless", FrameKind.DATA)
     await wire.connection.publish("cancel.acme.endless", orjson.dumps({"at": time.time() * 1000}))
     assert (await wire.ended("endless")).extra["code"] == "cancelled"
+    said = len(wire.frames("streamed"))
+    await wire.connection.publish("again.acme.streamed", b"{}")
+    await wire.until(lambda: len(wire.frames("streamed")) == 2 * said)
 
     async with scheduling(nats_url, sweep=0.05, orphan_after=0):
         acks.append(await wire.publish(_chat(), _headers("orphan"), "req.typo.batch.acme.sim"))

@@ -7,6 +7,8 @@ the subjects, headers and bodies are right.
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import re
 import shlex
@@ -100,16 +102,24 @@ async def test_the_commands_get_an_answer_and_cancel_one(nats_url: str) -> None:
         await connection.close()
 
 
-@pytest.fixture
+LARGE_BODIES = '"$O.payloads.C.*", "$O.payloads.M.*", '
+
+
+@pytest.fixture(params=[""])
 async def guarded_port(
-    anyio_backend: object, tmp_path: Path, unused_port: int, monkeypatch: pytest.MonkeyPatch
+    anyio_backend: object,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    unused_port: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[int]:
-    """A server with the documented users."""
+    """A server with the documented users; the parameter is what a tenant may publish to beside that."""
     monkeypatch.setenv("HEADRACE_PASSWORD", "one")
     monkeypatch.setenv("ACME_PASSWORD", "two")
     config = tmp_path / "nats.conf"
     config.write_text(
-        f'listen: "127.0.0.1:{unused_port}"\njetstream {{ store_dir: "{tmp_path}" }}\n' + blocks("conf")[0]
+        f'listen: "127.0.0.1:{unused_port}"\njetstream {{ store_dir: "{tmp_path}" }}\n'
+        + blocks("conf")[0].replace("publish: [", f"publish: [{request.param}")
     )
     process = await asyncio.create_subprocess_exec(
         server.binary(), "-c", str(config), stderr=asyncio.subprocess.DEVNULL
@@ -167,5 +177,60 @@ async def test_the_permissions_hold_a_tenant_to_its_own(guarded_port: int) -> No
             for attempt in ("out.other.>", "out.>", "_INBOX.>", "req.>"):
                 await acme.subscribe(attempt)
                 assert attempt.lower() in await asyncio.wait_for(refusals.get(), LIMIT)
+    finally:
+        await acme.close()
+
+
+@pytest.mark.parametrize("guarded_port", [LARGE_BODIES], indirect=True)
+async def test_a_tenant_stores_a_large_body_by_bare_publishes_and_reads_none(guarded_port: int) -> None:
+    assert all(subject in TEXT for subject in ("`$O.payloads.C.*`", "`$O.payloads.M.*`"))
+    refusals: asyncio.Queue[str] = asyncio.Queue()
+
+    async def on_error(exc: Exception) -> None:
+        if "permissions violation" in str(exc).lower():
+            refusals.put_nowait(str(exc).lower())
+
+    address = f"127.0.0.1:{guarded_port}"
+    acme = await nats.connect(
+        f"nats://acme:two@{address}", inbox_prefix="_INBOX_acme", error_cb=on_error, reconnect_time_wait=0.1
+    )
+    try:
+        async with fleet(f"nats://headrace:one@{address}"):
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "x" * 20_000}], "max_tokens": 4}
+            data = json.dumps(body).encode()
+            chunks = [data[:9000], data[9000:]]
+            for chunk in chunks:
+                await acme.request("$O.payloads.C.n1", chunk, timeout=LIMIT)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
+            described = {
+                "name": "acme.u1",
+                "bucket": "payloads",
+                "nuid": "n1",
+                "size": len(data),
+                "chunks": len(chunks),
+                "digest": f"SHA-256={digest}",
+            }
+            place = "$O.payloads.M." + base64.urlsafe_b64encode(b"acme.u1").decode()
+            told = json.dumps(described).encode()
+            await acme.request(place, told, timeout=LIMIT, headers={"Nats-Rollup": "sub"})
+
+            frames = await acme.subscribe("out.acme.>")
+            own = {"Nats-Msg-Id": "acme:1", "Reply-To": "out.acme.shell.1", "Path": "/v1/chat/completions"}
+            subject = f"req.{MODEL}.standard.acme.{MODEL}"
+            await acme.request(subject, b"", timeout=LIMIT, headers=own | {"Body-Object": "acme.u1"})
+            while (frame := codec.decode((await frames.next_msg(LIMIT)).data)).kind not in TERMINAL:
+                pass
+            assert frame.kind is FrameKind.END, frame.payload
+            assert frame.extra["usage"]["prompt_tokens"] > 5000
+
+            for attempt in (
+                "STREAM.MSG.GET.OBJ_payloads",
+                "DIRECT.GET.OBJ_payloads",
+                "STREAM.PURGE.OBJ_payloads",
+            ):
+                await acme.publish(f"$JS.API.{attempt}", b"")
+                assert attempt.lower() in await asyncio.wait_for(refusals.get(), LIMIT)
+            await acme.subscribe("$O.payloads.>")
+            assert "$o.payloads" in await asyncio.wait_for(refusals.get(), LIMIT)
     finally:
         await acme.close()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from broker.messages import MAX_BODY
 from workers.engines.base import Receive, Send
-
-MAX_BODY = 64 * 2**20
-"""Bytes of a request body that an engine takes in."""
 
 
 class BodyTooLong(Exception):

@@ -8,7 +8,7 @@ a body chunk carries, when prefill began) comes through `Engine.stats` and the r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -56,7 +56,10 @@ class Tap:
     """What a run shows beyond its bytes. The engine writes; `workers.job` reads. One a request.
 
     Times are `time.monotonic()` seconds, None until reached. `ids` is drained by the job whenever it
-    makes a frame: (choice index, token ids) pairs in the order they were generated.
+    makes a frame: (choice index, token ids) pairs in the order they were generated. A frame must hold
+    all bytes of the tokens that it names, or a stream could not be cut after it: an engine whose app
+    may send several bodies for one output sets `more` when it hands the output over, and awaits
+    `between` when the app asks for the next one.
     """
 
     prompt_tokens: int = 0
@@ -68,6 +71,15 @@ class Tap:
     on_first_token: Callable[[], None] | None = None
     choices: int = 0
     """Choice indices given out so far: a request of several prompts numbers on."""
+    more: bool = False
+    """The app has an output for which it may send more."""
+    between: Callable[[], Awaitable[None]] | None = None
+    fail: Callable[[errors.HeadraceError], None] | None = None
+    """Ends the run with that error, before the app words one of its own into a stream."""
+    replay: Mapping[int, list[int]] = field(default_factory=dict)
+    """Written by the job before it calls the app: output tokens of each choice that its caller has from an
+    earlier attempt. An engine that `continues` begins with exactly these, as if it had just generated
+    them, none of them in one output with a later one."""
 
     def tokens(self, now: float, index: int, ids: list[int]) -> None:
         """Record output tokens `ids` of choice `index`, generated at `now`."""
@@ -95,6 +107,7 @@ class Engine(Protocol):
         base: name of the base weights: the queue this engine's worker pulls from.
         app: the OpenAI application. A `http.disconnect` from `receive` stops the run and frees its
             KV blocks; the app then returns without sending more.
+        continues: whether it takes a `Tap.replay`.
         models: what it serves, the base first; each card lists the HTTP paths it answers.
         on_change: called, when set, after each step that changed `stats()`. Never blocks.
         died: done when the engine can serve no more, with the reason as its exception.
@@ -102,6 +115,7 @@ class Engine(Protocol):
 
     name: str
     base: str
+    continues: bool
     app: ASGIApp
     models: tuple[ModelCard, ...]
     on_change: Callable[[], None] | None

@@ -34,6 +34,7 @@ class HttpEngine:
     """
 
     name = "http"
+    continues = False  # what tokens an answer is made of stays in the server
 
     def __init__(
         self, config: HttpConfig, client: httpx.AsyncClient, probe: httpx.AsyncClient, cards: list[ModelCard]

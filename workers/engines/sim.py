@@ -35,6 +35,7 @@ class SimEngine:
     """See `workers.engines.base.Engine`; make one with `start`."""
 
     name = "sim"
+    continues = True
 
     def __init__(self, config: SimConfig) -> None:
         self.config = config

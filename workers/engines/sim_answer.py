@@ -53,10 +53,13 @@ class StopScan:
 class _Lane:
     """A choice that is being generated."""
 
-    __slots__ = ("choice", "index", "output", "scan", "tokens")
+    __slots__ = ("choice", "index", "limit", "output", "past", "scan", "tokens")
 
-    def __init__(self, index: int, output: Output, tokens: Continuation, choice: Choice) -> None:
-        self.index, self.output, self.tokens, self.choice = index, output, tokens, choice
+    def __init__(
+        self, index: int, limit: int, output: Output, tokens: Continuation, choice: Choice, past: list[int]
+    ) -> None:
+        self.index, self.limit, self.output, self.choice = index, limit, output, choice
+        self.tokens, self.past = tokens, past
         self.scan: StopScan | None = None
 
 
@@ -69,11 +72,16 @@ class Answer:
         self._reader = reader
         self._first: list[Output] = []
         self._all: list[_Lane] = []
+        replay = {} if reader.tap is None else reader.tap.replay
         for prompt, limit in zip(generation.prompts, generation.limits, strict=True):
-            hashes = block_hashes(prompt, config.block_size, generation.salt)
             for number in range(generation.n):
-                output = Output(len(prompt), limit, hashes, reader=reader)
-                lane = _Lane(len(self._all), output, Continuation(prompt, number), Choice(prompt))
+                past = list(replay.get(len(self._all), ()))[:limit]
+                # Prompt and past output, given as a prompt, go on as the whole would have.
+                given = prompt + past
+                hashes = block_hashes(given, config.block_size, generation.salt)
+                output = Output(len(given), limit - len(past), hashes, reader=reader)
+                tokens = Continuation(given) if past else Continuation(prompt, number)
+                lane = _Lane(len(self._all), limit, output, tokens, Choice(prompt), past)
                 if generation.stops:
                     lane.scan = StopScan(generation.stops, generation.min_tokens)
                 self._all.append(lane)
@@ -82,7 +90,8 @@ class Answer:
         self._live = list(self._all)
         if reader.tap is not None:
             reader.tap.prompt_tokens = self.usage.prompt
-        for lane in self._all:
+        self._replayed = self._replay()
+        for lane in self._live:
             pacer.add(lane.output)
 
     @property
@@ -92,14 +101,21 @@ class Answer:
     @property
     def usage(self) -> Usage:
         return Usage(
-            prompt=sum(output.prompt_tokens for output in self._first),
-            cached=sum(output.cached or 0 for output in self._first),
+            prompt=sum(map(len, self._generation.prompts)),
+            cached=self._cached,
             output=sum(len(lane.choice.ids) for lane in self._all),
         )
 
     @property
+    def _cached(self) -> int:
+        return sum(
+            min(output.cached or 0, len(prompt))
+            for output, prompt in zip(self._first, self._generation.prompts, strict=True)
+        )
+
+    @property
     def done(self) -> bool:
-        return not self._live
+        return not (self._live or self._replayed)
 
     async def take(self) -> list[Piece]:
         """Wait for tokens, then all that are due. [] = the client is gone.
@@ -107,14 +123,19 @@ class Answer:
         Raises what broke the engine.
         """
         reader = self._reader
+        if self._replayed:
+            pieces, self._replayed = self._replayed, []
+            return pieces
         while not reader.closed:
-            pieces: list[Piece] = []
+            pieces = []
             for lane in self._live:
                 if lane.output.due:
-                    self._advance(lane, pieces)
+                    # A reader may have some of these: one by one, none comes with one that it has not.
+                    due = 1 if lane.past else lane.output.due
+                    lane.output.due -= due
+                    self._advance(lane, lane.tokens.take(due), pieces)
             if pieces:
-                if any(piece.reason for piece in pieces):
-                    self._live = [lane for lane in self._live if not lane.choice.reason]
+                self._drop_ended(pieces)
                 return pieces
             await reader.wait()
         if reader.error is not None:
@@ -125,16 +146,28 @@ class Answer:
         for lane in self._all:
             self._pacer.abort(lane.output)
 
-    def _advance(self, lane: _Lane, pieces: list[Piece]) -> None:
-        """Add the tokens of one choice that are due to `pieces`, and to the tap."""
+    def _replay(self) -> list[Piece]:
+        """What an earlier attempt said, before anything new."""
+        pieces: list[Piece] = []
+        for lane in self._live:
+            if lane.past:
+                self._advance(lane, lane.past, pieces)
+        self._drop_ended(pieces)
+        return pieces
+
+    def _drop_ended(self, pieces: list[Piece]) -> None:
+        if any(piece.reason for piece in pieces):
+            self._live = [lane for lane in self._live if not lane.choice.reason]
+
+    def _advance(self, lane: _Lane, tokens: list[int], pieces: list[Piece]) -> None:
+        """Add the next tokens of one choice to `pieces`, and to the tap."""
         output, choice, tap = lane.output, lane.choice, self._reader.tap
-        due, output.due = output.due, 0
         before = len(choice.ids)
-        for token in lane.tokens.take(due):
+        for token in tokens:
             ids = [token]
             choice.ids.append(token)
             text = text_of_token(token)
-            ended = len(choice.ids) == output.max_tokens
+            ended = len(choice.ids) == lane.limit
             if lane.scan is not None:
                 text, stopped = lane.scan.feed(text)
                 if stopped:
@@ -150,7 +183,7 @@ class Answer:
                 break
         if tap is not None:
             if not before:
-                tap.cached_tokens = sum(first.cached or 0 for first in self._first)
+                tap.cached_tokens = self._cached
             tap.tokens(time.monotonic(), lane.index, choice.ids[before:])
 
     def _reason(self, lane: _Lane) -> str:

@@ -4,7 +4,7 @@ A token is a function of all token ids before it (their CRC-32), so whoever hold
 what the model must answer, a token lost, doubled or out of place shows, and prompt plus output, given
 as a new prompt, goes on with the very same stream. An output token also carries its own number:
 
-    bit 30: 1 = output | bits 12-29: its number from 0 | bits 0-11: the hash
+    bit 30: 1 = output | bits 12-29: its number from 0, modulo 2**18 | bits 0-11: the hash
 
 A prompt token has 17 bits.
 """

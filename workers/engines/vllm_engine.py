@@ -27,7 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from broker import errors
 from broker.messages import PATHS, ModelCard
-from workers.engines import vllm_core
+from workers.engines import vllm_core, vllm_replay
 from workers.engines.base import ASGIApp, ASGIMessage, EngineStats, Receive, Scope, Send
 from workers.engines.vllm_tap import Steps, TappedLLM
 
@@ -42,12 +42,18 @@ async def start(options: Options, required: set[str]) -> VllmEngine:
     try:
         args = _parse(options, required)
         _adopt_logs()
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        force = vllm_replay.prepare(config)
         with vllm_core.bound():
-            llm = TappedLLM.from_engine_args(
-                AsyncEngineArgs.from_cli_args(args),
+            llm = TappedLLM.from_vllm_config(
+                config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
                 stat_loggers=[lambda _config, _index: steps],
+                enable_log_requests=engine_args.enable_log_requests,
+                disable_log_stats=engine_args.disable_log_stats,
             )
+        vllm_replay.attach(llm, force)
     except (ValueError, TypeError, KeyError, OSError, RuntimeError) as exc:
         raise errors.EngineFailed(f"vLLM did not start: {exc}") from exc
     finally:
@@ -108,6 +114,7 @@ class VllmEngine:
     """See `workers.engines.base.Engine`."""
 
     name = "vllm"
+    continues = True
 
     def __init__(self, llm: TappedLLM, app: Any, steps: Steps) -> None:
         self._llm = llm

@@ -5,16 +5,23 @@ Written against vLLM 0.32; imported through `vllm.start` only.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import async_llm
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from broker import errors
+from workers.engines import vllm_replay
 from workers.engines.base import Tap, current_tap
+
+async_llm.RequestOutputCollector = vllm_replay.Collector  # for each request, AsyncLLM makes one
 
 
 class Steps(StatLoggerBase):  # type: ignore[misc]
@@ -37,15 +44,32 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._untold: set[_Untold] = set()
+        self.force = vllm_replay.Force.NOTHING
         super().__init__(*args, **kwargs)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **more: Any) -> AsyncIterator[Any]:
-        outputs: AsyncIterator[Any] = super().generate(prompt, sampling_params, request_id, **more)
         tap = current_tap.get()
         if tap is None:
-            return outputs
+            return self._generate(prompt, sampling_params, request_id, **more)
         first_choice, tap.choices = tap.choices, tap.choices + sampling_params.n
+        outputs = self._begun(tap, first_choice, prompt, sampling_params, request_id, more)
         return self._tapped(outputs, tap, first_choice, request_id, sampling_params.output_kind)
+
+    def _generate(self, *args: Any, **more: Any) -> AsyncIterator[Any]:
+        outputs: AsyncIterator[Any] = super().generate(*args, **more)
+        return outputs
+
+    def _begun(
+        self, tap: Tap, first_choice: int, prompt: Any, params: Any, request_id: str, more: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        """The outputs, beginning with those that the caller has."""
+        given = {index - first_choice: ids for index, ids in tap.replay.items() if index >= first_choice}
+        generate = functools.partial(self._generate, **more)
+        if not given:
+            return generate(prompt, params, request_id)
+        return vllm_replay.replayed(
+            generate, prompt, params, request_id, given, self.renderer.tokenizer, self.force
+        )
 
     async def _tapped(
         self, outputs: Any, tap: Tap, first_choice: int, request_id: str, kind: Any
@@ -58,7 +82,19 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
             async with aclosing(outputs):
                 async for output in outputs:
                     reader.read(output)
+                    tap.more = True
                     yield output
+                    if tap.between is not None:
+                        await tap.between()
+        except EngineDeadError:
+            # The app would tell it as an event of the answer, and end that.
+            if tap.fail is not None:
+                tap.fail(errors.EngineFailed("the engine died"))
+            raise
+        except errors.HeadraceError as exc:
+            if tap.fail is not None:
+                tap.fail(exc)
+            raise
         finally:
             self._untold.discard(untold)
 

@@ -19,7 +19,7 @@ HEADERS = {
     "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
 }
 
-names = st.text(min_size=1)
+names = st.text(min_size=1, max_size=60)  # three of the longest still fit into a subject
 
 
 def test_a_request_as_a_direct_publisher_sends_it() -> None:
@@ -86,6 +86,7 @@ def test_the_request_id_is_the_dedup_key_where_there_is_none() -> None:
         ("Reply-To", "out.acme.box.%FF"),
         ("Reply-To", "out.acme.box.%ED%A0%80"),
         ("Reply-To", "out.other.box.r1"),
+        ("Body-Object", "acme.r1"),
         ("Path", None),
         ("Path", ""),
         ("Path", "v1/chat/completions"),
@@ -104,6 +105,20 @@ def test_a_bad_header_is_named(header: str, value: str | None) -> None:
         headers[header] = value
     with pytest.raises(errors.MalformedMessage, match=f"header {header}"):
         parse_request(SUBJECT, headers, b"{}")
+
+
+def test_a_body_in_the_object_store() -> None:
+    request = parse_request(SUBJECT, HEADERS | {"Body-Object": "acme.r-1_x"}, b"")
+    assert (request.body, request.body_object) == (b"", "acme.r-1_x")
+    assert request.headers()["Body-Object"] == "acme.r-1_x"
+
+
+@pytest.mark.parametrize(
+    "name", ["other.r1", "acme", "acme.", "acmer1", "acme.*", "acme.r1.x", "acme.r1\n", ".r1"]
+)
+def test_a_body_that_is_not_the_tenants_own_is_refused(name: str) -> None:
+    with pytest.raises(errors.MalformedMessage, match=r"header Body-Object must be acme\.<unique>"):
+        parse_request(SUBJECT, HEADERS | {"Body-Object": name}, b"")
 
 
 def test_no_headers_at_all() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from broker import base, codec, errors, replies, subjects
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
-from broker.messages import DeadLetter, Frame, FrameKind
+from broker.messages import Attempt, DeadLetter, Frame, FrameKind
 from broker.replies import Assembler, Mailbox, Stream, Writer
 
 SUBJECT = "out.acme.box.r1"
@@ -31,7 +31,8 @@ def attempt(epoch: int, sizes: list[int], ending: FrameKind | None = FrameKind.E
     for number, size in enumerate(sizes):
         kind = FrameKind.DATA if number else FrameKind.HEAD
         ids = list(range(off, off + size))
-        frames.append(Frame(epoch, number + 1, kind, off, ids, payload=b"%d" % off))
+        extra = {} if number else {"headers": {"content-type": "text/event-stream"}}
+        frames.append(Frame(epoch, number + 1, kind, off, ids, payload=b"%d" % off, extra=extra))
         off += size
     if ending is not None:
         frames.append(Frame(epoch, len(frames), ending, off))
@@ -82,7 +83,10 @@ def test_a_later_attempt_goes_on_where_the_reader_is(
     first = whole[:-1][:cut]
     rest = whole[max(min(cut, 2), len(first) - repeated, 1) :]
     second = [Frame(2, 0, FrameKind.BEAT)]
-    second += [Frame(2, n, f.kind, f.off, f.ids, payload=f.payload) for n, f in enumerate(rest, start=1)]
+    second += [
+        Frame(2, n, f.kind, f.off, f.ids, payload=f.payload, extra=f.extra)
+        for n, f in enumerate(rest, start=1)
+    ]
     assembler, seen = Assembler(), []
     for frame in first:
         seen += assembler.feed(frame)
@@ -108,6 +112,62 @@ def test_an_answer_begun_anew_is_never_joined_to_what_was_sent() -> None:
     assembler.feed(beat)
     with pytest.raises(errors.FramesLost, match="anew"):
         assembler.feed(head)
+
+
+SSE = {"headers": {"content-type": "text/event-stream"}}
+
+
+def ahead() -> Assembler:
+    """A reader who has tokens 0 to 3 of choice 0, and 7 and 8 of choice 1, from the first attempt."""
+    assembler = Assembler()
+    assembler.feed(Frame(1, 0, FrameKind.HEAD, 0, [0, 1], [[1, 0, [7]]], extra=SSE))
+    assembler.feed(Frame(1, 1, FrameKind.DATA, 2, [2]))
+    assembler.feed(Frame(1, 2, FrameKind.DATA, 3, [3], [[1, 1, [8]]]))
+    assembler.feed(Frame(2, 0, FrameKind.BEAT))
+    assert assembler.tokens == {0: 4, 1: 2}
+    return assembler
+
+
+def test_a_reader_who_is_ahead_of_the_journal_gets_nothing_twice() -> None:
+    """The next attempt knows what the journal had; its reader had more, of a node that is gone."""
+    assembler = ahead()
+    assert assembler.feed(Frame(2, 1, FrameKind.DATA, 2, [2])) == []
+    assert assembler.feed(Frame(2, 2, FrameKind.DATA, 3, [3], [[1, 1, [8]]])) == []
+    other = Frame(2, 3, FrameKind.DATA, 4, [], [[1, 2, [9]]])
+    last = Frame(2, 4, FrameKind.DATA, 4, [4])
+    tail = Frame(2, 5, FrameKind.DATA, 5, payload=b"usage")
+    assert [assembler.feed(frame) for frame in (other, last, tail)] == [[other], [last], [tail]]
+    assert assembler.tokens == {0: 5, 1: 3}
+
+
+@pytest.mark.parametrize(
+    ("frame", "told"),
+    [
+        (Frame(2, 1, FrameKind.DATA, 3, [33]), "otherwise"),
+        (Frame(2, 1, FrameKind.DATA, 2, [2, 3, 4]), "middle of a frame"),
+        (Frame(2, 1, FrameKind.DATA, 3, [3], [[1, 2, [9]]]), "middle of a frame"),
+        (Frame(2, 1, FrameKind.DATA, 4, [4], [[1, 3, [9]]]), "goes on at token 3, but 2"),
+    ],
+)
+def test_what_does_not_join_on_is_a_loss(frame: Frame, told: str) -> None:
+    with pytest.raises(errors.FramesLost, match=told):
+        ahead().feed(frame)
+
+
+def test_an_answer_that_is_not_streamed_is_passed_on_whole_and_may_begin_anew() -> None:
+    assembler = Assembler()
+    half = Frame(1, 0, FrameKind.HEAD, 0, [1], payload=b'{"ha', extra={"headers": {"content-type": "json"}})
+    assert assembler.feed(half) == []
+    assert assembler.feed(Frame(1, 1, FrameKind.DATA, 1, payload=b"lf")) == []
+    beat, head, end = Frame(2, 0, FrameKind.BEAT), Frame(2, 1, FrameKind.HEAD), Frame(2, 2, FrameKind.END)
+    assert [assembler.feed(frame) for frame in (beat, head, end)] == [[beat], [], [head, end]]
+
+
+def test_a_whole_answer_that_fails_at_its_end_has_only_failed() -> None:
+    assembler = Assembler()
+    assembler.feed(Frame(1, 0, FrameKind.HEAD))
+    error = Frame(1, 1, FrameKind.ERROR)
+    assert assembler.feed(error) == [error]
 
 
 @given(
@@ -199,10 +259,17 @@ class Deafening(MemoryBroker):
         self.lost: set[int] = set()
         self.forgotten: set[int] = set()
         self.refused: list[str] = []
+        self.asked = 0
+        self.kept: list[bytes] = []  # what the writer publishes once more when asked
 
     async def publish(
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
     ) -> None:
+        if subject == subjects.again(SUBJECT):
+            self.asked += 1
+            for frame in self.kept:
+                await super().publish(SUBJECT, frame)
+            return
         number = codec.decode(data).seq
         if number in self.forgotten:
             return
@@ -322,14 +389,47 @@ async def test_silence_is_silence_when_nothing_was_said(stream: Stream) -> None:
     assert not stream.finished
 
 
-async def test_a_gap_that_the_journal_does_not_fill_is_a_loss(broker: Deafening, stream: Stream) -> None:
+async def test_a_gap_that_the_journal_does_not_fill_is_filled_by_its_writer(
+    broker: Deafening, stream: Stream
+) -> None:
+    broker.forgotten = {3}
+    await write(broker)
+    broker.kept = [codec.encode(Frame(1, n, FrameKind.DATA, n - 2, [n - 2])) for n in (2, 3, 4)]
+    assert tokens(await read(stream)) == [0, 1, 2, 3]
+    assert broker.asked == 1
+
+
+async def test_a_gap_that_nobody_fills_is_a_loss(
+    broker: Deafening, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "_LAG", 0.3)
     broker.forgotten = {3}
     await write(broker)
     with pytest.raises(errors.FramesLost, match="no longer has them"):
-        await read(stream)
+        await read(stream, silence=0.02)
+    assert broker.asked >= 2
 
 
-async def test_so_is_one_before_a_lost_tail(broker: Deafening, stream: Stream) -> None:
+async def test_the_end_of_a_lost_attempt_is_read_back_though_the_next_one_is_here(
+    broker: Deafening, stream: Stream
+) -> None:
+    broker.lost = {4, 5}
+    await write(broker, count=4, end=False)
+    broker.lost = set()
+    second = Writer(broker, SUBJECT, 2)
+    await second.beat("w2")
+    second.go_on({0: 4})
+    await second.data(b"4", [(0, [4])])
+    await second.end({})
+    frames = await read(stream, silence=0.02)
+    assert tokens(frames) == [0, 1, 2, 3, 4]
+    assert [frame.epoch for frame in frames] == [1, 1, 1, 1, 1, 1, 2, 2]
+
+
+async def test_so_is_one_before_a_lost_tail(
+    broker: Deafening, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replies, "_LAG", 0.3)
     broker.forgotten, broker.lost = {3}, {4, 5, 6}
     await write(broker)
     with pytest.raises(errors.FramesLost, match="no longer has them"):
@@ -387,8 +487,10 @@ FAULT = errors.MalformedMessage("no path")
 async def test_a_dead_letter_keeps_the_message_and_answers_it(anyio_backend: object) -> None:
     broker = MemoryBroker()
     headers = {"Reply-To": SUBJECT, "Odd": "one"}
-    await replies.dead_letter(broker, "req.llama.standard.acme.llama", headers, b"\xff", FAULT, 2)
+    history = (Attempt(epoch=1, worker="w1", at_ms=1, what="worker lost"),)
+    await replies.dead_letter(broker, "req.llama.standard.acme.llama", headers, b"\xff", FAULT, 2, history)
     (letter,) = await letters(broker)
+    assert letter.history == history
     assert (letter.reason, letter.message, letter.headers) == ("malformed_message", "no path", headers)
     assert letter.body == "/w=="
     frame = await replies.last_frame(broker, SUBJECT, 0)

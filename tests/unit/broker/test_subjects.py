@@ -102,6 +102,17 @@ def test_a_reply_goes_to_the_tenant_that_asked(request_subject: str, reply: str,
     assert subjects.may_answer(request_subject, reply) is may
 
 
+@given(names, names)
+def test_a_stored_body_is_its_tenants_alone(tenant: str, other: str) -> None:
+    assert subjects.may_name(other, subjects.body_object(tenant, "0a-_Z")) == (tenant == other)
+
+
+@pytest.mark.parametrize("nuid", ["", "*", ">", "a.b", "a b", "a\r\n", "\ud800"])
+def test_chunks_are_named_by_a_plain_token(nuid: str) -> None:
+    with pytest.raises(ValueError, match="can't name"):
+        subjects.object_chunks("payloads", nuid)
+
+
 @given(names, names, names, names)
 def test_one_tenants_dedup_key_never_meets_anothers(
     tenant: str, key: str, other_tenant: str, other_key: str

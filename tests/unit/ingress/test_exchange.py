@@ -11,11 +11,11 @@ from typing import Any
 import orjson
 import pytest
 
-from broker import base, codec, errors, messages, replies, subjects
+from broker import base, bodies, codec, errors, messages, replies, subjects
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import Frame, ModelCard, ServiceClass
-from ingress import exchange, resume
+from ingress import admit, exchange, resume
 from ingress.app import Ingress
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
@@ -24,6 +24,7 @@ from tests.asgi import Call, request
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "m", "stream": True}
+LARGE = BODY | {"prompt": "x" * 1_200_000}
 SSE = {"content-type": "text/event-stream"}
 
 
@@ -56,6 +57,12 @@ async def rig(config: BrokerConfig | None = None, **settings: Any) -> AsyncItera
         yield Rig(broker, app)
         await app.drain()
         assert not len(mailbox)
+
+
+async def stored(broker: MemoryBroker) -> int:
+    """Objects in the store of large bodies."""
+    stream, described = subjects.objects(subjects.PAYLOADS), f"$O.{subjects.PAYLOADS}.M.*"
+    return sum((await broker.counts(stream, described)).values())
 
 
 async def outcome(call: Call) -> tuple[int, bytes]:
@@ -334,3 +341,108 @@ async def test_a_reader_does_not_wait_for_what_will_not_come(
         async with request(at.app, "/v1/requests/mine/stream", b"", method="GET") as reading:
             _, body = await outcome(reading)
         assert orjson.loads(body)["error"]["code"] == code
+
+
+# Bodies too large for a message
+
+
+async def test_a_large_body_is_stored_before_it_is_queued() -> None:
+    async with rig() as at, request(at.app, CHAT, LARGE) as call:
+        delivery, writer = await at.take()
+        assert delivery.data == b""
+        asked = messages.parse_request(delivery.subject, delivery.headers, delivery.data)
+        assert orjson.loads((await bodies.load(at.broker, asked)).body) == LARGE
+        await writer.head(200, SSE, "w", b"data: 1\n\n", [])
+        await writer.end({})
+        await outcome(call)
+        assert call.status == 200
+        await at.app.drain()
+        assert await stored(at.broker) == 1  # its worker takes it away, after the ack
+
+
+async def test_a_full_queue_keeps_no_body() -> None:
+    async with rig(BrokerConfig(max_queued=1)) as at:
+        await (await at.broker.enqueue("req.m.standard.t.m", b"", {subjects.MSG_ID: "t:first"}))
+        async with request(at.app, CHAT, LARGE) as call:
+            assert b"overloaded" in (await outcome(call))[1]
+        await at.app.drain()
+        assert await stored(at.broker) == 0
+
+
+async def test_a_full_store_refuses_and_its_place_is_free_again() -> None:
+    async with rig(BrokerConfig(payload_bytes=2**20), max_large=1, body_timeout=2.0) as at:
+        for _ in range(2):
+            async with request(at.app, CHAT, LARGE) as call:
+                _, body = await outcome(call)
+                assert (call.status, call.headers["retry-after"]) == (429, "5")
+                assert b"bodies of more than 1,044,480 bytes is full" in body
+        stream = subjects.objects(subjects.PAYLOADS)
+        assert await at.broker.counts(stream, subjects.all_objects(subjects.PAYLOADS)) == {}
+        assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}
+
+
+@pytest.mark.parametrize("still_open", [True, False])
+async def test_a_repeat_leaves_the_first_ones_body_alone(
+    monkeypatch: pytest.MonkeyPatch, still_open: bool
+) -> None:
+    monkeypatch.setattr(admit, "request_id", lambda headers: "same")
+    async with rig() as at, request(at.app, CHAT, LARGE) as call:
+        delivery, writer = await at.take()
+        if not still_open:
+            await writer.head(200, SSE, "w", b"data: 1\n\n", [])
+            await writer.end({})
+            await outcome(call)
+        async with request(at.app, CHAT, LARGE) as again:
+            assert b"duplicate_request" in (await outcome(again))[1]
+        while at.app._afterwards:
+            await asyncio.wait(at.app._afterwards)
+        assert await stored(at.broker) == 1
+        asked = messages.parse_request(delivery.subject, delivery.headers, delivery.data)
+        assert orjson.loads((await bodies.load(at.broker, asked)).body) == LARGE
+        if still_open:
+            await writer.end({})
+
+
+async def test_a_large_request_that_leaves_the_queue_takes_its_body_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "_WORKER_FIRST", 0.01)
+    async with rig() as at:
+        queued: asyncio.Queue[base.Message] = asyncio.Queue()
+        await at.broker.subscribe(subjects.ALL_REQUESTS, queued.put_nowait)
+        async with request(at.app, CHAT, LARGE) as call:
+            await queued.get()
+            call.disconnect()
+            await call.ended()
+        await at.app.drain()
+        assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}
+        assert await stored(at.broker) == 0
+
+
+async def test_a_large_request_whose_acceptance_was_never_told_keeps_its_body_until_it_is_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who knows whether it is queued: only what was deleted needs its body no more."""
+    monkeypatch.setattr(exchange, "_WORKER_FIRST", 0.01)
+    async with rig() as at:
+        enqueue = at.broker.enqueue
+        lost: list[int] = []
+
+        async def losing(subject: str, *rest: Any) -> asyncio.Future[base.Stored]:
+            ack = await enqueue(subject, *rest)
+            if lost or not subject.startswith("req."):
+                return ack
+            await ack
+            lost.append(await stored(at.broker))
+            broken: asyncio.Future[base.Stored] = asyncio.get_running_loop().create_future()
+            broken.set_exception(errors.Unconfirmed("the connection broke"))
+            return broken
+
+        monkeypatch.setattr(at.broker, "enqueue", losing)
+        async with request(at.app, CHAT, LARGE) as call:
+            await outcome(call)
+        assert call.status == 503
+        await at.app.drain()
+        assert lost == [1]
+        assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}
+        assert await stored(at.broker) == 0

@@ -12,7 +12,7 @@ import httpx
 import orjson
 import pytest
 
-from broker import base, codec, errors, replies, subjects, usage
+from broker import base, bodies, codec, errors, replies, subjects, usage
 from broker.base import Broker, Delivery
 from broker.memory import MemoryBroker
 from broker.messages import (
@@ -62,7 +62,7 @@ async def scheduling(broker: MemoryBroker, **settings: Any) -> AsyncIterator[Sch
     config = SchedulerConfig(**{"lost_after": 0.03, "sweep": 0.01, "orphan_after": 0.0, **settings})
     scheduler, stop = Scheduler(config, broker), asyncio.Event()
     task = asyncio.create_task(scheduler.run(stop))
-    await until(lambda: len(broker.watches) == 1)
+    await until(lambda: scheduler.leads)
     try:
         yield scheduler
     finally:
@@ -424,6 +424,31 @@ async def test_every_message_is_looked_at_however_many_there_are(
 # Cancels
 
 
+@pytest.mark.parametrize("reason", ["expired", "orphan", "cancelled"])
+async def test_a_request_that_ends_here_takes_its_stored_body_along(
+    broker: Flaky, caller: Caller, reason: str
+) -> None:
+    if reason != "orphan":
+        await remember(broker)
+    deadline_ms = 1 if reason == "expired" else soon(60)
+    call = await caller.submit(prompt="x" * 2 * broker.max_payload, deadline_ms=deadline_ms)
+    other = await caller.submit(prompt="y" * 2 * broker.max_payload, model="other", deadline_ms=soon(60))
+    broker.hub.remove(subjects.REQUESTS, other.stored.seq)  # it runs elsewhere, say
+    both = await caller.kept()
+    async with scheduling(broker):
+        if reason == "cancelled":
+            await call.cancel()
+        await call.end()
+        await until(lambda: _kept_less(caller, both))
+    with pytest.raises(errors.BodyLost):
+        await bodies.load(broker, call.request)
+    assert len((await bodies.load(broker, other.request)).body) > 2 * broker.max_payload
+
+
+async def _kept_less(caller: Caller, than: int) -> bool:
+    return await caller.kept() <= than / 2
+
+
 async def test_a_cancel_with_its_sequence_deletes_a_queued_request(broker: Flaky, caller: Caller) -> None:
     await remember(broker)
     async with scheduling(broker):
@@ -500,14 +525,30 @@ async def test_a_request_that_runs_without_a_word_so_far_is_ended_once(broker: F
     await engine.close()
 
 
-async def test_a_broker_away_puts_the_sweep_off(
-    broker: Flaky, caller: Caller, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_broker_away_puts_the_sweep_off(broker: Flaky, caller: Caller) -> None:
     await remember(broker)
     stream = await enqueue(caller, "req.typo.standard.acme.typo")
-    async with scheduling(broker, orphan_after=0.05):
+    async with scheduling(broker, orphan_after=0.05) as scheduler:
         broker.disconnect()
-        await until(lambda: "no sweep" in caplog.text)
+        assert not scheduler.leads
         broker.reconnect()
         (frame,) = await stream.next(5)
         assert frame.extra["code"] == "model_not_found"
+
+
+async def test_a_sweep_that_fails_is_put_off(
+    broker: Flaky, caller: Caller, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await remember(broker)
+    stream = await enqueue(caller, "req.typo.standard.acme.typo")
+
+    async def fails(stream: str, subject: str) -> dict[str, int]:
+        raise errors.Unavailable("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broker, "counts", fails)
+        async with scheduling(broker):
+            await until(lambda: "no sweep" in caplog.text)
+            patch.undo()
+            (frame,) = await stream.next(5)
+            assert frame.extra["code"] == "model_not_found"

@@ -32,6 +32,7 @@ class Delivery:
     attempt: int = 1
     pending: int = 0
     enqueued_ms: float = field(default_factory=replies.now_ms)
+    receipt: str = ""
     verdicts: list[str] = field(default_factory=list)
 
     async def ack(self) -> None:
@@ -62,7 +63,9 @@ class Bench:
         subject = subjects.RequestSubject("sim", "standard", "acme", self.model)
         request = Request(subject, "r1", REPLY, PATH, b"{}", self.deadline_ms, traceparent="00-1-2-01")
         self.engine = WaxEngine(self.app)
-        self.job = jobs.Job(request, self.delivery, self.broker, self.engine, "w1", jobs.Share())
+        self.job = jobs.Job(
+            request, self.delivery, self.broker, self.engine, "w1", jobs.Share(), jobs.Touch()
+        )
 
     async def run(self) -> list[Frame]:
         await asyncio.wait_for(self.job.run(), 5)
@@ -216,7 +219,8 @@ async def test_what_a_dying_engine_had_not_begun_goes_back(anyio_backend: object
             raise RuntimeError("EngineDeadError")
 
     bench = Bench(app)
-    assert await bench.run() == []
+    (trace,) = await bench.run()
+    assert (trace.kind, trace.extra["worker"]) == (FrameKind.BEAT, "w1"), "a death that can be counted"
     assert bench.delivery.verdicts == ["nak"]
     assert await bench.usage() == []
     assert bench.engine.died.exception() is not None

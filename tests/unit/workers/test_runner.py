@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import orjson
@@ -17,7 +20,7 @@ from broker import codec, errors, replies, subjects, usage
 from broker.base import Delivery
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
-from broker.messages import DeadLetter, Frame, FrameKind, Heartbeat, ServiceClass
+from broker.messages import TERMINAL, DeadLetter, Frame, FrameKind, Heartbeat, ServiceClass
 from tests.waiting import until
 from tests.workbench import (
     FAST,
@@ -40,6 +43,7 @@ from workers.engines import sim
 from workers.engines.base import Engine, Receive, Refused, Scope, Send
 from workers.engines.sim_pace import StepPacer
 from workers.engines.step_model import IntegrityError
+from workers.job import Touch
 
 
 class Clock:
@@ -260,6 +264,7 @@ async def test_a_full_worker_keeps_what_it_runs_when_that_is_delivered_again(
             seq=job.delivery.seq,
             pending=0,
             attempt=2,
+            receipt="again",
         )
         worker.worker._take(1, again)
         assert job.delivery is again
@@ -419,13 +424,16 @@ async def test_a_request_whose_worker_died_before_any_output_runs_again(
         assert [e.epoch for e in await caller.usage(1)] == [2]
 
 
-async def test_a_request_whose_worker_died_after_output_is_told_so(
+SSE = {"content-type": "text/event-stream"}
+
+
+async def test_an_engine_that_continues_no_answer_tells_the_caller(
     broker: MemoryBroker, caller: Caller
 ) -> None:
     call = await caller.submit()
     delivery = await deliver_once(broker)
     writer = replies.Writer(broker, call.request.reply_to, 1)
-    await writer.head(200, {}, "dead", b"half", [(0, [1])])
+    await writer.head(200, SSE, "dead", b"half", [(0, [1])])
     await delivery.nak()
     engine = WaxEngine(hold)
     async with serving(broker, engine):
@@ -436,6 +444,141 @@ async def test_a_request_whose_worker_died_after_output_is_told_so(
         await caller.drained()
         await caller.usage(1)
     assert engine.seen == []
+
+
+@asynccontextmanager
+async def undisturbed(call: Call, **more: Any) -> AsyncIterator[bytes]:
+    """What the caller would get of a worker that lives."""
+    other = MemoryBroker(BrokerConfig())
+    async with simulated() as engine, calling(other) as caller, serving(other, engine):
+        same = await caller.submit(
+            call.tokens, prompt=call.prompt, request_id=call.request.request_id, **more
+        )
+        await same.end()
+        yield same.payload
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("died_after", [1, 2, 7, 10, 11])
+async def test_a_request_whose_worker_died_in_mid_stream_goes_on_at_the_next_token(
+    broker: MemoryBroker, caller: Caller, clock: Clock, path: str, died_after: int
+) -> None:
+    """The worker's connection is cut after so many frames, and what else it says reaches nobody."""
+    asked: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "go on"}],
+        "input": "go on",
+        "max_output_tokens": 11,
+    }
+    first = broker.client()
+    call = await caller.submit(11, path=path, stream_options={"include_usage": True}, **asked)
+    published = 0
+
+    async def publish(subject: str, *args: Any, **more: Any) -> None:
+        nonlocal published
+        if subject == call.request.reply_to:
+            published += 1
+            if published > died_after:
+                raise errors.Unavailable("cut off")
+        await MemoryBroker.publish(first, subject, *args, **more)
+
+    first.publish = publish  # type: ignore[method-assign]
+    async with simulated() as dying, serving(first, dying, "dying"):
+        await until(lambda: published > died_after)
+    clock.now += 60
+    broker.expire()
+    async with simulated() as engine, serving(broker.client(), engine, "w2"):
+        end = await call.end()
+        assert end.kind is FrameKind.END
+        await caller.drained()
+        (event,) = await caller.usage(1)
+    assert len(call.ids) == 11
+    assert end.epoch > 1
+    assert end.extra["usage"]["completion_tokens"] == event.completion_tokens == 11
+    assert [frame.kind for frame in call.frames].count(FrameKind.HEAD) == 1
+    async with undisturbed(call, path=path, stream_options={"include_usage": True}, **asked) as whole:
+        assert named_alike(call.payload) == named_alike(whole)
+
+
+def named_alike(payload: bytes) -> bytes:
+    """With one name and one date for all that has one; raises when there are several."""
+    for key in (b"id", b"item_id", b"created", b"created_at"):
+        found = set(re.findall(rb'"%s":("\w+"|"\w+-\w+"|\d+)' % key, payload))
+        kinds = {re.sub(rb"[0-9a-f]{32}", b"", name) if b'"' in name else b"" for name in found}
+        assert len(found) == len(kinds), f"{key!r} changed in mid-stream: {found}"
+    payload = re.sub(rb"[0-9a-f]{32}", b"NAME", payload)
+    return re.sub(rb'("created(?:_at)?"):\d+', rb"\1:0", payload)
+
+
+async def test_a_zombie_neither_ends_a_request_nor_acks_it(
+    broker: MemoryBroker, caller: Caller, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests were given to another while it was cut off; then it comes back."""
+    monkeypatch.setattr(Touch, "LIMIT", 0.0)
+    gate = Gate()
+    zombie, frozen = WaxEngine(gate), broker.client()
+    async with serving(frozen, zombie, "zombie") as stopped:
+        call = await caller.submit(6)
+        await call.reach(FrameKind.HEAD)
+        frozen.disconnect()
+        clock.now += 60
+        broker.expire()
+        async with serving(broker.client(), WaxEngine(hold), "w2"):
+            frame = await call.fails("worker_lost")
+            await caller.drained()
+        gate.open.set()
+        frozen.reconnect()
+        await until(lambda: not stopped.worker._jobs)
+    assert frame.epoch == 2
+    records = await caller.broker.read(subjects.REPLIES, call.request.reply_to)
+    frames = [codec.decode(record.data) for record in records]
+    assert [frame.epoch for frame in frames if frame.kind in TERMINAL] == [2]
+    assert [event.worker for event in await caller.usage(1)] == ["w2"]
+
+
+async def test_a_worker_hears_that_another_took_its_request_over(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    engine = WaxEngine(hold)
+    async with serving(broker, engine) as first:
+        call = await caller.submit(6)
+        await call.reach(FrameKind.HEAD)
+        await caller.broker.publish(subjects.taken(call.request.key), b"1")
+        await caller.broker.publish(subjects.taken(call.request.key), b"no number")
+        await asyncio.sleep(0)
+        assert len(first.worker._jobs) == 1
+        await caller.broker.publish(subjects.taken(call.request.key), b"2")
+        await until(lambda: not first.worker._jobs)
+    assert await caller.queued() == 1, "acking it is the other's business"
+    assert not call.stream.finished
+
+
+async def test_a_request_that_its_workers_die_of_is_buried(broker: MemoryBroker, caller: Caller) -> None:
+    call = await caller.submit(8)
+    for attempt in range(1, 4):
+        delivery = await deliver_once(broker)
+        await replies.Writer(broker, call.request.reply_to, attempt).beat(f"w{attempt}")
+        await delivery.nak()
+    engine = WaxEngine(hold)
+    async with serving(broker, engine, max_deaths=3):
+        frame = await call.fails("poisoned")
+        await caller.drained()
+    assert (frame.epoch, engine.seen) == (4, [])
+    (record,) = await caller.broker.read(subjects.DEAD, subjects.dead("poisoned"))
+    letter = DeadLetter.model_validate_json(record.data)
+    assert [(a.epoch, a.worker, a.what) for a in letter.history] == [(n, f"w{n}", "died") for n in (1, 2, 3)]
+    assert base64.b64decode(letter.body) == call.request.body
+
+
+async def test_hand_overs_are_no_deaths(broker: MemoryBroker, caller: Caller) -> None:
+    call = await caller.submit(8)
+    for attempt in range(1, 4):
+        delivery = await deliver_once(broker)
+        writer = replies.Writer(broker, call.request.reply_to, attempt)
+        await writer.beat(f"w{attempt}")
+        await writer.beat(f"w{attempt}", left="drained")
+        await delivery.nak()
+    async with simulated() as engine, serving(broker, engine, max_deaths=1):
+        await call.finishes()
 
 
 @pytest.mark.parametrize("counted", [False, True])
@@ -632,7 +775,25 @@ async def test_drain_hands_back_what_lasts_too_long(broker: MemoryBroker, caller
         assert call.frames[-1].epoch > 1
 
 
-async def test_drain_tells_the_caller_of_what_had_begun(broker: MemoryBroker, caller: Caller) -> None:
+async def test_drain_hands_over_what_had_begun_with_its_progress(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    slow = FAST.model_copy(update={"beta0": 30.0})
+    async with simulated(slow) as engine, serving(broker, engine, drain_timeout=0.05) as worker:
+        call = await caller.submit(60)
+        await call.reach(FrameKind.DATA)
+        worker.stop.set()
+        await worker.task
+        assert idle(engine)
+    async with simulated() as other, serving(broker.client(), other, "w2"):
+        await call.finishes()
+        (event,) = await caller.usage(1)
+    assert (event.worker, event.completion_tokens) == ("w2", 60)
+
+
+async def test_drain_tells_the_caller_of_what_can_not_be_continued(
+    broker: MemoryBroker, caller: Caller
+) -> None:
     async with serving(broker, WaxEngine(hold), drain_timeout=0.05) as worker:
         call = await caller.submit()
         await call.reach(FrameKind.HEAD)

@@ -1,0 +1,130 @@
+"""What a run amounts to: counted as requests end, and told as JSON and as a table."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.results import percentile
+from tests.chaos.check import End, Problem, Transcript, check, recovery_gap
+from tests.chaos.clients import Manner
+from tests.chaos.plan import Kind
+from tests.chaos.stage import PACE, Struck
+
+_TOKENS = ("lost", "doubled", "reordered", "foreign")
+_WITHIN = 0.5
+"""Seconds after a fault in which the silence begins that is laid to it: buffers run empty first."""
+_NEAR = 15.0
+_SHOWN = 20
+
+
+class Tally:
+    """Takes transcripts in as they end; keeps only those that something is wrong with."""
+
+    def __init__(self) -> None:
+        self.manners: Counter[Manner] = Counter()
+        self.ends: Counter[End | None] = Counter()
+        self.problems: Counter[str] = Counter()
+        self.resumed = 0
+        self.gaps: dict[Kind, list[float]] = defaultdict(list)
+        self.bad: list[tuple[Manner, Transcript, list[Problem]]] = []
+
+    def add(self, manner: Manner, seen: Transcript, struck: Sequence[Struck]) -> None:
+        self.manners[manner] += 1
+        self.ends[seen.end] += 1
+        self.resumed += len(seen.ingresses) > 1 and seen.end is not End.REFUSED
+        problems = check(seen)
+        if problems:
+            self.bad.append((manner, seen, problems))
+        for problem in problems:
+            self.problems[problem.kind] += problem.tokens if problem.kind in _TOKENS else 1
+        for one in reversed(struck):
+            if one.at < seen.started:
+                break
+            gap = recovery_gap(seen, one.at, PACE, _WITHIN) if hit(seen, one) else None
+            if gap is not None:
+                self.gaps[one.fault.kind].append(gap)
+
+
+def hit(seen: Transcript, struck: Struck) -> bool:
+    """Whether a fault was to a process that the stream went through."""
+    match struck.fault.kind.part:
+        case "worker":
+            return struck.target == seen.worker
+        case "ingress":
+            return struck.target in seen.ingresses
+        case part:
+            return part == "nats"
+
+
+def figures(tally: Tally, struck: Sequence[Struck]) -> dict[str, Any]:
+    gaps = {str(kind): found for kind, found in sorted(tally.gaps.items())}
+    gaps = {"all": [gap for found in gaps.values() for gap in found], **gaps}
+    return {
+        "requests": tally.manners.total(),
+        "manners": {str(manner): n for manner, n in tally.manners.items()},
+        "ends": {str(end): tally.ends[end] for end in End},
+        "resumed": tally.resumed,
+        "faults": len(struck),
+        "faults_by_kind": dict(Counter(str(one.fault.kind) for one in struck)),
+        "interrupted": tally.problems["interrupted"],
+        "hung": tally.problems["hung"],
+        **{f"tokens_{kind}": tally.problems[kind] for kind in _TOKENS},
+        "otherwise_wrong": {
+            kind: n for kind, n in tally.problems.items() if kind not in (*_TOKENS, "interrupted", "hung")
+        },
+        "recovery_gap_s": {kind: _distribution(found) for kind, found in gaps.items()},
+    }
+
+
+def _distribution(gaps: Sequence[float]) -> dict[str, float]:
+    if not gaps:
+        return {"n": 0}
+    shares = {f"p{p}": round(percentile(gaps, p), 3) for p in (50, 99)}
+    return {"n": len(gaps), **shares, "max": round(max(gaps), 3)}
+
+
+def table(told: dict[str, Any]) -> str:
+    """For people."""
+    ends = ", ".join(f"{n} {end}" for end, n in told["ends"].items() if n)
+    faults = ", ".join(f"{n} {kind}" for kind, n in told["faults_by_kind"].items())
+    wrong = told["otherwise_wrong"] or "nothing"
+    rows = [
+        f"seed {told['seed']}, {told['minutes']:g} minutes, {told['date']}, "
+        f"{told['machine']['cores']} cores of {told['machine']['cpu']}",
+        f"requests   {told['requests']}: {ends}; {told['resumed']} of them over several connections",
+        f"faults     {told['faults']}: {faults}",
+        f"streams    {told['interrupted']} interrupted, {told['hung']} hung",
+        "tokens     " + ", ".join(f"{told[f'tokens_{kind}']} {kind}" for kind in _TOKENS),
+        f"otherwise  {wrong} wrong; {len(told['failures'])} failures of the fleet",
+        f"recovery gap, s      {'n':>6} {'p50':>7} {'p99':>7} {'max':>7}",
+    ]
+    for kind, gap in told["recovery_gap_s"].items():
+        shown = " ".join(f"{gap[name]:7.3f}" if name in gap else "      -" for name in ("p50", "p99", "max"))
+        rows.append(f"  {kind:<18} {gap['n']:>6} {shown}")
+    return "\n".join(rows)
+
+
+def bad_streams(tally: Tally, struck: Sequence[Struck], began: float) -> str:
+    """What there is to know of the streams that went wrong; times in seconds since the run `began`."""
+    shown = ["\n".join(_bad(*one, struck, began)) for one in tally.bad[:_SHOWN]]
+    if len(tally.bad) > _SHOWN:
+        shown.append(f"and {len(tally.bad) - _SHOWN} more")
+    return "\n".join(shown)
+
+
+def _bad(
+    manner: Manner, seen: Transcript, problems: list[Problem], struck: Sequence[Struck], began: float
+) -> Iterator[str]:
+    times = [f"{part.at - began:.3f}" for part in seen.tokens]
+    breaks = " ".join(f"{at - began:.3f}" for at in seen.breaks) or "none"
+    yield f"{seen.ask.request_id} ({manner}, {seen.ask.path}): {seen.end} {seen.fault}"
+    for problem in problems:
+        yield f"  {problem.kind} {problem.tokens}: {problem.detail}"
+    yield f"  asked {seen.started - began:.3f}, over {seen.ended - began:.3f}"
+    yield f"  tokens {' '.join(times) or 'none'}"
+    yield f"  by {seen.worker or '?'} through {' '.join(seen.ingresses)}, breaks: {breaks}"
+    near = [one for one in struck if seen.started - _NEAR <= one.at <= seen.ended]
+    for one in sorted(near, key=lambda one: (not hit(seen, one), -one.at))[:4]:
+        yield f"  near: {one.at - began:.3f} {one.fault.kind} {one.target} for {one.fault.lasts:.1f} s"

@@ -1,0 +1,186 @@
+"""The fleet that the faults strike: processes in numbered slots, each filled again after a death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from tests.chaos.plan import Fault, Kind
+from tests.chaos.proxy import Proxy
+from tests.integration.cluster import NatsCluster
+from tests.integration.fleet import Fleet, Part
+
+SIZES = {"worker": 4, "ingress": 2, "scheduler": 2, "nats": 3}
+PACE = 0.02
+"""Seconds between two tokens of a stream."""
+_STARTS = 8
+_SETTINGS: dict[str, dict[str, object]] = {
+    # Shorter than many an answer, so that a drain hands some of them over.
+    "worker": {"sim__ttft_ms": 20, "sim__itl_ms": PACE * 1000, "worker__drain_timeout": 0.5},
+    "ingress": {"ingress__drain_timeout": 20},
+    "scheduler": {},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """A fault that was carried out: `at` is monotonic time, `target` the process's name or URL."""
+
+    at: float
+    fault: Fault
+    target: str
+
+
+class Stage:
+    """See the module. An async context manager; its parts end with it, by their pids.
+
+    Attributes:
+        ingresses: URLs of those that take requests.
+        struck: the faults so far.
+        restarts: processes that were started again since they ended before they were ready.
+    """
+
+    def __init__(self, data: Path) -> None:
+        self.cluster = NatsCluster(data / "nats")
+        self.struck: list[Struck] = []
+        self.restarts = 0
+        self._fleet = Fleet(data, self.cluster)
+        self._slots: dict[tuple[str, int], Part] = {}
+        self._names: dict[tuple[str, int], str] = {}
+        self._generation: Counter[tuple[str, int]] = Counter()
+        self._proxies: list[Proxy] = []
+        self._open = contextlib.AsyncExitStack()
+
+    @property
+    def ingresses(self) -> list[str]:
+        return [self._slots[key].url for key in sorted(self._slots) if key[0] == "ingress"]
+
+    async def __aenter__(self) -> Self:
+        async with self._open:
+            await self._open.enter_async_context(self._fleet)
+            nodes = [urlsplit(node.url) for node in self.cluster.nodes]
+            for _ in range(SIZES["worker"]):
+                proxy = Proxy([(str(node.hostname), node.port or 0) for node in nodes])
+                self._proxies.append(await self._open.enter_async_context(proxy))
+            await asyncio.gather(
+                *(self._fill(part, slot) for part in _SETTINGS for slot in range(SIZES[part]))
+            )
+            self._open = self._open.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._open.aclose()
+
+    async def strike(self, fault: Fault) -> None:
+        """Carry one fault out, to its end: what died runs again."""
+        await self._acts[fault.kind](self, fault)
+
+    def _note(self, fault: Fault) -> None:
+        target = self._names.get((fault.kind.part, fault.slot), f"n{fault.slot}")
+        self.struck.append(Struck(time.monotonic(), fault, target))
+
+    async def _fill(self, part: str, slot: int) -> Part:
+        """A new process in the slot, once it is ready."""
+        self._generation[part, slot] += 1
+        name = f"{part[0]}{slot}-{self._generation[part, slot]}"
+        settings = _SETTINGS[part] | {f"{part}__name": name}
+        if part == "worker":
+            urls = [f"nats://127.0.0.1:{port}" for port in self._proxies[slot].ports]
+            settings |= {"broker__url": ",".join(urls)}
+        started = await self._started(part, settings)
+        self._slots[part, slot] = started
+        self._names[part, slot] = started.url if part == "ingress" else name
+        return started
+
+    async def _started(self, part: str, settings: dict[str, object]) -> Part:
+        """Tried again, as whatever looks after processes does: one that starts while the cluster elects a
+        leader may find no streams, and ends."""
+        for left in reversed(range(_STARTS)):
+            try:
+                return await self._fleet.start(part, **settings)
+            except AssertionError:
+                if not left:
+                    raise
+                self.restarts += 1
+        raise AssertionError
+
+    async def _kill(self, fault: Fault) -> None:
+        self._note(fault)
+        await self._slots.pop((fault.kind.part, fault.slot)).kill()
+        await asyncio.sleep(fault.lasts)
+        await self._fill(fault.kind.part, fault.slot)
+
+    async def _drain(self, fault: Fault) -> None:
+        """A rolling restart: the successor serves before the old one is told to stop."""
+        old = self._slots[fault.kind.part, fault.slot]
+        name = self._names[fault.kind.part, fault.slot]
+        await self._fill(fault.kind.part, fault.slot)
+        self.struck.append(Struck(time.monotonic(), fault, name))
+        old.term()
+        status = await old.ended()
+        assert status == 0, f"{name} was told to stop, and ended with status {status}: see {old.log}"
+
+    async def _stop(self, fault: Fault) -> None:
+        self._note(fault)
+        process = self._slots["worker", fault.slot].process
+        process.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(fault.lasts)
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+    async def _network(self, fault: Fault, act: Callable[[Proxy], None]) -> None:
+        self._note(fault)
+        proxy = self._proxies[fault.slot]
+        act(proxy)
+        try:
+            await asyncio.sleep(fault.lasts)
+        finally:
+            proxy.mend()
+
+    async def _stall(self, fault: Fault) -> None:
+        await self._network(fault, Proxy.stall)
+
+    async def _cut(self, fault: Fault) -> None:
+        await self._network(fault, Proxy.cut)
+
+    async def _kill_nats(self, fault: Fault) -> None:
+        self._note(fault)
+        await self.cluster.kill(fault.slot)
+        await asyncio.sleep(fault.lasts)
+        await self.cluster.nodes[fault.slot].start()
+
+    _acts: dict[Kind, Callable[[Stage, Fault], Coroutine[Any, Any, None]]] = {
+        Kind.KILL_WORKER: _kill,
+        Kind.STOP_WORKER: _stop,
+        Kind.STALL_WORKER: _stall,
+        Kind.CUT_WORKER: _cut,
+        Kind.DRAIN_WORKER: _drain,
+        Kind.KILL_INGRESS: _kill,
+        Kind.DRAIN_INGRESS: _drain,
+        Kind.KILL_SCHEDULER: _kill,
+        Kind.KILL_NATS: _kill_nats,
+    }
+
+    def dead(self) -> list[str]:
+        """Processes that ended without being told to, with their logs."""
+        found = [f"{self._names[key]}: {part.log}" for key, part in self._slots.items() if not part.alive]
+        found += [str(node.log) for node in self.cluster.nodes if node.pid is None or not _runs(node.pid)]
+        return found
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,43 @@
+"""The plan of faults: the same for the same seed, and never so hard that nothing is left."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.chaos.plan import SPARED, Fault, Kind, plan
+from tests.chaos.stage import SIZES
+
+
+def test_a_seed_is_a_plan() -> None:
+    assert plan(7, 600, SIZES) == plan(7, 600, SIZES)
+    assert plan(7, 600, SIZES) != plan(8, 600, SIZES)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ten_minutes_hold_200_faults_of_every_kind(seed: int) -> None:
+    faults = plan(seed, 600, SIZES)
+    kinds = Counter(fault.kind for fault in faults)
+    assert len(faults) >= 200
+    assert kinds.keys() == set(Kind)
+    assert [fault.at for fault in faults] == sorted(fault.at for fault in faults)
+    assert all(0 < fault.at < 600 and 0 <= fault.slot < SIZES[fault.kind.part] for fault in faults)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_some_of_each_part_are_always_spared(seed: int) -> None:
+    faults = plan(seed, 600, SIZES)
+    for fault in faults:
+        struck = {other.slot for other in faults if _under_way(other, fault)}
+        assert len(struck) <= SIZES[fault.kind.part] - SPARED[fault.kind.part]
+        assert not any(other is not fault and _clash(other, fault) for other in faults)
+
+
+def _under_way(other: Fault, fault: Fault) -> bool:
+    """Whether `other` is at work at the moment `fault` strikes the same part."""
+    return other.kind.part == fault.kind.part and other.at <= fault.at <= other.at + other.lasts
+
+
+def _clash(other: Fault, fault: Fault) -> bool:
+    return _under_way(other, fault) and other.slot == fault.slot

@@ -1,0 +1,224 @@
+"""How a request whose worker was lost goes on: what the journal has of it, and where the new run joins in.
+
+A redelivered request is run again from its beginning, for the engine's own application to come to the
+same state: the engine is handed the output tokens that the caller has (`Tap.replay`), and what the
+application says up to there is held back (`Joint`). So the new part is the very continuation of the old,
+whatever the endpoint, its parsers and its counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import orjson
+
+from broker import base, errors, replies
+from broker.messages import TERMINAL, Attempt, Frame, FrameKind, Request
+
+_FENCE_LIMIT = 3.0
+"""Seconds until the journal must show the frame that was just written to it."""
+
+_END = b"\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the journal has of a request's earlier attempts.
+
+    Attributes:
+        ended: its reader has a terminal frame: there is nothing left to do.
+        streamed: part of a streamed answer went out.
+        ids: output tokens that went out, by choice.
+        events: whole events that went out after the last token's.
+        part: bytes that went out of the event after those.
+        body: all payload that went out.
+        died: attempts that ended with their worker or its engine.
+    """
+
+    ended: bool = False
+    streamed: bool = False
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    events: int = 0
+    part: int = 0
+    body: bytes = b""
+    died: tuple[Attempt, ...] = ()
+
+
+NOTHING = Past()
+
+
+async def fence(
+    broker: base.Broker, request: Request, delivery: base.Delivery, writer: replies.Writer, worker: str
+) -> Past:
+    """Take the request over from its earlier attempts, and say how far they came.
+
+    The first frame under the new epoch shuts them out: of what they still say, readers take only what the
+    journal has before it. So the journal is read up to there.
+
+    Raises errors.FramesLost when it lacks frames, errors.Unavailable, and errors.MalformedMessage when
+    someone else wrote there.
+    """
+    newest = await replies.last_frame(broker, request.reply_to, delivery.enqueued_ms)
+    if newest is not None and newest.kind in TERMINAL:
+        return Past(ended=True)
+    await writer.beat(worker)
+    deadline = asyncio.get_running_loop().time() + _FENCE_LIMIT
+    for pause in itertools.chain((0.0, 0.005, 0.02), itertools.repeat(0.1)):
+        await asyncio.sleep(pause)
+        frames = await replies.journal(broker, request.reply_to, delivery.enqueued_ms)
+        fenced = [n for n, frame in enumerate(frames) if frame.epoch == delivery.attempt]
+        if fenced:
+            return past(frames[: fenced[0]])
+        if asyncio.get_running_loop().time() > deadline:
+            raise errors.Unavailable("the journal of replies does not keep what is written to it")
+    raise AssertionError  # the pauses never end
+
+
+def past(frames: Sequence[Frame]) -> Past:
+    """Raises errors.FramesLost when `frames`, in the journal's order, lack some that a reader may have."""
+    assembler = replies.Assembler()
+    said = [new for frame in frames for new in assembler.feed(frame)]
+    if assembler.finished:
+        return Past(ended=True)
+    if assembler.gap:
+        raise errors.FramesLost("the journal lacks frames of the answer so far")
+    said = [frame for frame in said if frame.kind is not FrameKind.BEAT]
+    ids: dict[int, list[int]] = {}
+    rest = b""
+    for frame in said:
+        tokens = [(0, frame.ids), *((index, more) for index, _, more in frame.choices)]
+        for index, more in tokens:
+            if more:
+                ids.setdefault(index, []).extend(more)
+        rest = b"" if any(more for _, more in tokens) else rest + frame.payload
+    *events, part = rest.split(_END)
+    return Past(
+        streamed=bool(said),
+        ids=ids,
+        events=len(events),
+        part=len(part),
+        body=b"".join(frame.payload for frame in said),
+        died=_died(frames),
+    )
+
+
+def _died(frames: Sequence[Frame]) -> tuple[Attempt, ...]:
+    """Attempts that began and neither ended nor handed the request back."""
+    attempts: dict[int, Attempt] = {}
+    for frame in frames:
+        worker = frame.extra.get("worker")
+        if frame.kind in TERMINAL or frame.extra.get("left"):
+            attempts.pop(frame.epoch, None)
+        elif isinstance(worker, str) and frame.epoch != replies.QUEUED_EPOCH:
+            died = Attempt(epoch=frame.epoch, worker=worker, at_ms=int(frame.extra.get("at", 0)), what="died")
+            attempts.setdefault(frame.epoch, died)
+    return tuple(attempts.values())
+
+
+def refusal(past: Past, request: Request, continues: bool) -> errors.HeadraceError | None:
+    """Why an answer that was begun can't be continued; None when it can, or was not begun."""
+    if not past.streamed:
+        return None
+    if not continues:
+        return errors.WorkerLost(
+            "the worker was lost while it was answering, and this engine can't continue an answer; "
+            "send the request again"
+        )
+    if _several_prompts(request.body):
+        return errors.WorkerLost(
+            "the worker was lost while it was answering, and an answer to several prompts can't be "
+            "continued; send the request again"
+        )
+    return None
+
+
+def _several_prompts(body: bytes) -> bool:
+    """Their outputs are generated side by side, and what was said of which is not told apart."""
+    try:
+        prompt = orjson.loads(body).get("prompt")
+    except (ValueError, AttributeError):
+        return False
+    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+
+
+class Joint:
+    """Holds back what a run says again, and lets the rest join on to what its caller has. Pure."""
+
+    def __init__(self, past: Past) -> None:
+        self._past = past
+        self._left = {index: len(ids) for index, ids in past.ids.items()}
+        self._events, self._part = past.events, past.part
+        self._again = b""
+        self._names: dict[bytes, bytes] | None = None
+
+    def feed(self, body: bytes, tokens: list[tuple[int, list[int]]]) -> bytes:
+        """What is new of a part of the run's answer; `tokens` loses those that the caller has.
+
+        Raises errors.WorkerLost when it holds old and new tokens in one.
+        """
+        new = [(index, ids) for index, ids in tokens if not self._known(index, len(ids))]
+        if new and len(new) < len(tokens):
+            raise errors.WorkerLost("the answer can't be continued: old and new tokens came in one piece")
+        if (tokens and not new) or (not tokens and any(self._left.values())):
+            self._again += body
+            tokens.clear()
+            return b""
+        body = self._skip(body)
+        if self._names is None and body:
+            self._names = renamed(self._past.body, self._again)
+        return _NAMED.sub(self._rename, body) if self._names else body
+
+    @property
+    def reached(self) -> bool:
+        """The run has come to where its caller is."""
+        return not (any(self._left.values()) or self._events or self._part)
+
+    def _known(self, index: int, count: int) -> bool:
+        left = self._left.get(index, 0)
+        if not left:
+            return False
+        if count > left:
+            raise errors.WorkerLost("the answer can't be continued: old and new tokens came in one piece")
+        self._left[index] = left - count
+        return True
+
+    def _skip(self, body: bytes) -> bytes:
+        """Without what went out after the last known token."""
+        if not (self._events or self._part) or any(self._left.values()):
+            return body
+        whole = body
+        while self._events and body:
+            _, end, body = body.partition(_END)
+            self._events -= bool(end)
+        if not self._events:
+            skipped = min(self._part, len(body))
+            self._part -= skipped
+            body = body[skipped:]
+        self._again += whole[: len(whole) - len(body)]
+        return body
+
+    def _rename(self, found: re.Match[bytes]) -> bytes:
+        assert self._names is not None
+        return self._names.get(found[0], found[0])
+
+
+_NAMED = re.compile(
+    rb'"(?:id|item_id|response_id|call_id|created|created_at)":\s*(?:"[^"\\]*"|\d+(?:\.\d+)?)'
+)
+"""What two runs of one request say differently: their names and dates. A text can't hold it: there, a quote
+follows a backslash."""
+
+
+def renamed(before: bytes, again: bytes) -> dict[bytes, bytes]:
+    """What the new run calls otherwise than the old, as `"key":value`, to what the old called it."""
+    olds, news = (list(dict.fromkeys(_NAMED.findall(text))) for text in (before, again))
+    pairs = itertools.takewhile(lambda pair: _key(pair[0]) == _key(pair[1]), zip(news, olds, strict=False))
+    return {new: old for new, old in pairs if new != old}
+
+
+def _key(named: bytes) -> bytes:
+    return named.partition(b":")[0]
