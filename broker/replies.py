@@ -11,7 +11,7 @@ import base64
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -216,17 +216,14 @@ class Assembler:
     A frame of an older epoch is dropped. A newer epoch starts again at seq 0 and goes on, without a
     head of its own, at the output token that the earlier ones came to; what it repeats is dropped. An
     answer that is not streamed is passed on whole, at its end: one that was cut short may so begin anew.
-
-    Attributes:
-        passed: frames passed on so far, but for beats.
     """
 
     def __init__(self) -> None:
         self.epoch = 0
         self.next_seq = 0
         self.finished = False
-        self.passed = 0
         self._said: dict[int, _Said] = {0: _Said()}
+        self._mute = 0  # frames without tokens that were passed on since the last token of choice 0
         self._headed = False
         self._whole: list[Frame] | None = None
         self._held: dict[tuple[int, int], Frame] = {}
@@ -262,8 +259,25 @@ class Assembler:
             if len(self._held) > _HELD_LIMIT:
                 raise errors.FramesLost("reply frames are missing and too many wait behind them")
             self._release(ready)
-        self.passed += sum(frame.kind is not FrameKind.BEAT for frame in ready)
         return ready
+
+    def rest(self, frames: list[Frame]) -> list[Frame]:
+        """Of a whole reply, put in order anew, what was not passed on here. Tokens tell; frames without any
+        are counted.
+
+        Raises errors.FramesLost when it says otherwise than what was passed on.
+        """
+        off, mute = self._said[0].count, self._mute
+        rest: list[Frame] = []
+        for frame in frames:
+            if frame.kind in TERMINAL:
+                rest.append(frame)
+            elif frame.kind is not FrameKind.BEAT and self._new(frame):
+                if mute and frame.off == off and not frame.ids and not frame.choices:
+                    mute -= 1
+                else:
+                    rest.append(frame)
+        return rest
 
     def _release(self, ready: list[Frame]) -> None:
         """Place those held back whose turn has come."""
@@ -307,8 +321,13 @@ class Assembler:
             if self._headed:
                 raise errors.FramesLost("the answer was begun anew after a part of it had been passed on")
             self._headed, self._whole = True, None
+        return self._new(frame)
+
+    def _new(self, frame: Frame) -> bool:
+        """Whether what a frame says comes next; False when it was said before. Raises errors.FramesLost."""
         if not frame.choices and frame.off == self._said[0].count:
             self._said[0].add(frame.ids)
+            self._mute = 0 if frame.ids else self._mute + 1
             return True
         new = old = 0
         for index, off, ids in _tokens(frame):
@@ -320,6 +339,7 @@ class Assembler:
         if new:
             for index, _, ids in _tokens(frame):
                 self._said[index].add(ids)
+            self._mute = 0 if frame.ids else self._mute
         return bool(new)
 
 
@@ -530,20 +550,14 @@ class Stream:
         had, assembler = self._assembler, Assembler()
         try:
             kept = await journal(self._broker, self.subject, self._since_ms)
-            ready = [new for frame in kept for new in assembler.feed(frame)]
-            frames = [frame for frame in ready if frame.kind is not FrameKind.BEAT]
+            frames = [new for frame in kept for new in assembler.feed(frame)]
         except errors.FramesLost:
             return [], False
-        if assembler.gap or assembler.passed < had.passed:
+        # Not so far yet: a copy of the journal lags behind, or the next attempt is on its way again.
+        if assembler.gap or any(assembler.tokens.get(index, 0) < n for index, n in had.tokens.items()):
             return [], False
-        counts: Counter[int] = Counter()
-        for frame in frames[: had.passed]:
-            for index, _, ids in _tokens(frame):
-                counts[index] += len(ids)
-        if +counts != had.tokens:
-            raise errors.FramesLost("the reply was read in another order than the journal has it")
         self._assembler, self._behind = assembler, False
-        return frames[had.passed :], True
+        return had.rest(frames), True
 
     def close(self) -> None:
         if self._timer is not None:

@@ -150,7 +150,7 @@ class Ingress:
                 return await self._exchange(request, stream, relay, receive, started, detached, stored)
 
     async def _claim(self, request: Request, read_on: bool) -> keys.Claim:
-        """Raises what keys.claim does. Its body is kept where a message of this call is, or may be, queued."""
+        """Raises what keys.claim does. The body stays where a message of this call is, or may be, queued."""
         needed = False
         try:
             claim = await keys.claim(self._broker, request, self._config.publish_timeout, read_on)

@@ -171,6 +171,7 @@ async def test_a_reply_that_is_forgotten_before_its_end_is_a_loss(
     extra = {"status": 200, "headers": {"content-type": "text/event-stream"}}
     head = Frame(1, 0, FrameKind.HEAD, payload=b"data: 1\n\n", extra=extra)
     await broker.publish(subject, codec.encode(head))
+    await until(lambda: broker.last(subjects.REPLIES, subject))
     reader = Reader()
     reading = asyncio.create_task(reader.resume(https[0], "endless"))
     await until(lambda: reader.data)

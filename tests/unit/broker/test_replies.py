@@ -252,12 +252,14 @@ def test_what_waits_behind_a_gap_is_bounded() -> None:
 
 
 class Deafening(MemoryBroker):
-    """Frames whose numbers are in `lost` reach no subscriber; those in `forgotten` no journal either."""
+    """Frames whose numbers are in `lost` reach no subscriber; those in `forgotten` no journal either; those
+    written while `unkept` no journal."""
 
     def __init__(self) -> None:
         super().__init__(BrokerConfig())
         self.lost: set[int] = set()
         self.forgotten: set[int] = set()
+        self.unkept = False
         self.refused: list[str] = []
         self.asked = 0
         self.kept: list[bytes] = []  # what the writer publishes once more when asked
@@ -272,6 +274,9 @@ class Deafening(MemoryBroker):
             return
         number = codec.decode(data).seq
         if number in self.forgotten:
+            return
+        if self.unkept:
+            self.hub.route(base.Message(subject, data, headers))
             return
         if number in self.lost:
             self.hub.store(subject, data, headers)
@@ -424,6 +429,66 @@ async def test_the_end_of_a_lost_attempt_is_read_back_though_the_next_one_is_her
     frames = await read(stream, silence=0.02)
     assert tokens(frames) == [0, 1, 2, 3, 4]
     assert [frame.epoch for frame in frames] == [1, 1, 1, 1, 1, 1, 2, 2]
+
+
+async def test_a_reader_who_has_what_the_journal_lost_goes_on_with_what_is_new(
+    broker: Deafening, stream: Stream
+) -> None:
+    """All that the first attempt said was lost with the journal's leader; the next begins anew."""
+    broker.unkept = True
+    await write(broker, count=4, end=False)
+    broker.unkept = False
+    frames = [frame for _ in range(2) for frame in await stream.next(0.02)]
+    assert tokens(frames) == [0, 1, 2, 3]
+    second = Writer(broker, SUBJECT, 2)
+    await second.beat("w2")
+    await second.head(200, SSE["headers"], "w2", b"role", [])
+    await second.data(b"01", [(0, [0, 1])])
+    await second.data(b"2", [(0, [2])])
+    assert await stream.next(0.02) == []
+    await second.data(b"345", [(0, [3])])
+    await second.data(b"45", [(0, [4, 5])])
+    await second.data(b"finish", [])
+    await second.end({})
+    frames += await read(stream, silence=0.02)
+    assert tokens(frames) == [0, 1, 2, 3, 4, 5]
+    assert [frame.payload for frame in frames[-3:]] == [b"45", b"finish", b""]
+
+
+async def test_a_reader_is_never_given_another_text_behind_what_the_journal_lost(
+    broker: Deafening, stream: Stream
+) -> None:
+    broker.unkept = True
+    await write(broker, count=4, end=False)
+    broker.unkept = False
+    await stream.next(0.02)
+    second = Writer(broker, SUBJECT, 2)
+    await second.head(200, SSE["headers"], "w2", b"", [])
+    await second.data(b"other", [(0, [0, 1, 7])])
+    await second.data(b"text", [(0, [8, 9])])
+    with pytest.raises(errors.FramesLost, match="otherwise than it was passed on"):
+        await read(stream, silence=0.02)
+
+
+@given(sizes, st.integers(0, 12), st.data())
+def test_the_rest_of_a_reply_that_was_put_in_order_anew(
+    run: list[int], cut: int, data: st.DataObject
+) -> None:
+    """Each frame of the old order once, whatever had come of it, with frames without tokens between them."""
+    frames = []
+    for frame in attempt(1, run):
+        frames.append(frame)
+        if frame.kind in KINDS:
+            off = frame.off + len(frame.ids)
+            frames += [Frame(1, 0, FrameKind.DATA, off)] * data.draw(st.integers(0, 2))
+    frames = [
+        Frame(1, n, f.kind, f.off, f.ids, payload=f.payload, extra=f.extra) for n, f in enumerate(frames)
+    ]
+    had, whole = Assembler(), Assembler()
+    seen = [new for frame in frames[:-1][:cut] for new in had.feed(frame)]
+    rest = had.rest([new for frame in frames for new in whole.feed(frame)])
+    said = [frame for frame in frames if frame.kind is not FrameKind.BEAT]
+    assert [frame for frame in seen if frame.kind is not FrameKind.BEAT] + rest == said
 
 
 async def test_so_is_one_before_a_lost_tail(
