@@ -41,11 +41,15 @@ class Relay:
         self.live = live
         self.worker = ""
         self.after: sse.Position | None = None
+        self._joined = False  # the frame that `after` names has come by
         self.first_payload_at: float | None = None
         self.fault: errors.HeadraceError | None = None
 
     async def frames(self, frames: list[Frame]) -> bool:
-        """Pass on what came, joined into one send; True when the answer is complete."""
+        """Pass on what came, joined into one send; True when the answer is complete.
+
+        Raises errors.FramesLost when it does not go on from where its client is.
+        """
         parts: list[bytes] = []
         for frame in frames:
             if frame.kind is FrameKind.DATA:
@@ -108,7 +112,11 @@ class Relay:
         return self._payload(frame)
 
     def _payload(self, frame: Frame) -> bytes:
-        return sse.numbered(frame, self.after) if self._sse else frame.payload
+        if not self._sse:
+            return frame.payload
+        if self.after is not None and not self._joined:
+            self._joined = sse.joins(frame, self.after)
+        return sse.numbered(frame, self.after)
 
     async def _start_sse(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status

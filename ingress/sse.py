@@ -39,6 +39,20 @@ def last_event(headers: Mapping[bytes, bytes]) -> Position | None:
     return Position(*map(int, found.groups()))
 
 
+def joins(frame: Frame, after: Position) -> bool:
+    """Whether this is the frame that its client read last, so that what follows goes on from there.
+
+    Raises errors.FramesLost when it is a later one: what the client has was read from a worker which was lost
+    before the journal had it.
+    """
+    place, read = (frame.epoch, frame.seq), (after.epoch, after.seq)
+    if place > read:
+        raise errors.FramesLost(
+            "the journal lacks the event that Last-Event-ID names: send the request again"
+        )
+    return place == read
+
+
 def numbered(frame: Frame, after: Position | None = None) -> bytes:
     """The frame's payload with an id to each event that ends in it, less what the client has already."""
     *events, rest = frame.payload.split(_END)

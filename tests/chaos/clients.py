@@ -39,12 +39,12 @@ class Manner(StrEnum):
 
 
 _WEIGHTS = {
-    Manner.CHAT: 40,
+    Manner.CHAT: 35,
     Manner.COMPLETION: 20,
     Manner.CHOICES: 10,
     Manner.WHOLE: 10,
     Manner.DETACHED: 10,
-    Manner.KEYED: 5,
+    Manner.KEYED: 10,
     Manner.LEAVING: 5,
 }
 

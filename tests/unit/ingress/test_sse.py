@@ -60,3 +60,11 @@ def test_an_id_that_is_none_of_ours_is_refused(given_id: bytes) -> None:
 def test_no_id_is_the_beginning() -> None:
     assert sse.last_event({}) is None
     assert sse.last_event({b"last-event-id": b" "}) is None
+
+
+def test_a_reply_goes_on_from_the_very_frame_that_was_read() -> None:
+    after = sse.Position(1, 7, 0)
+    assert [sse.joins(Frame(1, seq, FrameKind.DATA), after) for seq in (6, 7)] == [False, True]
+    for later in (Frame(1, 8, FrameKind.DATA), Frame(2, 1, FrameKind.DATA)):
+        with pytest.raises(errors.FramesLost, match="Last-Event-ID"):
+            sse.joins(later, after)
