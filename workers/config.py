@@ -24,6 +24,9 @@ class WorkerConfig(BaseModel):
     max_deaths: int = Field(
         4, ge=1, description="workers or engines that may die under one request before it is buried"
     )
+    max_failures: int = Field(
+        5, ge=1, description="requests in a row on which the engine may fail before the worker takes a pause"
+    )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus; 0 picks a free one")
     metrics_host: str = Field("127.0.0.1", description="address that Prometheus is answered on")
 

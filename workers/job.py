@@ -154,6 +154,13 @@ class Job:
         """Counted by the engine once it has; guessed from the body's length before."""
         return self.tap.prompt_tokens or self.prompt_estimate
 
+    @property
+    def engine_well(self) -> bool | None:
+        """Whether the engine did what it is there for; None where that does not show."""
+        if isinstance(self._fault, errors.EngineFailed) or (self._complete and self._status >= 500):
+            return False
+        return True if self._complete and self._status < 400 else None
+
     def stop(self, fault: errors.HeadraceError, asked_ms: int = 0) -> None:
         """End the run early: with `fault` as its error frame, or, if a HandBack, in another worker.
 

@@ -37,6 +37,7 @@ TOKENS = Counter("headrace_tokens_total", "Tokens, by kind: prompt, cached, comp
 FRAMES = Counter("headrace_frames_total", "Reply frames published")
 RETURNED = Counter("headrace_returned_total", "Deliveries handed back, by reason", ["reason"])
 DEAD = Counter("headrace_dead_letters_total", "Messages nobody could be told about")
+QUARANTINES = Counter("headrace_quarantines_total", "Pauses that failure after failure brought")
 RUNNING = Gauge("headrace_running", "Requests this worker runs")
 CREDIT = Gauge("headrace_credit_requests", "Requests this worker could take now")
 ENGINE = Gauge(

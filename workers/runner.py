@@ -22,6 +22,7 @@ from workers import held, intake, metrics, screening
 from workers.config import WorkerConfig
 from workers.engines.base import Engine
 from workers.job import HandBack, Job, Share, Touch
+from workers.quarantine import Quarantine
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Worker:
         self._tombstones = screening.Tombstones()
         self._share = Share()
         self._touch = Touch()
+        self._quarantine = Quarantine(config.max_failures)
         self._mean_prompt = 256.0
         self._mean_output = 128.0
         self._starved = False
@@ -170,7 +172,23 @@ class Worker:
         )
 
     def _credit(self) -> int:
-        return budget.requests(self._load())
+        credit = budget.requests(self._load())
+        room = self._quarantine.room(asyncio.get_running_loop().time(), len(self._jobs))
+        return credit if room is None else min(credit, room)
+
+    def _judge(self, job: Job) -> None:
+        """Learn from how a request ended whether the engine is in order."""
+        if job.engine_well:
+            self._quarantine.succeeded()
+        elif job.engine_well is False and (
+            pause := self._quarantine.failed(asyncio.get_running_loop().time())
+        ):
+            metrics.QUARANTINES.inc()
+            _log.error(
+                "the engine fails request after request: none is taken for %g s",
+                pause,
+                extra={"worker": self.name},
+            )
 
     def _on_step(self) -> None:
         if self._starved:  # else what ends a request or its prefill has asked already
@@ -226,6 +244,7 @@ class Worker:
             if self._tombstones.pop(job.request.key, job.delivery.enqueued_ms):
                 verdict = errors.Cancelled("the caller went away")
             await job.run(verdict)
+            self._judge(job)
             # Not before the ack: a redelivery must find it. A dead letter needs it still.
             if job.acked and not isinstance(verdict, errors.Poisoned):
                 await bodies.discard(self._broker, job.request)
@@ -331,7 +350,7 @@ class Worker:
         stats, load = self._engine.stats(), self._load()
         kv = budget.kv_free(load) if load.kv_total else 0
         credit = Credit(
-            requests=budget.requests(load) if self._state == "serving" else 0,
+            requests=self._credit() if self._state == "serving" else 0,
             slots_free=max(0, load.slots_free),
             slots_total=stats.max_running,
             prefill_tokens_free=int(budget.prefill_free(load)),

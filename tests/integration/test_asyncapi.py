@@ -109,6 +109,7 @@ def test_addresses_are_the_subjects_that_the_code_builds() -> None:
     assert _address("replies", *names[:3]) == subjects.reply(*names[:3])
     assert _address("cancels", *names[:2]) == subjects.cancel(*names[:2])
     assert _address("repeats", *names[:2]) == subjects.again(subjects.reply("a.b", "box", "batch"))
+    assert _address("takeovers", *names[:2]) == subjects.taken("a%2Eb.batch")
     assert _address("fleet", "a.b") == subjects.heartbeat("a.b")
     assert _address("held", "a.b") == subjects.held("a.b")
     assert _address("roster", "a.b") == subjects.roster("a.b")

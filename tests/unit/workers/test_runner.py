@@ -38,6 +38,7 @@ from tests.workbench import (
     soon,
     start_response,
 )
+from workers import quarantine
 from workers.config import SimConfig
 from workers.engines import sim
 from workers.engines.base import Engine, Receive, Refused, Scope, Send
@@ -679,6 +680,55 @@ async def test_our_own_request_handed_to_us_again_runs_once(
         await caller.drained()
         assert len(await caller.usage(1)) == 1
     assert len(engine.seen) == 1
+
+
+# Engines that fail
+
+
+async def test_an_engine_that_fails_request_after_request_gets_no_more(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    """A failure takes no time, so nobody asks for work as often as who fails it."""
+
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("out of order")
+
+    bad = WaxEngine(failing, slots=1)
+    before = metric("headrace_quarantines_total")
+    async with serving(broker, bad, max_failures=3) as worker:
+        for _ in range(3):
+            await (await caller.submit()).fails("engine_failed")
+        await until(lambda: metric("headrace_quarantines_total") == before + 1)
+        waiting = [await caller.submit() for _ in range(20)]
+        async with simulated() as healthy, serving(broker.client(), healthy, "w2"):
+            for call in waiting:
+                await call.finishes()
+        await caller.drained()
+        assert worker.worker._credit() == 0
+    assert len(bad.seen) == 3
+
+
+async def test_it_is_tried_again_and_trusted_again(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quarantine, "FIRST", 0.05)
+    broken = True
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start_response(send, status=503 if broken else 200)
+        if not broken:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    engine = WaxEngine(app)
+    async with serving(broker, engine, max_failures=1) as worker:
+        await (await caller.submit()).fails("engine_failed")
+        await until(lambda: worker.worker._credit() == 0)
+        broken = False
+        engine.most = 0
+        calls = [await caller.submit() for _ in range(20)]
+        for call in calls:
+            assert (await call.end()).kind is FrameKind.END
+        assert worker.worker._credit() > 1
 
 
 # The end of an engine
