@@ -27,6 +27,7 @@ from broker.config import BrokerConfig
 from broker.messages import TERMINAL, Frame, FrameKind
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
+from workers.job import Touch
 from workers.runner import Worker
 
 LIMIT = 20.0
@@ -276,8 +277,8 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
     connection = await nats.connect(nats_url)
     try:
         wire = Wire(connection)
-        for subject in ("req.>", "out.>", "cancel.>", "again.>", "fleet.>", "held.>", "usage.>", "dead.>"):
-            await connection.subscribe(subject, cb=wire.on_message)
+        for root in ("req", "out", "cancel", "again", "taken", "fleet", "held", "usage", "dead"):
+            await connection.subscribe(f"{root}.>", cb=wire.on_message)
         await connection.flush()
         yield wire
     finally:
@@ -306,6 +307,7 @@ def _name_of(message: Msg) -> str:
         "req": "Request",
         "cancel": "Cancel",
         "again": "Again",
+        "taken": "Taken",
         "fleet": "Heartbeat",
         "held": "Held",
         "usage": "Usage",
@@ -344,6 +346,11 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
     said = len(wire.frames("streamed"))
     await wire.connection.publish("again.acme.streamed", b"{}")
     await wire.until(lambda: len(wire.frames("streamed")) == 2 * said)
+
+    with monkeypatch.context() as late:
+        late.setattr(Touch, "LIMIT", -1.0)  # the worker may have been taken for lost
+        acks.append(await wire.publish(_chat(), _headers("doubtful")))
+        assert (await wire.ended("doubtful")).kind is FrameKind.END
 
     async with scheduling(nats_url, sweep=0.05, orphan_after=0):
         acks.append(await wire.publish(_chat(), _headers("orphan"), "req.typo.batch.acme.sim"))
