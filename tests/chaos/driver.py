@@ -33,9 +33,15 @@ class Result(NamedTuple):
     trouble: str
 
 
-async def run(seed: int, minutes: float, data: Path, clients: int = CLIENTS) -> Result:
-    """The logs of all processes stay under `data`, which must be free."""
-    faults = plan(seed, minutes * 60, SIZES)
+async def run(
+    seed: int,
+    minutes: float,
+    data: Path,
+    clients: int = CLIENTS,
+    faults: Sequence[Fault] | None = None,
+) -> Result:
+    """Of no `faults` the seed makes some. The logs of all processes stay under `data`, which must be free."""
+    faults = plan(seed, minutes * 60, SIZES) if faults is None else faults
     tally, failures = report.Tally(), list[str]()
     async with Stage(data) as stage:
         await _serving(stage)

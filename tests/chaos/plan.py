@@ -89,6 +89,14 @@ def plan(seed: int, seconds: float, sizes: Mapping[str, int], every: float = 2.5
         faults.append(Fault(round(at, 3), kind, slot, round(lasts, 3)))
 
 
+def rolling(sizes: Mapping[str, int], every: float = 2.5) -> tuple[Fault, ...]:
+    """An update of every worker and every ingress, one after the other."""
+    parts = [
+        (kind, slot) for kind in (Kind.DRAIN_WORKER, Kind.DRAIN_INGRESS) for slot in range(sizes[kind.part])
+    ]
+    return tuple(Fault(every * n, kind, slot, 0.0) for n, (kind, slot) in enumerate(parts, start=1))
+
+
 def _free(part: str, size: int, busy_until: Mapping[tuple[str, int], float], at: float) -> list[int]:
     """The slots that may be struck at `at`: none where too few would be left."""
     free = [slot for slot in range(size) if busy_until.get((part, slot), 0.0) <= at]

@@ -27,6 +27,7 @@ class Tally:
         self.ends: Counter[End | None] = Counter()
         self.problems: Counter[str] = Counter()
         self.resumed = 0
+        self.broken = 0
         self.gaps: dict[Kind, list[float]] = defaultdict(list)
         self.bad: list[tuple[Manner, Transcript, list[Problem]]] = []
 
@@ -34,6 +35,7 @@ class Tally:
         self.manners[manner] += 1
         self.ends[seen.end] += 1
         self.resumed += len(seen.ingresses) > 1 and seen.end is not End.REFUSED
+        self.broken += bool(seen.tokens and seen.breaks)
         problems = check(seen)
         if problems:
             self.bad.append((manner, seen, problems))
@@ -66,6 +68,7 @@ def figures(tally: Tally, struck: Sequence[Struck]) -> dict[str, Any]:
         "manners": {str(manner): n for manner, n in tally.manners.items()},
         "ends": {str(end): tally.ends[end] for end in End},
         "resumed": tally.resumed,
+        "broken": tally.broken,
         "faults": len(struck),
         "faults_by_kind": dict(Counter(str(one.fault.kind) for one in struck)),
         "interrupted": tally.problems["interrupted"],
@@ -93,7 +96,8 @@ def table(told: dict[str, Any]) -> str:
     rows = [
         f"seed {told['seed']}, {told['minutes']:g} minutes, {told['date']}, "
         f"{told['machine']['cores']} cores of {told['machine']['cpu']}",
-        f"requests   {told['requests']}: {ends}; {told['resumed']} of them over several connections",
+        f"requests   {told['requests']}: {ends}; {told['resumed']} of them over several connections, "
+        f"{told['broken']} of which broke in mid-stream",
         f"faults     {told['faults']}: {faults}",
         f"streams    {told['interrupted']} interrupted, {told['hung']} hung",
         "tokens     " + ", ".join(f"{told[f'tokens_{kind}']} {kind}" for kind in _TOKENS),

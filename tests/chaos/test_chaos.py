@@ -1,4 +1,5 @@
-"""Two minutes of faults: nothing lost, nothing doubled, nothing hung. `make chaos` runs ten."""
+"""Two minutes of faults, and an update of the whole fleet: nothing lost, nothing doubled, nothing hung.
+`make chaos` runs ten minutes."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos import driver, report
+from tests.chaos.plan import rolling
+from tests.chaos.stage import SIZES
 
 SEED = 7
 MINUTES = 2.0
@@ -22,3 +25,14 @@ async def test_two_minutes_of_faults(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not trouble, trouble
     assert told["requests"] >= 1000
     assert told["faults"] >= 40
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(240)
+async def test_a_rolling_update_of_workers_and_ingresses_breaks_no_stream(tmp_path: Path) -> None:
+    faults = rolling(SIZES)
+    told, trouble = await driver.run(SEED, (faults[-1].at + 3) / 60, tmp_path / "run", faults=faults)
+    assert not trouble, trouble
+    assert told["faults_by_kind"] == {"drain worker": SIZES["worker"], "drain ingress": SIZES["ingress"]}
+    assert told["broken"] == 0
+    assert told["requests"] >= 100
