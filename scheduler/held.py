@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from broker.messages import Heartbeat
 from broker.messages import Held as Told
+from scheduler.patience import Life, Patience
 
 
 class _Entry(NamedTuple):
@@ -51,8 +52,9 @@ class Table:
     what a lost worker held leaves with `lose`."""
 
     def __init__(self) -> None:
-        self._lives: dict[tuple[str, int], _Life] = {}  # by the worker's name and when it started
+        self._lives: dict[Life, _Life] = {}
         self._entries: dict[int, _Entry] = {}
+        self._patience = Patience()
 
     def __len__(self) -> int:
         """Requests that some worker holds."""
@@ -67,6 +69,7 @@ class Table:
         if beat.state == "gone":
             self._forget(key)  # it has let go of everything
             return False
+        self._patience.heard(key, now)
         life = self._lives.setdefault(key, _Life(beat))
         life.beat, life.seen = beat, now
         return life.number != beat.told
@@ -108,19 +111,25 @@ class Table:
             life.seen = now
 
     def silent(self, now: float, limit: float) -> bool:
-        """Whether any worker has been silent for more than `limit` seconds."""
+        """Whether any worker has been silent for more than `limit` seconds, or for as much longer as one
+        that was only slow is given."""
         return any(self._silent(now, limit))
 
     def lose(self, now: float, limit: float) -> list[Lost]:
         """Let go of the workers that are `silent`. One that was taken for lost and lives is new again with
         its next heartbeat, and asked for its roster."""
         lost = [(key, self._lives[key].beat) for key in self._silent(now, limit)]
+        for key, _ in lost:
+            self._patience.give_up(key, self._lives[key].seen, limit * self._patience.factor(key, now))
         return [Lost(beat.worker, beat, self._forget(key)) for key, beat in lost]
 
-    def _silent(self, now: float, limit: float) -> Iterator[tuple[str, int]]:
-        return (key for key, life in self._lives.items() if now - life.seen > limit)
+    def _silent(self, now: float, limit: float) -> Iterator[Life]:
+        for key, life in self._lives.items():
+            silence = now - life.seen
+            if silence > limit and silence > limit * self._patience.factor(key, now):
+                yield key
 
-    def _forget(self, key: tuple[str, int]) -> list[str]:
+    def _forget(self, key: Life) -> list[str]:
         """The receipts of what it held."""
         life = self._lives.pop(key, None)
         return [] if life is None else [self._entries.pop(seq).receipt for seq in sorted(life.seqs)]

@@ -362,6 +362,8 @@ class Job:
             self._fault = Superseded("another worker has it")
         if isinstance(self._fault, Superseded):
             _log.info("request left to the worker that took it over", extra=self.log_extra())
+            if self._writer.frames:
+                await self._writer.beat(self._worker, left="was taken for lost")  # else it counts as a death
             return
         movable = self._engine.continues or not self._streams
         if movable and isinstance(self._fault, errors.EngineFailed) and await self._engine_died():

@@ -237,3 +237,11 @@ class Telling(RuleBasedStateMachine):
 
 TestTelling = Telling.TestCase
 TestTelling.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def test_one_that_was_only_slow_is_given_more_time() -> None:
+    held = table("w1")
+    assert lost(held, 0.31) == {"w1": []}
+    held.beat(beat("w1"), 0.5)
+    assert not held.silent(0.5 + 1.9 * LIMIT, LIMIT)
+    assert lost(held, 0.5 + 2.1 * LIMIT) == {"w1": []}

@@ -534,6 +534,7 @@ async def test_a_zombie_neither_ends_a_request_nor_acks_it(
     frames = [codec.decode(record.data) for record in records]
     assert [frame.epoch for frame in frames if frame.kind in TERMINAL] == [2]
     assert [event.worker for event in await caller.usage(1)] == ["w2"]
+    assert (frames[-1].epoch, frames[-1].extra["left"]) == (1, "was taken for lost"), "it is no death"
 
 
 async def test_a_worker_hears_that_another_took_its_request_over(
