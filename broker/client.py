@@ -119,6 +119,7 @@ class NatsBroker(base.Broker):
         self._reconnecting: asyncio.Task[None] | None = None
         self._tail = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)
         self._repeats: set[asyncio.Task[None]] = set()
+        self._repeating: set[str] = set()  # replies that are being published again
 
     async def open(self) -> None:
         try:
@@ -185,7 +186,7 @@ class NatsBroker(base.Broker):
     def _on_again(self, message: base.Message) -> None:
         """A reader misses frames that the journal has not."""
         key = message.subject.partition(".")[2]
-        if self._tail.of(key):
+        if self._tail.of(key) and key not in self._repeating:
             self._repeat([key])
 
     def _on_journal_elected(self, _: base.Message) -> None:
@@ -193,6 +194,7 @@ class NatsBroker(base.Broker):
         self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
 
     def _repeat(self, keys: list[str]) -> None:
+        self._repeating.update(keys)
         task = asyncio.create_task(self._publish_again(keys))
         self._repeats.add(task)
         task.add_done_callback(self._repeats.discard)
@@ -204,8 +206,11 @@ class NatsBroker(base.Broker):
                 for subject, data in self._tail.of(key):
                     await self._nc.publish(subject, data)
                 await asyncio.sleep(0)
+                self._repeating.discard(key)
         except nats.errors.Error as exc:
             _log.warning("frames were not published again: %s", _reason(exc))
+        finally:
+            self._repeating.difference_update(keys)
 
     async def sync(self) -> None:
         with _translated:

@@ -73,6 +73,12 @@ class BodyTimeout(HeadraceError):
     code, status, kind, retry = "request_timeout", 408, "invalid_request_error", True
 
 
+class ReaderTooSlow(HeadraceError):
+    """The client takes its answer more slowly than it comes. The request goes on, to be read later."""
+
+    code, status, kind, retry = "reader_too_slow", 408, "invalid_request_error", True
+
+
 class DuplicateRequest(HeadraceError):
     """The id was used within the dedup window; the first request stands."""
 

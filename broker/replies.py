@@ -29,11 +29,16 @@ LAST_EPOCH = 999_999_999
 NOTE_AGAIN = 300.0
 """Seconds after which the note that a request is queued is written anew: the journal forgets."""
 
+MAX_UNREAD = 2**20
+"""Bytes of frames that wait for their reader, past which they are left to the journal."""
+
 _HELD_LIMIT = 4096
 _LAG = 3.0
 """Seconds until frames that are missing count as lost: a copy of the journal may lag behind, and who wrote
 them may be reconnecting."""
 _POLL = 0.1
+_PAGE = 256
+"""Frames read from the journal, and handed out, at once to a reader who is behind."""
 _OVERLAP = 256
 """Tokens of each choice by which a later attempt is seen to say the same again."""
 _CLOCKS_APART = 60_000
@@ -400,13 +405,31 @@ def _newest_request(frames: list[Frame]) -> int:
 
 
 class Stream:
-    """One request's frames as its reader sees them."""
+    """One request's frames as its reader sees them.
 
-    def __init__(self, broker: base.Broker, subject: str, close: Callable[[str], None]) -> None:
+    Those that its reader has not asked for yet wait here, up to `max_unread` bytes and one frame. What
+    comes on top is dropped, with what waits, and read from the journal when its reader asks for it.
+
+    Attributes:
+        overflows: how often that was.
+    """
+
+    def __init__(
+        self,
+        broker: base.Broker,
+        subject: str,
+        close: Callable[[str], None],
+        max_unread: int = MAX_UNREAD,
+    ) -> None:
         self.subject = subject
+        self.overflows = 0
         self._broker = broker
         self._close = close
+        self._max_unread = max_unread
         self._waiting: deque[bytes] = deque()
+        self._unread = 0  # bytes in it
+        self._paging = False  # what comes next is in the journal, behind its sequence `_read_to`
+        self._read_to = 0
         self._wake: asyncio.Future[bool] | None = None  # its result: whether it was silence that ended it
         self._silent_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -423,8 +446,20 @@ class Stream:
     def finished(self) -> bool:
         return self._assembler.finished
 
+    @property
+    def unread(self) -> int:
+        """Bytes that wait for the reader."""
+        return self._unread
+
     def push(self, data: bytes) -> None:
-        self._waiting.append(data)
+        if self._unread > self._max_unread:
+            self._waiting.clear()
+            self._unread = 0
+            self._paging = True
+            self.overflows += 1
+        else:
+            self._waiting.append(data)
+            self._unread += len(data)
         self.wake()
 
     def wake(self) -> None:
@@ -443,16 +478,18 @@ class Stream:
         """
         if self._lag is not None:
             timeout = min(timeout, _POLL)
+        if self._paging and not self._behind:
+            page = await self._tried_page(min(timeout, _POLL))
+            if page or self._paging:
+                return page
         if not self._waiting and not await self._wait(timeout) and not self._waiting and self._lag is None:
             return []
         ready: list[Frame] = []
         silent = ask_journal and not self._waiting
         while self._waiting and not self._behind:
-            frame = codec.decode(self._waiting.popleft())
-            try:
-                ready += self._assembler.feed(frame)
-            except errors.FramesLost:
-                self._behind = True  # an earlier attempt's last frames may only have passed us by
+            data = self._waiting.popleft()
+            self._unread -= len(data)
+            self._feed(data, ready)
         try:
             if self._behind:
                 ready += await self._checked(*await self._again())
@@ -461,6 +498,36 @@ class Stream:
         except errors.Unavailable as exc:
             # What is in order goes on its way; the next frame or silence asks the journal again.
             _log.warning("the journal can't be read now: %s", exc.message)
+        return ready
+
+    def _feed(self, data: bytes, ready: list[Frame]) -> None:
+        try:
+            ready += self._assembler.feed(codec.decode(data))
+        except errors.FramesLost:
+            self._behind = True  # an earlier attempt's last frames may only have passed us by
+
+    async def _tried_page(self, timeout: float) -> list[Frame]:
+        try:
+            return await self._page()
+        except errors.Unavailable as exc:
+            _log.warning("the journal can't be read now: %s", exc.message)
+            await self._wait(timeout)
+            return []
+
+    async def _page(self) -> list[Frame]:
+        """What is new on the journal's next page that has anything new; [] once it is read to its end.
+
+        Raises errors.Unavailable.
+        """
+        ready: list[Frame] = []
+        while self._paging and not ready and not self._behind:
+            overflows = self.overflows
+            page = await self._broker.read(subjects.REPLIES, self.subject, self._read_to + 1, _PAGE)
+            self._paging = len(page) == _PAGE or self.overflows > overflows
+            for record in page:
+                self._read_to = record.seq
+                if record.stored_ms >= self._since_ms and not self._behind:
+                    self._feed(record.data, ready)
         return ready
 
     async def _checked(self, frames: list[Frame], whole: bool) -> list[Frame]:
@@ -518,16 +585,26 @@ class Stream:
         return newest is not None and (newest.epoch, newest.seq) >= seen
 
     async def begin(self) -> list[Frame]:
-        """For a reader who comes late: what the journal has of the newest request of this id.
+        """For a reader who comes late: the first page of what the journal has of the newest request of this
+        id. `next` has the others.
 
-        Raises errors.FramesLost when it no longer has the beginning, errors.Unavailable.
+        Raises errors.FramesLost when the beginning is no longer there, errors.Unavailable.
         """
-        records = await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000)
-        frames = [codec.decode(record.data) for record in records]
-        start = _newest_request(frames)
-        self._since_ms = records[start].stored_ms if records else self._since_ms
-        ready = [new for frame in frames[start:] for new in self._assembler.feed(frame)]
-        if self._assembler.gap:
+        places, frames = [], []
+        page = await self._broker.read(subjects.REPLIES, self.subject, limit=_PAGE)
+        while page:
+            for record in page:
+                frame = codec.decode(record.data)
+                frame.payload = b""  # held for its reader it could be many times a page
+                frames.append(frame)
+                places.append((record.seq, record.stored_ms))
+            full, last = len(page) == _PAGE, page[-1].seq
+            page = await self._broker.read(subjects.REPLIES, self.subject, last + 1, _PAGE) if full else []
+        if places:
+            seq, self._since_ms = places[_newest_request(frames)]
+            self._read_to, self._paging = seq - 1, True
+        ready = await self._page()
+        if self._behind or (self._assembler.gap and not (ready and self._paging)):
             raise errors.FramesLost("the journal no longer has the beginning of the reply")
         return ready
 
@@ -567,9 +644,9 @@ class Stream:
 
 
 @contextlib.asynccontextmanager
-async def following(broker: base.Broker, subject: str) -> AsyncIterator[Stream]:
+async def following(broker: base.Broker, subject: str, max_unread: int = MAX_UNREAD) -> AsyncIterator[Stream]:
     """The reply on any subject, whoever it goes to: live, and from the journal by `Stream.begin`."""
-    stream = Stream(broker, subject, lambda _: None)
+    stream = Stream(broker, subject, lambda _: None, max_unread)
     subscription = await broker.subscribe(subject, lambda message: stream.push(message.data))
     try:
         yield stream
@@ -581,9 +658,10 @@ async def following(broker: base.Broker, subject: str) -> AsyncIterator[Stream]:
 class Mailbox:
     """All replies of one reader process: one wildcard subscription, frames sorted by subject."""
 
-    def __init__(self, broker: base.Broker, name: str) -> None:
+    def __init__(self, broker: base.Broker, name: str, max_unread: int = MAX_UNREAD) -> None:
         self.name = name
         self._broker = broker
+        self._max_unread = max_unread
         self._streams: dict[str, Stream] = {}
         self._subscription: base.Subscription | None = None
 
@@ -605,7 +683,7 @@ class Mailbox:
         subject = subjects.reply(tenant, self.name, request_id)
         if subject in self._streams:
             raise errors.DuplicateRequest(f"request id {request_id!r} is in use: choose another")
-        stream = Stream(self._broker, subject, self._forget)
+        stream = Stream(self._broker, subject, self._forget, self._max_unread)
         self._streams[subject] = stream
         return stream
 

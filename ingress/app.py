@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import socket
@@ -21,6 +22,7 @@ from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
 from ingress.exchange import Exchange
 from ingress.http import ClientGone, Receive, Scope, Send, Turn, answer, read_body
+from ingress.protocol import Protocol, was_cut
 from ingress.relay import Relay
 
 _log = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ class Ingress:
             relay.after = sse.last_event(headers)
             with self._reader():
                 subject = await resume.find(self._broker, tenant, request_id)
-                async with replies.following(self._broker, subject) as stream:
+                async with replies.following(self._broker, subject, self._config.max_unread) as stream:
                     status = await self._read_on(stream, relay, receive)
         except errors.HeadraceError as exc:
             await relay.fail(exc)
@@ -122,7 +124,7 @@ class Ingress:
             request, streaming = await self._take_in(path, headers, request_id, key, receive)
             request_id = request.request_id
             relay = Relay(send, path, request_id, streaming)
-            relay.after = after
+            relay.after, relay.cut = after, functools.partial(was_cut, scope)
             if key is None:
                 stream = await self._open(request)
                 status = await self._exchange(request, stream, relay, receive, started, detached)
@@ -141,7 +143,7 @@ class Ingress:
     ) -> int:
         """A request with a key: queued if its key is new, and in any case followed."""
         with self._reader():
-            async with replies.following(self._broker, request.reply_to) as stream:
+            async with replies.following(self._broker, request.reply_to, self._config.max_unread) as stream:
                 claim = await self._claim(request, relay.after is not None)
                 if not claim.ours:
                     relay.live = False
@@ -182,15 +184,18 @@ class Ingress:
             self._observe(request, relay, fault, started)
         finally:
             metrics.STREAMS.dec()
-            # What is lost on its reader here may be whole to the next.
-            left_alone = detached and isinstance(fault, errors.Cancelled | errors.FramesLost)
+            # What is lost on its reader here may be whole to the next; who reads slowly is told to read on.
+            left_alone = isinstance(fault, errors.ReaderTooSlow) or (
+                detached and isinstance(fault, errors.Cancelled | errors.FramesLost)
+            )
             if fault is not None and exchange.cancellable and not left_alone:
                 self._after(self._cancel(exchange, stream, fault))
             else:
                 stream.close()
             if not exchange.cancellable:  # no queued message names its body
                 self._after(bodies.discard(self._broker, request))
-        return 499 if isinstance(fault, errors.Cancelled) else relay.status
+        unread = isinstance(fault, errors.Cancelled | errors.ReaderTooSlow)
+        return fault.status if fault is not None and unread else relay.status
 
     async def _publish_and_follow(
         self,
@@ -337,12 +342,12 @@ async def serve(
     address = config.host, config.port
     listener = socket.create_server(address, family=addresses.family(config.host), backlog=2048)
     name = config.name or f"ingress-{replies.now_ms():x}-{listener.getsockname()[1]}"
-    async with replies.Mailbox(broker, name) as mailbox, Catalogue(broker) as catalogue:
+    async with replies.Mailbox(broker, name, config.max_unread) as mailbox, Catalogue(broker) as catalogue:
         ingress = Ingress(config, broker, mailbox, catalogue)
         server = _Server(
             uvicorn.Config(
                 ingress,
-                http="httptools",
+                http=functools.partial(Protocol, write_timeout=config.write_timeout),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 access_log=False,

@@ -25,6 +25,14 @@ class IngressConfig(BaseModel):
         "waits, within body_timeout",
     )
     body_timeout: float = Field(30.0, gt=0, description="time for a client to send its body (408)")
+    max_unread: int = Field(
+        2**20,
+        ge=2**16,
+        description="bytes of a stream that may wait for its client; past that it is ended, to be read on",
+    )
+    write_timeout: float = Field(
+        30.0, gt=0, description="time for a client to take anything of what waits; then it is disconnected"
+    )
     keepalive: float = Field(5.0, gt=0, description="SSE comment interval while nothing else is sent")
     publish_timeout: float = Field(2.0, gt=0, description="time for the broker to accept (503)")
     drain_timeout: float = Field(30.0, ge=0, description="time for open streams to finish on SIGTERM")

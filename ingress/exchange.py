@@ -13,7 +13,7 @@ import orjson
 
 from broker import base, bodies, errors, replies, subjects, usage
 from broker.messages import Frame, Request
-from ingress import metrics
+from ingress import metrics, resume
 from ingress.config import IngressConfig
 from ingress.http import Receive, disconnected
 from ingress.relay import Relay
@@ -110,7 +110,8 @@ class Exchange:
     async def follow(self, receive: Receive) -> errors.HeadraceError | None:
         """Relay frames until the answer is complete. Returns the fault that ended it, if one did.
 
-        Raises errors.FramesLost, errors.Unavailable when the reply can't be read to its end.
+        Raises errors.FramesLost, errors.Unavailable when the reply can't be read to its end,
+        errors.ReaderTooSlow when too much has come while its client took what there was.
         """
         gone = asyncio.create_task(disconnected(receive))
         gone.add_done_callback(lambda _: self._stream.wake())
@@ -124,12 +125,15 @@ class Exchange:
                     min(patience, noting), ask_journal=accepted and patience <= noting
                 )
                 if gone.done():
-                    return errors.Cancelled("the client went away")
+                    return self.too_slow() if self._relay.cut() else errors.Cancelled("the client went away")
                 if frames:
                     self._taken = self._taken or _from_worker(frames)
                     self._quiet_since = time.monotonic()
+                    overflows = self._stream.overflows
                     if await self._relay.frames(frames):
                         return self._relay.fault
+                    if self._stream.overflows > overflows:
+                        raise self.too_slow()
                     continue
                 fault = self._overdue()
                 if isinstance(fault, errors.Unavailable) and await self._published_again(fault):
@@ -147,6 +151,13 @@ class Exchange:
             raise errors.FramesLost(f"the reply holds what is no frame: {exc.message}") from exc
         finally:
             gone.cancel()
+
+    def too_slow(self) -> errors.ReaderTooSlow:
+        where = resume.PATH.format(id=self._request.request_id)
+        return errors.ReaderTooSlow(
+            "the answer comes faster than you read it, and goes on without you: read on with "
+            f"GET {where} and the last event's id as Last-Event-ID"
+        )
 
     async def _published_again(self, fault: errors.Unavailable) -> bool:
         """Offer the request once more where it is sure that nobody has it: its stream elects a leader."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from broker import errors
 from broker.messages import Frame, FrameKind
@@ -26,6 +27,7 @@ class Relay:
         worker: who answers, once known.
         after: what the client has of the answer already; None = nothing.
         first_payload_at: `time.monotonic()` of the first payload byte sent.
+        cut: tells whether the connection was ended from here, because its client read nothing.
     """
 
     def __init__(self, send: Send, path: str, request_id: str, streaming: bool, live: bool = True) -> None:
@@ -43,6 +45,7 @@ class Relay:
         self.after: sse.Position | None = None
         self._joined = False  # the frame that `after` names has come by
         self.first_payload_at: float | None = None
+        self.cut: Callable[[], bool] = lambda: False
         self.fault: errors.HeadraceError | None = None
 
     async def frames(self, frames: list[Frame]) -> bool:

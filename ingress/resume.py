@@ -11,9 +11,6 @@ from broker.messages import Frame, parse_request
 from ingress.http import Receive, disconnected
 from ingress.relay import Relay
 
-_PAGE = 256
-"""Frames passed on at once."""
-
 _CHECK = 10.0
 """Seconds after which a request that waits is looked for in the queue again."""
 
@@ -88,7 +85,8 @@ async def follow(
     keepalive: float,
     seq: int = 0,
 ) -> bool:
-    """Relay a reply to its end; False when this reader went before. The request itself is left alone.
+    """Relay a reply to its end; False when this reader went before. The request itself is left alone. One
+    who reads slowly sets the pace: the journal waits for it.
 
     `seq`: the request's in REQUESTS, where it is known to be there and the journal may not say so.
     Raises errors.FramesLost also where the journal keeps nothing of the reply any more and no end came,
@@ -101,10 +99,8 @@ async def follow(
         frames = await stream.begin()
         while not gone.done():
             waiting.observe(frames)
-            for page in range(0, len(frames), _PAGE):
-                if await relay.frames(frames[page : page + _PAGE]):
-                    return True
-                await asyncio.sleep(0)  # others' tokens go between
+            if await relay.frames(frames):
+                return True
             if not frames and (fault := await _silent(stream, waiting)) is not None:
                 frames = await stream.next(_SETTLE)
                 if frames or gone.done():

@@ -112,6 +112,48 @@ async def test_a_server_that_reads_nothing_gets_it_all_in_order_when_it_does(
     assert heard == list(range(4000))
 
 
+async def test_who_publishes_to_a_server_that_reads_nothing_waits(
+    server: NatsServer, broker: NatsBroker, reader: NatsBroker
+) -> None:
+    limit, size, count = 16 * 2**20, 8000, 4000
+    heard = await hearing(reader, "fleet.*")
+    published: list[int] = []
+
+    def unsent() -> int:
+        return broker._nc._socket().get_write_buffer_size() + broker._nc._pending_data_size
+
+    async def publish() -> None:
+        for number in range(count):
+            await broker.publish("fleet.a", b"%d " % number + b"x" * size)
+            published.append(unsent())
+            await asyncio.sleep(0)
+
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        publishing = asyncio.create_task(publish())
+        await until(lambda: unsent() > limit)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert len(published) < count
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    await publishing
+    await until(lambda: len(heard) == count)
+    assert heard == list(range(count))
+    assert max(published) < 2 * limit
+
+
+async def test_a_reply_that_is_being_repeated_is_not_begun_again(broker: NatsBroker) -> None:
+    await broker.publish("out.a.b.c", b"frame")
+    asked = Message("again.a.c", b"{}")
+    for _ in range(2):
+        for _ in range(100):
+            broker._on_again(asked)
+        assert len(broker._repeats) == 1
+        await until(lambda: not broker._repeats)
+
+
 async def test_what_was_published_right_before_the_close_arrives(
     server: NatsServer, reader: NatsBroker
 ) -> None:

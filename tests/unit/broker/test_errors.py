@@ -15,6 +15,7 @@ WIRE = {
     "NotFound": ("not_found", 404, "invalid_request_error", False),
     "MethodNotAllowed": ("method_not_allowed", 405, "invalid_request_error", False),
     "BodyTimeout": ("request_timeout", 408, "invalid_request_error", True),
+    "ReaderTooSlow": ("reader_too_slow", 408, "invalid_request_error", True),
     "DuplicateRequest": ("duplicate_request", 409, "invalid_request_error", False),
     "KeyReused": ("idempotency_key_reused", 422, "invalid_request_error", False),
     "TooLarge": ("request_too_large", 413, "invalid_request_error", False),

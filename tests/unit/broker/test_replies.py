@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import orjson
 import pytest
@@ -520,6 +521,90 @@ async def test_what_is_no_frame_is_told_to_the_reader(broker: Deafening, stream:
     await MemoryBroker.publish(broker, SUBJECT, b"garbage")
     with pytest.raises(errors.MalformedMessage):
         await stream.next(5.0)
+
+
+# Readers who are behind
+
+
+async def numbered(broker: MemoryBroker, count: int, start: int = 0, end: bool = True) -> None:
+    """Frames `start` to `count` of a reply, of some 1 kB each, and its end."""
+    extra = {"status": 200, "worker": "w", "at": 1.0, **SSE}
+    for number in range(start, count):
+        kind = FrameKind.DATA if number else FrameKind.HEAD
+        frame = Frame(1, number, kind, number, [number], payload=b"%d;" % number + b"x" * 1000)
+        frame.extra = {} if number else extra
+        await MemoryBroker.publish(broker, SUBJECT, codec.encode(frame))
+        await asyncio.sleep(0)
+    if end:
+        await MemoryBroker.publish(broker, SUBJECT, codec.encode(Frame(1, count, FrameKind.END, count)))
+    await asyncio.sleep(0)
+
+
+async def test_what_waits_for_a_reader_is_bounded_and_read_back_in_pages(broker: Deafening) -> None:
+    async with replies.following(broker, SUBJECT, max_unread=20_000) as stream:
+        await numbered(broker, 1000)
+        assert stream.overflows > 1
+        assert stream.unread <= 22_000
+        pages = [await stream.next(0.02)]
+        while not stream.finished:
+            pages.append(await stream.next(0.02))
+    frames = [frame for page in pages for frame in page]
+    assert tokens(frames) == list(range(1000))
+    assert max(map(len, pages)) <= replies._PAGE
+
+
+async def test_who_comes_late_gets_pages_while_more_comes(broker: Deafening) -> None:
+    async with replies.following(broker, SUBJECT, max_unread=20_000) as stream:
+        await numbered(broker, 600)
+        frames = await stream.begin()
+        assert len(frames) == replies._PAGE
+        while not stream.finished:
+            page = await stream.next(0.02)
+            assert len(page) <= replies._PAGE
+            frames += page
+    assert tokens(frames) == list(range(600))
+
+
+async def test_what_is_dropped_while_the_journal_is_read_is_read_too(
+    broker: Deafening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, later = broker.read, [numbered(broker, 300, 100)]
+
+    async def reading(*args: Any, **kwargs: Any) -> Any:
+        found = await read(*args, **kwargs)
+        if later:
+            await later.pop()
+        return found
+
+    async with replies.following(broker, SUBJECT, max_unread=20_000) as stream:
+        await numbered(broker, 100, end=False)
+        monkeypatch.setattr(broker, "read", reading)
+        frames: list[Frame] = []
+        while not stream.finished:
+            frames += await stream.next(0.02)
+        assert stream.overflows > 5
+    assert tokens(frames) == list(range(300))
+
+
+async def test_a_journal_that_cannot_be_read_leaves_its_reader_waiting(
+    broker: Deafening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, refusals = broker.read, [errors.Unavailable("later"), errors.Unavailable("later")]
+
+    async def reading(*args: Any, **kwargs: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return await read(*args, **kwargs)
+
+    monkeypatch.setattr(broker, "read", reading)
+    async with replies.following(broker, SUBJECT, max_unread=20_000) as stream:
+        await numbered(broker, 100)
+        frames = [await stream.next(0.02), await stream.next(0.02)]
+        assert frames == [[], []]
+        whole: list[Frame] = []
+        while not stream.finished:
+            whole += await stream.next(0.02)
+    assert tokens(whole) == list(range(100))
 
 
 async def test_a_mailbox_sorts_by_request_and_forgets_the_closed(broker: Deafening) -> None:
