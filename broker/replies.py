@@ -277,7 +277,10 @@ class Assembler:
         for frame in frames:
             if frame.kind in TERMINAL:
                 rest.append(frame)
-            elif frame.kind is not FrameKind.BEAT and self._new(frame):
+            elif frame.kind is FrameKind.BEAT:
+                if not self._headed and (frame.epoch, frame.seq) >= (self.epoch, self.next_seq):
+                    rest.append(frame)
+            elif self._new(frame):
                 if mute and frame.off == off and not frame.ids and not frame.choices:
                     mute -= 1
                 else:
@@ -441,6 +444,7 @@ class Stream:
         self._lag: float | None = None  # loop time since which the journal lacks what must be there
         self._since_ms = time.time() * 1000 - _CLOCKS_APART
         self._asked_again = 0.0  # loop time
+        self._looked: tuple[int, int] | None = None  # the journal's end and our epoch at the last look
 
     @property
     def finished(self) -> bool:
@@ -493,8 +497,11 @@ class Stream:
         try:
             if self._behind:
                 ready += await self._checked(*await self._again())
-            elif self._assembler.gap or (silent and await self._missed()):
+            elif self._assembler.gap:
                 ready += await self._checked(*await self._repair())
+            elif silent and (place := await self._unlooked()):
+                ready += await self._look()
+                self._looked = place
         except errors.Unavailable as exc:
             # What is in order goes on its way; the next frame or silence asks the journal again.
             _log.warning("the journal can't be read now: %s", exc.message)
@@ -579,13 +586,24 @@ class Stream:
         else:
             self._end_wait(True)
 
-    async def _missed(self) -> bool:
-        newest = await last_frame(self._broker, self.subject, self._since_ms)
-        if newest is None:
-            return False
-        # A late note that the request is queued stands behind what its worker said.
-        seen = self._assembler.epoch, self._assembler.next_seq
-        return newest.epoch == QUEUED_EPOCH or (newest.epoch, newest.seq) >= seen
+    async def _unlooked(self) -> tuple[int, int] | None:
+        """Where the journal ends, if it may have what passed us by: a place and an epoch of ours.
+
+        Its newest frame tells that it has not, when it is the one that we had last, of the first attempt. Any
+        other may stand behind some that we lack: a note, a late one of an attempt that was given up, or the
+        first of an attempt that came when there was an end already.
+        """
+        newest = await self._broker.last(subjects.REPLIES, self.subject)
+        if newest is None or newest.stored_ms < self._since_ms:
+            return None
+        frame, assembler = codec.decode(newest.data), self._assembler
+        first_and_last = (frame.epoch, frame.seq) == (1, assembler.next_seq - 1) and assembler.epoch == 1
+        place = newest.seq, assembler.epoch
+        return None if first_and_last or place == self._looked else place
+
+    async def _look(self) -> list[Frame]:
+        frames, whole = await self._again()
+        return frames if whole else await self._checked(*await self._repair())
 
     async def begin(self) -> list[Frame]:
         """For a reader who comes late: the first page of what the journal has of the newest request of this

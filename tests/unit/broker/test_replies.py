@@ -401,6 +401,35 @@ async def test_a_lost_answer_is_noticed_behind_a_late_note(broker: Deafening, st
     assert [f.seq for f in frames] == [0, 1, 2, 3, 4, 5, 6]
 
 
+async def test_an_end_that_a_later_attempt_outran_is_found_in_the_silence(
+    broker: Deafening, stream: Stream
+) -> None:
+    """The first attempt's end came to the journal before the next one began, and to its reader after it."""
+    broker.lost = {4, 5, 6}
+    await write(broker)
+    broker.lost = set()
+    await Writer(broker, SUBJECT, 2).beat("w2")
+    broker.unkept = True
+    for late in (Frame(1, 4, FrameKind.DATA, 2, [2]), Frame(1, 6, FrameKind.END)):
+        await broker.publish(SUBJECT, codec.encode(late))
+    frames = await read(stream, silence=0.02)
+    assert tokens(frames) == [0, 1, 2, 3]
+    assert frames[-1].kind is FrameKind.END
+
+
+async def test_the_journal_is_not_read_again_and_again_in_a_silence(
+    broker: Deafening, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await write(broker, count=2, end=False)
+    await Writer(broker, SUBJECT, 2).beat("w2")
+    read, calls = broker.read, []
+    monkeypatch.setattr(broker, "read", lambda *a, **k: (calls.append(a), read(*a, **k))[1])
+    for _ in range(5):
+        await stream.next(0.01)
+    assert len(calls) == 1
+    assert not stream.finished
+
+
 async def test_silence_is_silence_when_nothing_was_said(stream: Stream) -> None:
     assert await stream.next(0.01) == []
     assert not stream.finished
