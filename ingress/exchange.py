@@ -60,6 +60,7 @@ class Exchange:
         self._note_at = 0.0
         self._republished = False
         self._taken = False
+        self._left = False  # it was not in the queue when it was last looked for
 
     async def publish(self) -> None:
         """Put the request into the queue; its acknowledgement is awaited beside the first frame.
@@ -145,12 +146,27 @@ class Exchange:
                     await self._note()
                 if time.monotonic() - self._quiet_since >= self._config.keepalive:
                     self._quiet_since = time.monotonic()
+                    if await self._is_over():
+                        raise errors.FramesLost("the request has left the queue, and its reply has no end")
                     model = self._request.subject.model
                     await self._relay.keepalive("" if self._served(model) else model)
         except errors.MalformedMessage as exc:
             raise errors.FramesLost(f"the reply holds what is no frame: {exc.message}") from exc
         finally:
             gone.cancel()
+
+    async def _is_over(self) -> bool:
+        """Whether nobody will go on with the reply: its request is not in the queue any more, and was not at
+        the look before."""
+        ack = self._ack
+        if not self._taken or ack is None or not ack.done() or ack.cancelled() or ack.exception():
+            return False
+        try:
+            there = await self._broker.record(subjects.REQUESTS, ack.result().seq) is not None
+        except errors.Unavailable:
+            return False
+        over, self._left = self._left and not there, not there
+        return over
 
     def too_slow(self) -> errors.ReaderTooSlow:
         where = resume.PATH.format(id=self._request.request_id)

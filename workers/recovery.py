@@ -74,6 +74,7 @@ async def fence(
         if fenced:
             return past(frames[: fenced[0]])
         if asyncio.get_running_loop().time() > deadline:
+            await writer.beat(worker, left="the journal did not answer in time")  # else it counts as a death
             raise errors.Unavailable("the journal of replies does not keep what is written to it")
     raise AssertionError  # the pauses never end
 

@@ -343,6 +343,16 @@ async def test_a_reader_does_not_wait_for_what_will_not_come(
         assert orjson.loads(body)["error"]["code"] == code
 
 
+async def test_a_reply_that_nobody_will_end_is_a_loss() -> None:
+    """Its worker acked it, and what that said last is nowhere."""
+    async with rig(keepalive=0.01) as at, request(at.app, CHAT, BODY) as call:
+        delivery, writer = await at.take()
+        await writer.head(200, SSE, "w", b"data: 1\n\n", [(0, [1])])
+        await anext(call.chunks())
+        await delivery.ack()
+        assert b"frames_lost" in (await outcome(call))[1]
+
+
 # Bodies too large for a message
 
 
