@@ -221,6 +221,9 @@ class Assembler:
     A frame of an older epoch is dropped. A newer epoch starts again at seq 0 and goes on, without a
     head of its own, at the output token that the earlier ones came to; what it repeats is dropped. An
     answer that is not streamed is passed on whole, at its end: one that was cut short may so begin anew.
+
+    While a newer epoch has said nothing but that it is there, the one before may still come to its end: its
+    worker was not lost, and has acked the request perhaps.
     """
 
     def __init__(self) -> None:
@@ -231,6 +234,8 @@ class Assembler:
         self._mute = 0  # frames without tokens that were passed on since the last token of choice 0
         self._headed = False
         self._whole: list[Frame] | None = None
+        self._spoke = False  # this epoch has said more than beats
+        self._before: tuple[int, int] | None = None  # epoch and next seq of the one before, while it has not
         self._held: dict[tuple[int, int], Frame] = {}
 
     @property
@@ -241,7 +246,7 @@ class Assembler:
     @property
     def gap(self) -> bool:
         """Frames are held back because an earlier one is missing."""
-        return bool(self._held) and not self.finished
+        return not self.finished and any(epoch >= self.epoch for epoch, _ in self._held)
 
     @property
     def started(self) -> bool:
@@ -259,7 +264,7 @@ class Assembler:
             # Every frame of an undisturbed stream takes this way.
             self.next_seq += 1
             self._place(frame, ready)
-        elif not self.finished and (frame.epoch, frame.seq) >= (self.epoch, self.next_seq):
+        elif not self.finished and self._may_count(frame):
             self._held[frame.epoch, frame.seq] = frame
             if len(self._held) > _HELD_LIMIT:
                 raise errors.FramesLost("reply frames are missing and too many wait behind them")
@@ -287,6 +292,12 @@ class Assembler:
                     rest.append(frame)
         return rest
 
+    def _may_count(self, frame: Frame) -> bool:
+        key = frame.epoch, frame.seq
+        if key >= (self.epoch, self.next_seq):
+            return True
+        return self._before is not None and frame.epoch == self._before[0] and key >= self._before
+
     def _release(self, ready: list[Frame]) -> None:
         """Place those held back whose turn has come."""
         while not self.finished:
@@ -295,19 +306,49 @@ class Assembler:
                 self.next_seq += 1
                 self._place(following, ready)
             elif not self._advance_epoch():
+                self._end_before(ready)
                 return
+
+    def _end_before(self, ready: list[Frame]) -> None:
+        """Let the attempt before this one have the last word, if all that it said is here, to its end."""
+        if self._before is None:
+            return
+        epoch, seq = self._before
+        rest: list[Frame] = []
+        while (frame := self._held.get((epoch, seq))) is not None and frame.kind is not FrameKind.ERROR:
+            rest.append(frame)
+            seq += 1
+        if rest and rest[-1].kind is FrameKind.END:
+            for frame in rest:
+                self._place(frame, ready)
 
     def _advance_epoch(self) -> bool:
         """Move to the newest epoch whose first frame is here."""
         newest = max((epoch for epoch, seq in self._held if seq == 0), default=self.epoch)
         if newest <= self.epoch:
             return False
+        if self._spoke:
+            self._before, self._spoke = (self.epoch, self.next_seq), False
         self.epoch, self.next_seq = newest, 0
-        self._held = {key: frame for key, frame in self._held.items() if key[0] >= newest}
+        self._let_go()
         return True
+
+    def _let_go(self) -> None:
+        """Of what can't count any more."""
+        before = self._before[0] if self._before is not None else self.epoch
+        self._held = {
+            key: frame
+            for key, frame in self._held.items()
+            if key[0] in (before, self.epoch) or key[0] > self.epoch
+        }
 
     def _place(self, frame: Frame, ready: list[Frame]) -> None:
         """Add to `ready` what may be passed on now that `frame`'s turn has come."""
+        if not self._spoke and frame.kind is not FrameKind.BEAT:
+            self._spoke = True
+            if self._before is not None:
+                self._before = None
+                self._let_go()
         if frame.kind in TERMINAL:
             self.finished = True
             if frame.kind is FrameKind.END and self._whole is not None:
@@ -611,6 +652,18 @@ class Stream:
 
         Raises errors.FramesLost when the beginning is no longer there, errors.Unavailable.
         """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _LAG
+        while True:
+            ready = await self._first_page()
+            if not self._behind and (not self._assembler.gap or (ready and self._paging)):
+                return ready
+            if loop.time() > end:
+                raise errors.FramesLost("the journal no longer has the beginning of the reply")
+            self._assembler, self._behind = Assembler(), False  # this copy of it may lag behind
+            await asyncio.sleep(_POLL)
+
+    async def _first_page(self) -> list[Frame]:
         places, frames = [], []
         page = await self._broker.read(subjects.REPLIES, self.subject, limit=_PAGE)
         while page:
@@ -624,10 +677,7 @@ class Stream:
         if places:
             seq, self._since_ms = places[_newest_request(frames)]
             self._read_to, self._paging = seq - 1, True
-        ready = await self._page()
-        if self._behind or (self._assembler.gap and not (ready and self._paging)):
-            raise errors.FramesLost("the journal no longer has the beginning of the reply")
-        return ready
+        return await self._page()
 
     async def forgotten(self) -> bool:
         """Whether the journal keeps nothing of the reply any more; False while it can't be asked."""

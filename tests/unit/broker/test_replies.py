@@ -221,6 +221,38 @@ def test_a_gap_in_an_attempt_that_is_over_is_no_gap() -> None:
     assert not assembler.gap
 
 
+@given(sizes, st.integers(1, 12), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_an_attempt_that_was_given_up_may_come_to_its_end_while_the_next_has_said_nothing(
+    run: list[int], cut: int, beats: int, rng: random.Random
+) -> None:
+    """Its worker was only slow, and acked the request: nobody else would go on with it."""
+    whole = attempt(1, run)
+    cut = min(cut, len(whole) - 1)
+    rest = whole[cut:] + [Frame(epoch, 0, FrameKind.BEAT) for epoch in range(2, 2 + beats)]
+    rng.shuffle(rest)
+    assembler, seen = Assembler(), []
+    for frame in whole[:cut] + rest:
+        seen += assembler.feed(frame)
+    assert [f.payload for f in seen if f.kind in KINDS] == [f.payload for f in whole if f.kind in KINDS]
+    assert seen[-1].kind is FrameKind.END
+    assert not assembler.gap
+
+
+def test_but_not_once_the_next_has_said_something_and_not_to_an_error() -> None:
+    assembler = Assembler()
+    for frame in [*attempt(1, [1, 1], None), Frame(2, 0, FrameKind.BEAT)]:
+        assembler.feed(frame)
+    late = [Frame(1, 3, FrameKind.DATA, 2, [2]), Frame(1, 5, FrameKind.END)]
+    assert [assembler.feed(frame) for frame in late] == [[], []]
+    assert not assembler.gap
+    assert assembler.feed(Frame(1, 4, FrameKind.ERROR)) == []
+    new = Frame(2, 1, FrameKind.DATA, 2, [22])
+    assert assembler.feed(new) == [new]
+    assert assembler._held == {}
+    assert assembler.feed(Frame(1, 4, FrameKind.DATA, 3, [3])) == []
+    assert not assembler.finished
+
+
 def test_beats_are_passed_on_until_the_head_only() -> None:
     assembler = Assembler()
     first, second = attempt(1, []), attempt(2, [1])
