@@ -235,7 +235,7 @@ class Assembler:
         self._headed = False
         self._whole: list[Frame] | None = None
         self._spoke = False  # this epoch has said more than beats
-        self._before: tuple[int, int] | None = None  # epoch and next seq of the one before, while it has not
+        self._before: dict[int, int] = {}  # earlier epochs and their next seq, while it has not
         self._held: dict[tuple[int, int], Frame] = {}
 
     @property
@@ -293,10 +293,10 @@ class Assembler:
         return rest
 
     def _may_count(self, frame: Frame) -> bool:
-        key = frame.epoch, frame.seq
-        if key >= (self.epoch, self.next_seq):
+        if (frame.epoch, frame.seq) >= (self.epoch, self.next_seq):
             return True
-        return self._before is not None and frame.epoch == self._before[0] and key >= self._before
+        following = self._before.get(frame.epoch)
+        return following is not None and frame.seq >= following
 
     def _release(self, ready: list[Frame]) -> None:
         """Place those held back whose turn has come."""
@@ -310,44 +310,39 @@ class Assembler:
                 return
 
     def _end_before(self, ready: list[Frame]) -> None:
-        """Let the attempt before this one have the last word, if all that it said is here, to its end."""
-        if self._before is None:
-            return
-        epoch, seq = self._before
-        rest: list[Frame] = []
-        while (frame := self._held.get((epoch, seq))) is not None and frame.kind is not FrameKind.ERROR:
-            rest.append(frame)
-            seq += 1
-        if rest and rest[-1].kind is FrameKind.END:
-            for frame in rest:
-                self._place(frame, ready)
+        """Let an attempt before this one have the last word, if all that it said is here, to its end."""
+        for epoch, seq in self._before.items():
+            rest: list[Frame] = []
+            while (frame := self._held.get((epoch, seq + len(rest)))) and frame.kind is not FrameKind.ERROR:
+                rest.append(frame)
+            if rest and rest[-1].kind is FrameKind.END:
+                for frame in rest:
+                    self._place(frame, ready)
+                return
 
     def _advance_epoch(self) -> bool:
         """Move to the newest epoch whose first frame is here."""
         newest = max((epoch for epoch, seq in self._held if seq == 0), default=self.epoch)
         if newest <= self.epoch:
             return False
-        if self._spoke:
-            self._before, self._spoke = (self.epoch, self.next_seq), False
+        self._before[self.epoch] = self.next_seq
+        self._spoke = False
         self.epoch, self.next_seq = newest, 0
         self._let_go()
         return True
 
     def _let_go(self) -> None:
         """Of what can't count any more."""
-        before = self._before[0] if self._before is not None else self.epoch
         self._held = {
-            key: frame
-            for key, frame in self._held.items()
-            if key[0] in (before, self.epoch) or key[0] > self.epoch
+            key: frame for key, frame in self._held.items() if key[0] >= self.epoch or key[0] in self._before
         }
 
     def _place(self, frame: Frame, ready: list[Frame]) -> None:
         """Add to `ready` what may be passed on now that `frame`'s turn has come."""
         if not self._spoke and frame.kind is not FrameKind.BEAT:
             self._spoke = True
-            if self._before is not None:
-                self._before = None
+            if self._before:
+                self._before = {}
                 self._let_go()
         if frame.kind in TERMINAL:
             self.finished = True
