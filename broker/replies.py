@@ -514,8 +514,11 @@ class Stream:
 
     async def _missed(self) -> bool:
         newest = await last_frame(self._broker, self.subject, self._since_ms)
+        if newest is None:
+            return False
+        # A late note that the request is queued stands behind what its worker said.
         seen = self._assembler.epoch, self._assembler.next_seq
-        return newest is not None and (newest.epoch, newest.seq) >= seen
+        return newest.epoch == QUEUED_EPOCH or (newest.epoch, newest.seq) >= seen
 
     async def begin(self) -> list[Frame]:
         """For a reader who comes late: what the journal has of the newest request of this id.

@@ -389,6 +389,17 @@ async def test_a_lost_tail_is_noticed_in_the_silence(broker: Deafening, stream: 
     assert [f.seq for f in frames] == [0, 1, 2, 3, 4, 5, 6]
 
 
+async def test_a_lost_answer_is_noticed_behind_a_late_note(broker: Deafening, stream: Stream) -> None:
+    """Who asked heard nothing of a worker, and noted that the request waits: the note is the newest frame."""
+    broker.lost = set(range(7))
+    await write(broker)
+    broker.lost = set()
+    await replies.note_queued(broker, SUBJECT, 1)
+    assert [f.extra.get("queued") for f in await stream.next(0.02)] == [1]
+    frames = await read(stream, silence=0.02)
+    assert [f.seq for f in frames] == [0, 1, 2, 3, 4, 5, 6]
+
+
 async def test_silence_is_silence_when_nothing_was_said(stream: Stream) -> None:
     assert await stream.next(0.01) == []
     assert not stream.finished
