@@ -400,6 +400,17 @@ async def test_a_lost_answer_is_noticed_behind_a_late_note(broker: Deafening, st
     assert [f.seq for f in frames] == [0, 1, 2, 3, 4, 5, 6]
 
 
+async def test_a_reply_whose_repetition_broke_off_has_not_begun_anew(
+    broker: Deafening, stream: Stream
+) -> None:
+    await write(broker)
+    first, *_ = await broker.read(subjects.REPLIES, SUBJECT)
+    await broker.publish(SUBJECT, first.data)
+    async with replies.following(broker, SUBJECT) as late:
+        assert [f.seq for f in await late.begin()] == [0, 1, 2, 3, 4, 5, 6]
+        assert late.finished
+
+
 async def test_silence_is_silence_when_nothing_was_said(stream: Stream) -> None:
     assert await stream.next(0.01) == []
     assert not stream.finished
