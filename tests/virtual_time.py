@@ -8,8 +8,11 @@ import contextlib
 import selectors
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 from unittest import mock
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
 
 UNIX = 1_800_000_000.0
 """Unix time in seconds at which a loop's time is 0."""
@@ -28,7 +31,7 @@ class _Selector(selectors.SelectSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """`now` is the loop's time in seconds. An executor's work is done at once: nothing runs beside the loop."""
+    """`now` is the loop's time in seconds. An executor's work is done at once: nothing runs beside it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -42,8 +45,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def unix(self) -> float:
         return UNIX + self.now
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
-        done: asyncio.Future[Any] = self.create_future()
+    def run_in_executor(
+        self, executor: Any, func: Callable[[Unpack[Args]], T], *args: *Args
+    ) -> asyncio.Future[T]:
+        done: asyncio.Future[T] = self.create_future()
         done.set_result(func(*args))
         return done
 

@@ -147,8 +147,8 @@ class Job:
 
     @property
     def epoch(self) -> int:
-        """Of its frames: the attempt that began the run. A later delivery to the same worker is of the same run,
-        and its attempt says nothing of who took the request in between."""
+        """Of its frames: the attempt that began the run. A later delivery to the same worker is of the same
+        run, and its attempt says nothing of who took the request in between."""
         return self._writer.epoch
 
     @property

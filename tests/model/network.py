@@ -121,7 +121,7 @@ class Client(MemoryBroker):
         """Raises errors.Unavailable when the message does not arrive."""
         self.check()
         arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        one_way(lambda: arrived.done() or arrived.set_result(None))
+        one_way(_arrived, arrived)
         try:
             await asyncio.wait_for(arrived, _TIMEOUT)
         except TimeoutError:
@@ -186,6 +186,11 @@ class Client(MemoryBroker):
         await self.close()
 
 
+def _arrived(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 def _there_and_back(name: str) -> Callable[..., Awaitable[Any]]:
     async def ask(self: Client, *args: Any, **kwargs: Any) -> Any:
         await self.trip(self.send)
@@ -196,7 +201,6 @@ def _there_and_back(name: str) -> Callable[..., Awaitable[Any]]:
     return ask
 
 
-for _name in ("sync", "enqueue", "read", "last", "record", "delete", "counts", "get", "swap"):
-    setattr(Client, _name, _there_and_back(_name))
-for _name in ("hand_on", "delivered"):
+_ASKED = "sync enqueue read last record delete counts get swap hand_on delivered"
+for _name in _ASKED.split():
     setattr(Client, _name, _there_and_back(_name))

@@ -1,13 +1,12 @@
 """The protocol, as a machine that does to it what may befall it, in any order: requests run on real workers,
-which die, stall, lose their connection and wake too late; frames go missing; callers leave. Every reader checks
-every frame, and in the end each request has ended, as it should."""
+which die, stall, lose their connection and wake too late; frames go missing; callers leave. Every reader
+checks every frame, and in the end each request has ended, as it should."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 from unittest import mock
@@ -21,12 +20,23 @@ from broker.config import BrokerConfig
 from broker.messages import TERMINAL, ModelCard, ServiceClass, UsageEvent
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
-from tests.model.actors import ENDLESS, MAX_DEATHS, PATH, Asked, Caller, DirectCaller, HttpCaller, Process, Reader, ask
+from tests.model.actors import (
+    ENDLESS,
+    MAX_DEATHS,
+    PATH,
+    Asked,
+    Caller,
+    DirectCaller,
+    HttpCaller,
+    Process,
+    Reader,
+    ask,
+)
 from tests.model.network import Client, Server
 from tests.virtual_time import virtual_time
 
 PAUSES = st.sampled_from([0.0, 0.0003, 0.0011, 0.005, 0.021, 0.09, 0.35, 1.1, 2.5])
-"""Seconds that pass after something has happened: messages take 0.2 ms, tokens 20, a loss is noticed in 300."""
+"""Seconds that pass after something has happened: messages take 0.2 ms, tokens 20, a loss is seen in 300."""
 
 SETTLED = 90.0
 """Seconds in which everything has come to its end once nothing befalls it any more."""
@@ -351,7 +361,9 @@ class Fleet(RuleBasedStateMachine):
 
     def _check_end(self, asked: Asked, reader: Reader) -> None:
         if reader.code:
-            assert reader.code in self._codes(asked) or (reader.late and reader.code == "not_found"), reader.code
+            assert reader.code in self._codes(asked) or (reader.late and reader.code == "not_found"), (
+                reader.code
+            )
             return
         assert reader.end is not None
         assert {len(ids) for ids in reader.said.values()} == {asked.tokens}
@@ -387,4 +399,5 @@ class Fleet(RuleBasedStateMachine):
 
 
 TestFleet = Fleet.TestCase
-TestFleet.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+# The same runs each time: what a new one finds is for who looks for it, not for who changes something else.
+TestFleet.settings = settings(max_examples=100, stateful_step_count=30, deadline=None, derandomize=True)
