@@ -44,7 +44,7 @@ class _Subscription:
         client.hub.listeners.append(self)
 
     def hand(self, message: Message) -> None:
-        asyncio.get_running_loop().call_soon(self._deliver, message)
+        self._client.hand(self._deliver, message)
 
     def _deliver(self, message: Message) -> None:
         if self._client.connected and not self._closed:
@@ -99,12 +99,11 @@ class _Puller:
         if self._closed or n <= 0:
             return
         self.outstanding += n
-        self.queue.pulls.append(Pull(self.client, n, self._hand))
-        self.client.hub.pump(self.queue)
+        self.client.send(self.client.hub.stand, self.queue, Pull(self.client, n, self._hand))
 
     def _hand(self, lease: Lease) -> None:
         self.client.hub.route(Message(self.client.inbox, b"", None, f"{self.queue.name}.{lease.record.seq}"))
-        asyncio.get_running_loop().call_soon(self._deliver, lease)
+        self.client.hand(self._deliver, lease)
 
     def _deliver(self, lease: Lease) -> None:
         if not self.client.connected:
@@ -221,6 +220,10 @@ class MemoryBroker(base.Broker):
             action(*arguments)
         else:
             self._held.append((action, arguments))
+
+    def hand(self, take: Callable[..., object], *arguments: Any) -> None:
+        """Let a handler have what comes in: as `send` is for what goes out."""
+        asyncio.get_running_loop().call_soon(take, *arguments)
 
     def _fits(self, subject: str, data: bytes, headers: Mapping[str, str] | None) -> None:
         if size_of(subject, data, headers) - len(subject) > self.hub.max_payload:

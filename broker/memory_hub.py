@@ -220,6 +220,10 @@ class Hub:
             self.queues[name] = Queue(name, pattern, {record.seq: None for record in waiting})
         return self.queues[name]
 
+    def stand(self, queue: Queue, pull: Pull) -> None:
+        queue.pulls.append(pull)
+        self.pump(queue)
+
     def pump(self, queue: Queue) -> None:
         """Match what waits with who asked: redeliveries first, pullers in turn."""
         requests = self.streams[subjects.REQUESTS].entries

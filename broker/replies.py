@@ -51,7 +51,7 @@ class Writer:
     def __init__(self, broker: base.Broker, reply_to: str, epoch: int) -> None:
         self._broker = broker
         self._reply_to = reply_to
-        self._epoch = epoch
+        self.epoch = epoch
         self._offs: dict[int, int] = {}
         self.frames = 0
         self.head_sent = False
@@ -99,7 +99,7 @@ class Writer:
         tokens: list[tuple[int, list[int]]] | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        frame = Frame(self._epoch, self.frames, kind, self._offs.get(0, 0), payload=payload)
+        frame = Frame(self.epoch, self.frames, kind, self._offs.get(0, 0), payload=payload)
         if tokens:
             self._number(frame, tokens)
         if extra is not None:
@@ -110,7 +110,7 @@ class Writer:
                 raise errors.TooLarge("the answer holds more tokens than one reply frame can name")
             part, rest = _split(frame.payload, len(frame.payload) - over)
             # The last part names the tokens: who has it has all of their payload.
-            whole = Frame(self._epoch, self.frames, frame.kind, frame.off, payload=part, extra=frame.extra)
+            whole = Frame(self.epoch, self.frames, frame.kind, frame.off, payload=part, extra=frame.extra)
             await self._publish(codec.encode(whole))
             frame.seq, frame.kind, frame.payload, frame.extra = self.frames, FrameKind.DATA, rest, {}
             data = codec.encode(frame)
@@ -431,12 +431,13 @@ def _newest_request(frames: list[Frame]) -> int:
     """Where the frames of the newest request of one id begin.
 
     What stands behind an end without beginning a request: late frames of an attempt that was given up, a
-    late note, and the first word, and only one, of a worker that was about to take the request over.
+    late note, what was published once more, and the first word, and only one, of a worker that was about to
+    take the request over.
     """
     start, ended = 0, 0
     for n, frame in enumerate(frames):
         late = frame.kind is FrameKind.BEAT and frame.epoch > ended and n == len(frames) - 1
-        if ended and frame.seq == 0 and frame.epoch != QUEUED_EPOCH and not late:
+        if ended and frame.seq == 0 and frame.epoch != QUEUED_EPOCH and not late and frame not in frames[:n]:
             start, ended = n, 0
         if frame.kind in TERMINAL:
             ended = max(frame.epoch, 1) if frame.epoch < LAST_EPOCH else 1

@@ -146,6 +146,12 @@ class Job:
         self._labels = labels
 
     @property
+    def epoch(self) -> int:
+        """Of its frames: the attempt that began the run. A later delivery to the same worker is of the same
+        run, and its attempt says nothing of who took the request in between."""
+        return self._writer.epoch
+
+    @property
     def prompt_estimate(self) -> int:
         return max(1, bodies.size(self._broker, self.request) // 4)
 
@@ -183,7 +189,7 @@ class Job:
         try:
             if await self._superseded():
                 return Superseded("another worker has it")  # it lay in our socket while we were out of touch
-            await self._broker.publish(subjects.taken(request.key), b"%d" % delivery.attempt)
+            await self._broker.publish(subjects.taken(request.key), b"%d" % self.epoch)
             self.past = await recovery.fence(self._broker, request, delivery, self._writer, self._worker)
         except errors.MalformedMessage as exc:
             return exc  # someone else wrote there: who reads it can't tell what is ours
@@ -426,7 +432,7 @@ class Job:
 
     async def _superseded(self) -> bool:
         frames = await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
-        return any(frame.epoch > self.delivery.attempt for frame in frames)
+        return any(frame.epoch > self.epoch for frame in frames)
 
     async def doubt(self) -> None:
         """See whether the request was given to another worker while this one was out of touch."""
@@ -472,7 +478,7 @@ class Job:
             self._fault,
             self._worker,
             status=self._status,
-            epoch=self.delivery.attempt,
+            epoch=self.epoch,
             gpu_seconds=self.timing.gpu_seconds,
             latency=self.latency(),
             **self._usage_meta(),

@@ -70,7 +70,7 @@ async def fence(
     for pause in itertools.chain((0.0, 0.005, 0.02), itertools.repeat(0.1)):
         await asyncio.sleep(pause)
         frames = await replies.journal(broker, request.reply_to, delivery.enqueued_ms)
-        fenced = [n for n, frame in enumerate(frames) if frame.epoch == delivery.attempt]
+        fenced = [n for n, frame in enumerate(frames) if frame.epoch == writer.epoch]
         if fenced:
             return past(frames[: fenced[0]])
         if asyncio.get_running_loop().time() > deadline:

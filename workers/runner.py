@@ -298,7 +298,7 @@ class Worker:
     def _on_taken(self, message: base.Message) -> None:
         """`taken.<tenant>.<request>`: another worker runs it now, as the attempt in the message."""
         job = self._jobs.get(message.subject.partition(".")[2])
-        if job is not None and message.data.isdigit() and int(message.data) > job.delivery.attempt:
+        if job is not None and message.data.isdigit() and int(message.data) > job.epoch:
             job.supersede()
 
     # Stopping

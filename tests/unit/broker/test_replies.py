@@ -467,6 +467,17 @@ async def test_the_journal_is_not_read_again_and_again_in_a_silence(
     assert not stream.finished
 
 
+async def test_a_reply_whose_repetition_broke_off_has_not_begun_anew(
+    broker: Deafening, stream: Stream
+) -> None:
+    await write(broker)
+    first, *_ = await broker.read(subjects.REPLIES, SUBJECT)
+    await broker.publish(SUBJECT, first.data)
+    async with replies.following(broker, SUBJECT) as late:
+        assert [f.seq for f in await late.begin()] == [0, 1, 2, 3, 4, 5, 6]
+        assert late.finished
+
+
 async def test_silence_is_silence_when_nothing_was_said(stream: Stream) -> None:
     assert await stream.next(0.01) == []
     assert not stream.finished

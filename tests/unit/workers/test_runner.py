@@ -274,6 +274,31 @@ async def test_a_full_worker_keeps_what_it_runs_when_that_is_delivered_again(
         assert (await call.end()).kind is FrameKind.END
 
 
+async def test_a_request_that_comes_back_from_another_worker_is_no_longer_the_run_that_it_was(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    """Out of touch, a worker missed that another one had it in between; its frames are nobody's now."""
+    async with serving(broker, WaxEngine(Gate())) as worker:
+        call = await caller.submit()
+        await call.reach(FrameKind.HEAD)
+        (job,) = worker.worker._jobs.values()
+        await replies.Writer(broker, call.request.reply_to, 2).beat("w2")
+        again = SimpleNamespace(**{name: getattr(job.delivery, name) for name in DELIVERED}, attempt=3)
+        worker.worker._take(1, again)
+        assert job.delivery is again
+        await job.doubt()
+        await until(lambda: not worker.worker._jobs)
+        assert await caller.queued() == 1
+        assert not any(frame.kind in TERMINAL for frame in await journal(broker, call))
+
+
+DELIVERED = ("subject", "headers", "data", "seq", "pending", "receipt", "enqueued_ms", "ack", "nak")
+
+
+async def journal(broker: MemoryBroker, call: Call) -> list[Frame]:
+    return await replies.journal(broker, call.request.reply_to, 0.0)
+
+
 async def _nothing() -> None:
     return None
 

@@ -1,0 +1,206 @@
+"""The in-memory broker at the end of lines that are slow, stall, break, and lose frames."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from broker import errors, subjects, tail
+from broker.base import Message
+from broker.config import BrokerConfig
+from broker.memory import MemoryBroker
+from broker.memory_hub import Hub
+
+LATENCY = 0.0002
+"""Seconds for one message in either direction; those of one client keep their order."""
+
+_TIMEOUT = 2.0
+"""Seconds for an answer, as `broker.client` waits for one."""
+
+_TAIL_SECONDS, _TAIL_BYTES = 12.0, 2**20
+
+
+_ELECTED = "elected"
+"""Subject of the server's word that the journal has a leader again."""
+
+
+class Server(Hub):
+    """Loses reply frames when told to.
+
+    Attributes:
+        unheard: so many of the next frames reach no reader.
+        leaderless: the journal keeps nothing now.
+        hurt: subjects of replies of which the journal did not get a frame, or not in its order.
+        lost: (subject, frame) of those that it has not got since.
+    """
+
+    def __init__(self, config: BrokerConfig, clock: Callable[[], float]) -> None:
+        super().__init__(config, clock, 2**20)
+        self.unheard = 0
+        self.leaderless = False
+        self.hurt: set[str] = set()
+        self.lost: set[tuple[str, bytes]] = set()
+
+    def publish(self, message: Message) -> None:
+        if not subjects.is_reply(message.subject):
+            super().publish(message)
+            return
+        if self.leaderless:
+            self.lose(message)
+        else:
+            self.store(message.subject, message.data, message.headers)
+            self.lost.discard((message.subject, message.data))
+        if self.unheard:
+            self.unheard -= 1
+        else:
+            self.route(message)
+
+    def lose(self, message: Message) -> None:
+        self.hurt.add(message.subject)
+        self.lost.add((message.subject, message.data))
+
+    def elect(self) -> None:
+        self.leaderless = False
+        self.route(Message(_ELECTED, b""))
+
+
+class Client(MemoryBroker):
+    """One process's connection. What it sends takes a moment, so that a process may die before it is sent;
+    what it said lately it repeats, as `broker.client` does."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(hub=server)
+        self.server = server
+        self.stalled = False
+        self._out: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._in: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._sending = False
+        self._arrives = 0.0
+        self._tail = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)
+
+    async def start(self) -> None:
+        await self.subscribe(subjects.ALL_AGAIN, lambda message: self._repeat(message.subject[6:]))
+        await self.subscribe(_ELECTED, lambda _: self._repeat_all())
+
+    # The line
+
+    def send(self, action: Callable[..., object], *arguments: Any) -> None:
+        if self._closed:
+            self.check()
+        self._out.append((action, arguments))
+        self._flow()
+
+    def _flow(self) -> None:
+        if not self._sending and self._out:
+            self._sending = True
+            asyncio.get_running_loop().call_later(LATENCY, self._pass_one)
+
+    def _pass_one(self) -> None:
+        self._sending = False
+        if self.connected and not self.stalled and self._out:
+            action, arguments = self._out.popleft()
+            action(*arguments)
+            self._flow()
+
+    def hand(self, take: Callable[..., object], *arguments: Any) -> None:
+        if self.stalled:
+            self._in.append((take, arguments))
+        else:
+            loop = asyncio.get_running_loop()
+            # Never at one time: the loop's timers of one time have no order.
+            self._arrives = max(loop.time() + LATENCY, self._arrives + LATENCY / 1000)
+            loop.call_at(self._arrives, self._arrive, take, arguments)
+
+    def _arrive(self, take: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+        if self.connected:
+            take(*arguments)
+
+    async def trip(self, one_way: Callable[..., None]) -> None:
+        """Raises errors.Unavailable when the message does not arrive."""
+        self.check()
+        arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        one_way(_arrived, arrived)
+        try:
+            await asyncio.wait_for(arrived, _TIMEOUT)
+        except TimeoutError:
+            raise errors.Unavailable("no answer in time") from None
+
+    async def publish(
+        self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
+    ) -> None:
+        await super().publish(subject, data, headers, reply)
+        if subjects.is_reply(subject):
+            self._tail.add(subject, data, asyncio.get_running_loop().time())
+
+    def _repeat(self, key: str) -> None:
+        for subject, data in self._tail.of(key):
+            self.send(self.server.publish, Message(subject, data))
+
+    def _repeat_all(self) -> None:
+        for key in self._tail.keys(asyncio.get_running_loop().time()):
+            self._repeat(key)
+
+    # What befalls it
+
+    def stall(self) -> None:
+        """Nothing goes through, and nobody knows."""
+        self.stalled = True
+
+    def wake(self) -> None:
+        """What was held up goes on its way, late."""
+        self.stalled = False
+        while self._in:
+            take, arguments = self._in.popleft()
+            self.hand(take, *arguments)
+        self._flow()
+
+    def cut(self) -> None:
+        """The connection breaks; what was on its way is lost."""
+        self.wake()
+        while self._out:
+            for said in self._out.popleft()[1]:
+                if isinstance(said, Message) and subjects.is_reply(said.subject):
+                    self.server.lose(said)
+        self.disconnect()
+
+    def heal(self) -> None:
+        self.reconnect()
+        self._repeat_all()
+        self._flow()
+
+    def mend(self) -> None:
+        """Whatever befell it, but for its death, is over."""
+        if not self._closed:
+            if not self.connected:
+                self.heal()
+            self.wake()
+
+    async def die(self, unsent: bool) -> None:
+        """With its process, and if `unsent` with what had not gone out yet."""
+        self.stalled = False
+        while self._out and not unsent and self.connected:
+            self._pass_one()
+        self._out.clear()
+        await self.close()
+
+
+def _arrived(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _there_and_back(name: str) -> Callable[..., Awaitable[Any]]:
+    async def ask(self: Client, *args: Any, **kwargs: Any) -> Any:
+        await self.trip(self.send)
+        answer = await getattr(MemoryBroker, name)(self, *args, **kwargs)
+        await self.trip(self.hand)
+        return answer
+
+    return ask
+
+
+_ASKED = "sync enqueue read last record delete counts get swap hand_on delivered"
+for _name in _ASKED.split():
+    setattr(Client, _name, _there_and_back(_name))
