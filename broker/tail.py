@@ -8,6 +8,7 @@ Pure: the clock is handed in.
 from __future__ import annotations
 
 from collections import deque
+from functools import lru_cache
 
 
 class Tail:
@@ -49,6 +50,7 @@ class Tail:
                 del self._frames[key]
 
 
+@lru_cache(maxsize=4096)
 def _key(subject: str) -> str:
     _, tenant, _, request = subject.split(".")
     return f"{tenant}.{request}"
