@@ -29,11 +29,11 @@ SIDES = {"on": "nothing", "off": ",".join(bare.ALL)}
 PARTS = ("ingress", "worker", "nats-server", "scheduler")
 PERCENTILES = (50, 99)
 
-SATURATED = 64, 768, 200
+SATURATED = 64, 384, 200
 """Streams, requests of one side in one round, tokens of each request."""
-STREAMS = {32: 320, 200: 800}
+STREAMS = {32: 160, 200: 400}
 """Paced: concurrent streams -> requests of one side in one round."""
-ROUNDS = 4
+ROUNDS = 6
 FREE = {"sim__beta0": 0.01, "sim__beta1": 0, "sim__beta2": 0}
 """Settings of an engine that takes no time. Its steps follow the turns of the worker's event loop, so that
 each token still has a frame of its own."""
