@@ -14,7 +14,7 @@ class Tail:
     """Frames of the last `seconds`, at most `limit` bytes of them: past that the oldest go.
 
     A frame is noted without a tuple or another object that Python's garbage collector looks after: kept by
-    the ten thousands, those would have it walk through the whole process again and again, tens of ms a time.
+    the ten thousands, those would set it off again and again.
     Owned by the event loop of the connection that publishes them.
     """
 
