@@ -12,7 +12,7 @@ import sys
 from benchmarks import report, results
 from broker import processes
 
-NAMES = ("overhead", "forward", "memory", "vllm_throughput", "batching")
+NAMES = ("overhead", "forward", "memory", "journal", "vllm_throughput", "batching")
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -67,9 +67,14 @@ def sim_engine(**settings: object) -> Iterator[Running]:
         yield Running(facts["url"], "", psutil.Process(process.pid))
 
 
-@contextlib.contextmanager
-def up(engine: str, **settings: object) -> Iterator[Running]:
+def up(engine: str, **settings: object) -> contextlib.AbstractContextManager[Running]:
     """`headrace up` on free ports, with a data directory of its own."""
+    return up_by(["ops"], engine, settings)
+
+
+@contextlib.contextmanager
+def up_by(program: Sequence[str], engine: str, settings: Mapping[str, object]) -> Iterator[Running]:
+    """`up` as another `program` makes it: a module that takes headrace's arguments after its own."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         command = [
             "up",
@@ -83,23 +88,25 @@ def up(engine: str, **settings: object) -> Iterator[Running]:
             "--data",
             scratch,
         ]
-        with _process([*command, *_flags(settings)]) as (process, out):
+        with _process([*command, *_flags(settings)], program) as (process, out):
             _, url, nats, *_ = _line(out, lambda line: line.startswith(b"ready ")).decode().split()
             yield Running(url, nats, psutil.Process(process.pid))
 
 
-def _flags(settings: dict[str, object]) -> list[str]:
+def _flags(settings: Mapping[str, object]) -> list[str]:
     return [
         part for key, value in settings.items() for part in ("--set", f"{key.replace('__', '.')}={value}")
     ]
 
 
 @contextlib.contextmanager
-def _process(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+def _process(
+    arguments: list[str], program: Sequence[str] = ("ops",)
+) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
     """`headrace <arguments>`; its log is shown when anything goes wrong. Stopped on the way out."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ops", *arguments],
+            [sys.executable, "-m", *program, *arguments],
             stdout=subprocess.PIPE,
             stderr=log,
             bufsize=0,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks import batching, forward, overhead, quiet, results
+from benchmarks import batching, forward, journal, overhead, quiet, results
+from broker import client
 
 DOCS = Path(__file__).parent.parent / "docs"
 PLOT = "benchmarks.png"
@@ -21,6 +22,7 @@ def write() -> Path:
             ("overhead", _overhead),
             ("forward", _forward),
             ("memory", _memory),
+            ("journal", _journal),
             ("vllm_throughput", _vllm),
             ("batching", _batching),
         )
@@ -74,6 +76,31 @@ Resident MiB of each process at rest, and with {streams:,} streams that idle aft
 engine).
 """
 
+_JOURNAL = """\
+## Journal and recovery
+
+What they cost where nothing is lost: a fleet as it is ("on"), against one ("off") whose stream `REPLIES`
+stores nothing, and which lacks the code that recovers from losses: what a worker holds is not told, no round
+trip stands before the acknowledgement, no frame is kept to be published again, no scheduler leads or watches,
+frames do not name their tokens, and the ingress neither orders them nor gives events their ids
+(`benchmarks/bare.py` has the whole list). {rounds} rounds each. Saturated: {saturated[streams]} streams of an
+engine that takes no time, {saturated[tokens]} tokens each, one frame a token; both cores are used up, the
+load's share included. Paced: {paced[ttft_ms]} ms to the first token, {paced[itl_ms]} ms between tokens,
+{paced[tokens]} tokens. Other processes used {cores_used_by_others:.2f} cores at most.
+"""
+
+_JOURNAL_CPU = """\
+Where it goes: microseconds of CPU time that each process spends on a token, saturated.
+"""
+
+_JOURNAL_MEMORY = """\
+The journal is bounded by `broker.journal_bytes` ({limit_mib:.0f} MiB) and `broker.journal_age`; past that the
+oldest frames go. {streams:,} streams of {tokens} tokens, a frame each, put {mib:.0f} MiB into it, as the
+bound counts: {frame:.0f} bytes a frame. So there is room for {capacity:,.0f} such streams, or for the last
+{tokens_kept:,.0f} tokens of the fleet. What a process keeps of its own frames, to publish them again, is
+bounded by {tail_mib:.0f} MiB and {tail_s:.0f} s. Resident MiB, saturated:
+"""
+
 _VLLM = """\
 ## Throughput of real vLLM
 
@@ -106,9 +133,12 @@ def _origin(record: Record) -> str:
 
 
 def _section(text: str, head: list[str], rows: list[list[str]], record: Record) -> str:
+    return f"{text}\n{_table(head, rows)}\n{_origin(record)}\n"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n{table}\n\n{_origin(record)}\n"
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _range(value: dict[str, float], digits: int = 2) -> str:
@@ -181,6 +211,75 @@ def _memory(record: Record) -> str:
     ]
     head = ["process", "at rest", "with the streams", "target"]
     return _section(_MEMORY.format_map(record), head, rows, record)
+
+
+def _journal(record: Record) -> str:
+    speed = {f"saturated, {record['saturated']['streams']}": record["saturated"]}
+    speed |= {f"paced, {streams}": found for streams, found in record["paced"]["streams"].items()}
+    rows = [
+        [
+            name,
+            "tokens/s",
+            f"{found['on_tokens_per_s']['median']:,.0f}",
+            f"{found['off_tokens_per_s']['median']:,.0f}",
+            f"ratio {_range(found['tokens_per_s_ratio'], 3)}",
+            _against(found["tokens_per_s_ratio"]["median"], 0.95, least=True),
+        ]
+        for name, found in speed.items()
+    ]
+    rows += [
+        [
+            f"paced, {streams}",
+            f"TTFT p{p}, ms",
+            f"{found[f'on_ttft_p{p}_ms']['median']:.2f}",
+            f"{found[f'off_ttft_p{p}_ms']['median']:.2f}",
+            f"added {_range(found[f'added_ttft_p{p}_ms'])}",
+            _against(found[f"added_ttft_p{p}_ms"]["median"], _TTFT_TARGETS.get((streams, p))),
+        ]
+        for streams, found in record["paced"]["streams"].items()
+        for p in journal.PERCENTILES
+    ]
+    head = ["streams", "", "on", "off", "cost", "target"]
+    parts = [_JOURNAL.format_map(record), _table(head, rows), _journal_cpu(record["saturated"])]
+    return "\n".join([*parts, _journal_memory(record["memory"]), _origin(record) + "\n"])
+
+
+_TTFT_TARGETS = {("32", 50): 0.3, ("32", 99): 0.3}
+
+
+def _journal_cpu(found: Record) -> str:
+    sides = [found[f"{side}_us_per_token"] for side in journal.SIDES]
+    rows = [
+        [
+            name,
+            *(f"{side[name]['median']:.1f}" for side in sides),
+            _range(found["added_us_per_token"][name], 1),
+        ]
+        for name in journal.PARTS
+    ]
+    return _JOURNAL_CPU + "\n" + _table(["process", *journal.SIDES, "added"], rows)
+
+
+def _journal_memory(found: Record) -> str:
+    stored = found["after"]["bytes"] - found["before"]["bytes"]
+    frames = found["after"]["messages"] - found["before"]["messages"]
+    text = _JOURNAL_MEMORY.format(
+        streams=found["streams"],
+        tokens=found["tokens"],
+        limit_mib=found["limit"] / 2**20,
+        mib=stored / 2**20,
+        frame=stored / frames,
+        capacity=found["limit"] / stored * found["streams"],
+        tokens_kept=found["limit"] / stored * found["streams"] * found["tokens"],
+        tail_mib=client._TAIL_BYTES / 2**20,
+        tail_s=client._TAIL_SECONDS,
+    )
+    rows = [
+        [name, *(f"{found[at][key]:.0f}" for at in ("before", "after", "full"))]
+        for name, key in (("nats-server", "nats_mib"), ("worker", "worker_mib"))
+    ]
+    head = ["process", "journal empty", f"after {found['streams']:,} streams", "journal full"]
+    return text + "\n" + _table(head, rows)
 
 
 def _vllm(record: Record) -> str:

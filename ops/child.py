@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 Facts = dict[str, Any]
 """What a part says of itself when it is ready: `part`, `pid`, and its addresses."""
 
+PROGRAM = ("-P", "-m", "ops")
+"""What Python runs as a part; the benchmarks put another in its place."""
 START_TRIES = 3
 """A part that has ended so often before the fleet was ready will not get ready."""
 BACKOFF, BACKOFF_MOST = 0.5, 10.0
@@ -98,9 +100,7 @@ class Child:
         with self.log.open("ab") as log, os.fdopen(write, "wb"):
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                "-P",
-                "-m",
-                "ops",
+                *PROGRAM,
                 *self._arguments,
                 "--ready-fd",
                 str(write),
