@@ -20,7 +20,7 @@ _ID = re.compile(rb"(\d+)-(\d+)-(\d+)")
 
 
 class Event(NamedTuple):
-    """One server-sent event: `place` is its id's (epoch, frame, number), `at` monotonic time."""
+    """One server-sent event: `place` is its id's (epoch, frame, number), or empty; `at` is monotonic time."""
 
     place: tuple[int, ...]
     data: str
@@ -116,14 +116,13 @@ class Stream:
         *events, self._rest = (self._rest + part).split(b"\n\n")
         for event in events:
             lines = dict(line.partition(b": ")[::2] for line in event.split(b"\n"))
-            if b"data" in lines:  # else a keep-alive
-                found = _ID.fullmatch(lines[b"id"])
-                assert found, lines[b"id"]
-                place = tuple(map(int, found.groups()))
+            if b"data" in lines:
+                found = _ID.fullmatch(lines.get(b"id", b""))
+                place = tuple(map(int, found.groups())) if found else ()
                 self.events.append(Event(place, lines[b"data"].decode(), self.moved))
 
     def epochs(self) -> set[int]:
-        return {event.place[0] for event in self.events}
+        return {event.place[0] for event in self.events if event.place}
 
     def _said(self, text: str, ids: list[int]) -> None:
         self.text += text

@@ -8,6 +8,7 @@ of a character. Nothing hands on but the scheduler: the ack wait is longer than 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,8 +33,8 @@ TOKENS = 48
 EARLY = 8
 """Tokens that each stream has before the blow."""
 QUIET = 0.05
-"""Seconds without a byte after which all that was on its way is here. A worker that hangs counts as lost
-after 0.3 s, and takes itself for it after 0.25."""
+"""Seconds without a byte after which all that was on its way is here. After 0.25 a worker that was stopped
+takes itself for lost."""
 NOISE = 0.5
 """By how much the logit of a greedy token may be below the highest, as another run sees them: bf16 has 8
 significant bits, and logits are about 20."""
@@ -167,7 +168,9 @@ async def mill(single_threaded: None, tmp_path_factory: pytest.TempPathFactory) 
     async with Fleet(tmp_path_factory.mktemp("mill"), start_limit=START_LIMIT) as fleet:
         config = BrokerConfig(url=fleet.nats.url, ack_wait=300)
         ingress, _ = await asyncio.gather(
-            fleet.start("ingress", broker__ack_wait=300), fleet.start("scheduler", broker__ack_wait=300)
+            fleet.start("ingress", broker__ack_wait=300),
+            # Two engines on two processors may keep a worker that is well from saying so for 0.3 s.
+            fleet.start("scheduler", broker__ack_wait=300, scheduler__lost_after=1.0),
         )
         async with await client.connect(config, "acceptance") as broker, Clients(ingress.url) as clients:
             made = Mill(fleet, broker, clients)
@@ -237,17 +240,20 @@ async def test_streams_go_on(
     workers = await mill.pair()
     victim, other = workers
     streams = await begun(mill, victim)
-    reading = [asyncio.create_task(stream.read()) for stream in streams.values()]
     process = FAULTS[fault].of(workers[victim])
-    await frozen(process, streams)
-    if FAULTS[fault].wakes:
-        await until(lambda: all(len(stream.epochs()) > 1 for stream in streams.values()))
-        asleep = mill.beats[victim].seq
-        process.resume()
-        await until(lambda: mill.beats[victim].seq > asleep and mill.idle(victim))
-    else:
-        process.kill()
-    await asyncio.gather(*reading)
+    async with asyncio.TaskGroup() as group:
+        for stream in streams.values():
+            group.create_task(stream.read())
+        await frozen(process, streams)
+        if FAULTS[fault].wakes:
+            try:
+                await until(lambda: all(len(stream.epochs()) > 1 for stream in streams.values()))
+                asleep = mill.beats[victim].seq
+            finally:
+                process.resume()
+            await until(lambda: mill.beats[victim].seq > asleep and mill.idle(victim))
+        else:
+            process.kill()
     usage = await mill.usage(streams)
     for case, stream in streams.items():
         event = usage[case]
@@ -257,17 +263,31 @@ async def test_streams_go_on(
     assert cut_within_a_character(streams["characters"])
     report(record_property, "recovery gaps, s", {case: gap(stream) for case, stream in streams.items()})
     for case in GREEDY:
-        lead = await mill.lead(streams[case].text)
-        same = streams[case].text == undisturbed[case].text
-        report(record_property, case, {"as undisturbed": same, "lead of another token": lead})
-        assert lead <= NOISE
+        told = await drift(mill, streams[case].text, undisturbed[case].text)
+        report(record_property, case, told)
+        assert told["lead"] <= NOISE
+
+
+async def drift(mill: Mill, text: str, undisturbed: str) -> dict[str, Any]:
+    """Where two greedy answers part, if they do, and by how much the tokens of each are not the likeliest."""
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, undisturbed, strict=False))
+    return {
+        "differs from character": None if text == undisturbed else len(list(alike)),
+        "lead": await mill.lead(text),
+        "lead in the undisturbed run": await mill.lead(undisturbed),
+    }
 
 
 def check(case: str, stream: Stream, epoch: int) -> None:
-    """One answer from its beginning to its one end, begun under the first epoch, ended under `epoch`."""
+    """One answer from its beginning to its one end, which a later epoch wrote than the beginning.
+
+    `epoch` is that of the last delivery: a worker that is taken for lost may be handed what it runs.
+    """
     places = [event.place for event in stream.events]
     assert places == sorted(set(places))
-    assert stream.epochs() == {1, epoch}
+    assert len(stream.epochs()) > 1
+    assert 1 in stream.epochs()
+    assert max(stream.epochs()) <= epoch
     ends = LAST[CASES[case][0]]
     found = kinds(stream.events)
     assert [kind for kind in found if kind in ends] == [found[-1]]
