@@ -231,8 +231,9 @@ def _events(reads: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
         while (end := body.find(b"\n\n")) >= 0:
             event = bytes(body[:end])
             del body[: end + 2]
-            if event.startswith(b"data: "):
-                yield at, event[6:].partition(b"\n")[0]  # Headrace adds an id
+            _, found, data = (b"\n" + event).partition(b"\ndata: ")  # a comment may stand before it
+            if found:
+                yield at, data.partition(b"\n")[0]  # Headrace adds an id
 
 
 def _text(event: dict[str, Any]) -> str:

@@ -14,7 +14,9 @@ from ingress.http import Send, answer
 _SSE = b"text/event-stream"
 _FROM_ENGINE = ("content-type", "retry-after")
 _QUEUED = b": queued\n\n"
-_ALIVE = b": keep-alive\n\n"
+_ALIVE = b": keep-alive\n"
+"""One line, which the next event begins with: an empty line would end an event, and OpenAI's clients take
+whatever ends after an id for one, and fail on its missing data."""
 
 
 class Relay:
@@ -90,6 +92,7 @@ class Relay:
         metrics.KEEPALIVES.inc()
         if self._head is not None:
             await self._write(_ALIVE)
+            self._at_boundary = True
         elif unserved and not self.worker:
             name = " ".join(unserved.split())  # a line break would end the comment
             await self._write(f": queued, no worker serves {name} now\n\n".encode())

@@ -56,13 +56,17 @@ class Part:
 
 
 class Fleet:
-    """Starts parts on free ports with files under `data`, and ends by pid whatever still runs."""
+    """Starts parts on free ports with files under `data`, and ends by pid whatever still runs.
 
-    def __init__(self, data: Path, cluster: NatsCluster | None = None) -> None:
+    A part that is not ready within `start_limit` seconds fails the test.
+    """
+
+    def __init__(self, data: Path, cluster: NatsCluster | None = None, start_limit: float = LIMIT) -> None:
         self.nats = NatsServer(data / "nats")
         self.parts: list[Part] = []
         self._cluster = cluster
         self._data = data
+        self._start_limit = start_limit
 
     async def start(self, part: str, **settings: object) -> Part:
         """A part, once it is ready. Settings as `sim__itl_ms=20`."""
@@ -99,7 +103,7 @@ class Fleet:
             lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read, "rb")
         )
         try:
-            async with asyncio.timeout(LIMIT):
+            async with asyncio.timeout(self._start_limit):
                 line = await stream.readline()
         finally:
             transport.close()

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import openai
 import orjson
 import pytest
 
@@ -92,8 +93,7 @@ def refused(response: httpx.Response, status: int, code: str | int) -> str:
 def events(body: bytes) -> list[Any]:
     """The data of each SSE event; comments are left out."""
     assert body.endswith(b"\n\n")
-    blocks = [block for block in body[:-2].split(b"\n\n") if not block.startswith(b":")]
-    data = [block[block.index(b"data: ") + 6 :].partition(b"\n")[0] for block in blocks]
+    data = [line.removeprefix(b"data: ") for line in body.split(b"\n") if line.startswith(b"data: ")]
     return [one.decode() if one == b"[DONE]" else orjson.loads(one) for one in data]
 
 
@@ -145,7 +145,7 @@ class TestAnswers:
         response = await http.post(CHAT, json=body)
         assert response.status_code == 200
         assert len(sent) > 20 if stream else sent
-        without_comments = response.content.replace(b": keep-alive\n\n", b"").replace(b": queued\n\n", b"")
+        without_comments = response.content.replace(b": keep-alive\n", b"").replace(b": queued\n\n", b"")
         assert re.sub(rb"\nid: [\d-]+\n\n", b"\n\n", without_comments) == b"".join(sent)
 
     async def test_the_body_reaches_the_engine_untouched(self, http: httpx.AsyncClient) -> None:
@@ -473,8 +473,22 @@ class TestStreams:
         async with worker(config, model="silent", itl_ms=300):
             await serves(http, "silent", max_tokens=1)
             response = await http.post(CHAT, json=chat(model="silent", stream=True, max_tokens=2))
-        assert response.content.count(b": keep-alive\n\n") >= 2
+        assert response.content.count(b": keep-alive\n") >= 2
         assert text(response.content) == answer("hello", 2)
+
+    async def test_the_official_client_skips_them(
+        self, http: httpx.AsyncClient, config: BrokerConfig
+    ) -> None:
+        asked: Any = chat(model="still", stream=True, max_tokens=3)
+        url = str(http.base_url.join("/v1"))
+        async with (
+            worker(config, model="still", itl_ms=300),
+            openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as official,
+        ):
+            await serves(http, "still", max_tokens=1)
+            chunks = [chunk async for chunk in await official.chat.completions.create(**asked)]
+        pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+        assert "".join(pieces) == answer("hello", 3)
 
 
 class TestDisconnects:

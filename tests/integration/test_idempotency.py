@@ -119,7 +119,8 @@ async def test_all_who_ask_at_the_same_instant_get_one_run(
 
 
 def _events(body: bytes) -> list[bytes]:
-    return [block for block in body.split(b"\n\n") if not block.startswith(b":")]
+    lines = [line for line in body.split(b"\n") if not line.startswith(b":")]
+    return [block for block in b"\n".join(lines).split(b"\n\n") if block.strip()]
 
 
 async def test_an_answer_in_one_piece_comes_again(https: list[httpx.AsyncClient]) -> None:
