@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
@@ -109,6 +110,9 @@ class Subscription(Protocol):
 
 class Broker(abc.ABC):
     """An async context manager; `close` is idempotent."""
+
+    def __init__(self) -> None:
+        self._reconnect_handlers: list[Callable[[], None]] = []
 
     @property
     @abc.abstractmethod
@@ -221,6 +225,16 @@ class Broker(abc.ABC):
     @abc.abstractmethod
     async def counts(self, stream: str, subject: str) -> dict[str, int]:
         """Messages stored under each subject that matches `subject`."""
+
+    def on_reconnect(self, handler: Callable[[], None]) -> Callable[[], None]:
+        """Call `handler` whenever a broken connection is there again, until what this returns is called."""
+        self._reconnect_handlers.append(handler)
+        return functools.partial(self._reconnect_handlers.remove, handler)
+
+    def reconnected(self) -> None:
+        """For who implements a broker: tell those that want to know."""
+        for handler in list(self._reconnect_handlers):
+            handler()
 
     @abc.abstractmethod
     async def put(self, bucket: str, key: str, value: bytes) -> None:

@@ -101,6 +101,7 @@ class NatsBroker(base.Broker):
     """One connection. See `base.Broker` for the contract."""
 
     def __init__(self, config: BrokerConfig, name: str, make_streams: bool = True) -> None:
+        super().__init__()
         self._config = config
         self._name = name
         self._make_streams = make_streams
@@ -532,6 +533,7 @@ class NatsBroker(base.Broker):
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         self._reconnecting = asyncio.create_task(self._restore())
+        self.reconnected()
         # What was on its way when the connection broke may have arrived or not.
         self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
 

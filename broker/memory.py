@@ -160,6 +160,7 @@ class MemoryBroker(base.Broker):
         max_payload: int = 2**20,
         hub: Hub | None = None,
     ) -> None:
+        super().__init__()
         self.hub = hub or Hub(config or BrokerConfig(), clock, max_payload)
         self.subscriptions: list[_Subscription] = []
         self.pullers: list[_Puller] = []
@@ -186,6 +187,7 @@ class MemoryBroker(base.Broker):
     def reconnect(self) -> None:
         """Find it again: what was published meanwhile goes out, watches catch up, pulls lapse."""
         self._connected = True
+        self.reconnected()
         while self._held:
             action, arguments = self._held.popleft()
             action(*arguments)

@@ -46,11 +46,15 @@ _CLOCKS_APART = 60_000
 
 
 class Writer:
-    """The frames of one attempt at one request, numbered. Owned by the job that runs it."""
+    """The frames of one attempt at one request, numbered. Owned by the job that runs it.
 
-    def __init__(self, broker: base.Broker, reply_to: str, epoch: int) -> None:
+    `request`: its sequence in REQUESTS, which the first frame names: an id may be used again.
+    """
+
+    def __init__(self, broker: base.Broker, reply_to: str, epoch: int, request: int = 0) -> None:
         self._broker = broker
         self._reply_to = reply_to
+        self._request = request
         self.epoch = epoch
         self._offs: dict[int, int] = {}
         self.frames = 0
@@ -104,6 +108,8 @@ class Writer:
             self._number(frame, tokens)
         if extra is not None:
             frame.extra = extra
+        if self._request and not self.frames:
+            frame.extra = {**frame.extra, "request": self._request}
         data = codec.encode(frame)
         while (over := len(data) - self._broker.max_payload) > 0:
             if over >= len(frame.payload):
@@ -430,18 +436,29 @@ def _streamed(head: Frame) -> bool:
 def _newest_request(frames: list[Frame]) -> int:
     """Where the frames of the newest request of one id begin.
 
-    What stands behind an end without beginning a request: late frames of an attempt that was given up, a
-    late note, what was published once more, and the first word, and only one, of a worker that was about to
-    take the request over.
+    The first frame of an attempt, and the note that a request is queued, name its place in the queue: a
+    higher one is a newer request's. Where frames name none, those that stand behind an end begin a request,
+    but for late frames of an attempt that was given up, what was published once more, and the first word,
+    and only one, of a worker that was about to take the request over.
     """
+    places = [(number, n) for n, frame in enumerate(frames) if (number := place(frame))]
+    if places:
+        newest = max(places)[0]
+        return next(n for number, n in places if number == newest) if min(places)[0] < newest else 0
     start, ended = 0, 0
     for n, frame in enumerate(frames):
         late = frame.kind is FrameKind.BEAT and frame.epoch > ended and n == len(frames) - 1
-        if ended and frame.seq == 0 and frame.epoch != QUEUED_EPOCH and not late and frame not in frames[:n]:
+        if ended and frame.seq == 0 and not late and frame not in frames[:n]:
             start, ended = n, 0
         if frame.kind in TERMINAL:
             ended = max(frame.epoch, 1) if frame.epoch < LAST_EPOCH else 1
     return start
+
+
+def place(frame: Frame) -> int:
+    """Where in the queue the request lies, or lay, as an attempt's first frame or a note names it; else 0."""
+    number = frame.extra.get("request") or frame.extra.get("queued")
+    return number if frame.seq == 0 and isinstance(number, int) else 0
 
 
 class Stream:
@@ -482,6 +499,8 @@ class Stream:
         self._since_ms = time.time() * 1000 - _CLOCKS_APART
         self._asked_again = 0.0  # loop time
         self._looked: tuple[int, int] | None = None  # the journal's end and our epoch at the last look
+        self._read_end = 0  # sequence of the last frame that the journal gave us
+        self._doubted = False  # frames may have passed us by: our connection was broken
 
     @property
     def finished(self) -> bool:
@@ -501,6 +520,11 @@ class Stream:
         else:
             self._waiting.append(data)
             self._unread += len(data)
+        self.wake()
+
+    def doubt(self) -> None:
+        """Have the journal looked at, for frames that came while we could not hear."""
+        self._doubted = True
         self.wake()
 
     def wake(self) -> None:
@@ -523,10 +547,13 @@ class Stream:
             page = await self._tried_page(min(timeout, _POLL))
             if page or self._paging:
                 return page
-        if not self._waiting and not await self._wait(timeout) and not self._waiting and self._lag is None:
-            return []
+        if not (self._waiting or self._doubted):
+            silent = await self._wait(timeout)
+            if not (silent or self._waiting or self._doubted or self._lag is not None):
+                return []
         ready: list[Frame] = []
-        silent = ask_journal and not self._waiting
+        silent = (ask_journal or self._doubted) and not self._waiting
+        self._doubted = False
         while self._waiting and not self._behind:
             data = self._waiting.popleft()
             self._unread -= len(data)
@@ -538,7 +565,8 @@ class Stream:
                 ready += await self._checked(*await self._repair())
             elif silent and (place := await self._unlooked()):
                 ready += await self._look()
-                self._looked = place
+                if self._read_end >= place[0]:  # else it was a copy that lags behind
+                    self._looked = place
         except errors.Unavailable as exc:
             # What is in order goes on its way; the next frame or silence asks the journal again.
             _log.warning("the journal can't be read now: %s", exc.message)
@@ -682,9 +710,14 @@ class Stream:
         except errors.Unavailable:
             return False
 
+    async def _journal(self) -> list[Frame]:
+        records = await self._broker.read(subjects.REPLIES, self.subject, limit=1_000_000)
+        self._read_end = records[-1].seq if records else 0
+        return [codec.decode(record.data) for record in records if record.stored_ms >= self._since_ms]
+
     async def _repair(self) -> tuple[list[Frame], bool]:
         """Read the journal: what is new in it, and whether that closed the gap."""
-        frames = await journal(self._broker, self.subject, self._since_ms)
+        frames = await self._journal()
         ready = [new for frame in frames for new in self._assembler.feed(frame)]
         return ready, not self._assembler.gap
 
@@ -693,7 +726,7 @@ class Stream:
         that is the one which counts. What the reader has had stays out."""
         had, assembler = self._assembler, Assembler()
         try:
-            kept = await journal(self._broker, self.subject, self._since_ms)
+            kept = await self._journal()
             frames = [new for frame in kept for new in assembler.feed(frame)]
         except errors.FramesLost:
             return [], False
@@ -715,9 +748,11 @@ async def following(broker: base.Broker, subject: str, max_unread: int = MAX_UNR
     """The reply on any subject, whoever it goes to: live, and from the journal by `Stream.begin`."""
     stream = Stream(broker, subject, lambda _: None, max_unread)
     subscription = await broker.subscribe(subject, lambda message: stream.push(message.data))
+    forget = broker.on_reconnect(stream.doubt)
     try:
         yield stream
     finally:
+        forget()
         stream.close()
         await subscription.close()
 
@@ -734,9 +769,11 @@ class Mailbox:
 
     async def __aenter__(self) -> Mailbox:
         self._subscription = await self._broker.subscribe(subjects.mailbox(self.name), self._on_message)
+        self._no_longer = self._broker.on_reconnect(self._on_reconnect)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        self._no_longer()
         if self._subscription is not None:
             await self._subscription.close()
 
@@ -744,6 +781,10 @@ class Mailbox:
         stream = self._streams.get(message.subject)
         if stream is not None:
             stream.push(message.data)
+
+    def _on_reconnect(self) -> None:
+        for stream in list(self._streams.values()):
+            stream.doubt()
 
     def open(self, tenant: str, request_id: str) -> Stream:
         """Raises errors.DuplicateRequest while a request with this id is open here."""

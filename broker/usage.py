@@ -16,7 +16,7 @@ async def publish(broker: base.Broker, event: UsageEvent, seq: int) -> None:
 async def unrun(broker: base.Broker, request: Request, fault: errors.HeadraceError, seq: int) -> None:
     """What is told of a request that was deleted from the queue: its end, to all who follow it, and its
     usage event."""
-    await replies.Writer(broker, request.reply_to, replies.LAST_EPOCH).error(fault)
+    await replies.Writer(broker, request.reply_to, replies.LAST_EPOCH, seq).error(fault)
     await publish(broker, event(request, fault, ""), seq)
 
 

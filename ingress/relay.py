@@ -65,6 +65,8 @@ class Relay:
                 self.worker = frame.extra.get("worker", "")
             elif frame.kind is FrameKind.END:
                 self._observe_transit(frame)
+                if self._sse and self.after is not None and not self._joined:
+                    raise sse.not_there()
                 await self._finish(b"".join(parts))
                 return True
             elif frame.kind is FrameKind.ERROR:

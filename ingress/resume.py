@@ -42,22 +42,26 @@ async def find(broker: base.Broker, tenant: str, request_id: str) -> str:
 
 
 class _Waiting:
-    """What is known of a request that no worker has said anything of."""
+    """What is known of the request whose reply is read."""
 
     def __init__(self, broker: base.Broker, seq: int) -> None:
         self._broker = broker
-        self._seq = seq  # in REQUESTS; 0 where its note has not been read yet
+        self._seq = seq  # in REQUESTS; 0 where no frame has told yet
         self._deadline_ms = 0
         self._check_at = 0.0
         self._note_at = time.monotonic() + replies.NOTE_AGAIN
-        self.over = False
+        self.over = False  # a worker has said something of it
 
     def observe(self, frames: list[Frame]) -> None:
         for frame in frames:
-            if frame.epoch != replies.QUEUED_EPOCH:
-                self.over = True
-                return
-            self._seq = frame.extra.get("queued", self._seq)
+            self._seq = replies.place(frame) or self._seq
+            self.over = self.over or frame.epoch != replies.QUEUED_EPOCH
+
+    async def left(self) -> errors.HeadraceError | None:
+        """Why nobody will go on with it; None while somebody may, or nothing tells."""
+        if not self._seq or await self._broker.record(subjects.REQUESTS, self._seq) is not None:
+            return None
+        return errors.FramesLost("the request has left the queue, and its reply has no end")
 
     async def fault(self) -> errors.HeadraceError | None:
         """Why nothing will come of it any more; None while something may."""
@@ -118,10 +122,11 @@ async def follow(
 
 async def _silent(stream: replies.Stream, waiting: _Waiting) -> errors.HeadraceError | None:
     """Why a reply of which nothing came will not go on; None while it may, or while nobody can tell."""
-    if not waiting.over:
-        try:
-            return await waiting.fault()
-        except errors.Unavailable:
-            return None
+    try:
+        fault = await (waiting.left() if waiting.over else waiting.fault())
+    except errors.Unavailable:
+        return None
+    if fault is not None or not waiting.over:
+        return fault
     forgotten = await stream.forgotten()
     return errors.FramesLost("the reply has no end, and is no longer kept") if forgotten else None

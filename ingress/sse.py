@@ -47,10 +47,14 @@ def joins(frame: Frame, after: Position) -> bool:
     """
     place, read = (frame.epoch, frame.seq), (after.epoch, after.seq)
     if place > read:
-        raise errors.FramesLost(
-            "the journal lacks the event that Last-Event-ID names: send the request again"
-        )
+        raise not_there()
     return place == read
+
+
+def not_there() -> errors.FramesLost:
+    return errors.FramesLost(
+        "the journal lacks the event that Last-Event-ID names: read from the beginning, without the header"
+    )
 
 
 def numbered(frame: Frame, after: Position | None = None) -> bytes:

@@ -124,7 +124,7 @@ class Job:
         self._worker = worker
         self._share = share
         self._touch = touch
-        self._writer = replies.Writer(broker, request.reply_to, delivery.attempt)
+        self._writer = replies.Writer(broker, request.reply_to, delivery.attempt, delivery.seq)
         self._broker = broker
         self._joint: recovery.Joint | None = None
         self.past = recovery.NOTHING

@@ -115,7 +115,7 @@ async def repeated(broker: base.Broker, request: Request, delivery: base.Deliver
     """Answer a second message under the id of one that runs: one answer goes to both, or it is refused."""
     if request.reply_to != running.reply_to:
         fault = errors.DuplicateRequest(f"request id {request.request_id!r} is running: choose another")
-        await replies.Writer(broker, request.reply_to, delivery.attempt).error(fault)
+        await replies.Writer(broker, request.reply_to, delivery.attempt, delivery.seq).error(fault)
     await delivery.ack()
 
 

@@ -467,6 +467,58 @@ async def test_the_journal_is_not_read_again_and_again_in_a_silence(
     assert not stream.finished
 
 
+async def test_the_first_word_of_an_attempt_that_comes_behind_the_end_begins_nothing(
+    broker: Deafening, stream: Stream
+) -> None:
+    """The first worker was cut off with all that it had said; the second answered; then the first is back."""
+    for epoch in (2, 1):
+        writer = Writer(broker, SUBJECT, epoch, request=7)
+        await writer.head(200, SSE["headers"], f"w{epoch}", b"%d" % epoch, [(0, [1])])
+        if epoch == 2:
+            await writer.end({})
+    async with replies.following(broker, SUBJECT) as late:
+        assert [f.payload for f in await late.begin()] == [b"2", b""]
+        assert late.finished
+    newer = Writer(broker, SUBJECT, 1, request=8)
+    await newer.head(200, SSE["headers"], "w3", b"new", [(0, [1])])
+    async with replies.following(broker, SUBJECT) as late:
+        assert [f.payload for f in await late.begin()] == [b"new"]
+
+
+async def test_a_copy_of_the_journal_that_lags_is_looked_at_again(
+    broker: Deafening, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await write(broker, count=2, end=False)
+    await stream.next(0.01)
+    broker.lost = set(range(10))
+    await Writer(broker, SUBJECT, 2).end({})
+    read, lags = broker.read, [True]
+
+    async def lagging(*of: Any, **more: Any) -> list[base.Record]:
+        records = await read(*of, **more)
+        return records[:-1] if lags and lags.pop() else records
+
+    monkeypatch.setattr(broker, "read", lagging)
+    assert (await read_to_end(stream))[-1].kind is FrameKind.END
+
+
+async def read_to_end(stream: Stream) -> list[Frame]:
+    return await read(stream, silence=0.02)
+
+
+async def test_what_came_while_the_connection_was_broken_is_looked_for_at_once(broker: Deafening) -> None:
+    async with Mailbox(broker, "box") as mailbox:
+        stream = mailbox.open("acme", "r1")
+        await write(broker, count=1, end=False)
+        await stream.next(5)
+        broker.lost = {3}
+        waiting = asyncio.create_task(stream.next(60))
+        await asyncio.sleep(0)
+        await broker.publish(SUBJECT, codec.encode(Frame(1, 3, FrameKind.END)))
+        broker.reconnected()
+        assert [f.kind for f in await asyncio.wait_for(waiting, 5)] == [FrameKind.END]
+
+
 async def test_a_reply_whose_repetition_broke_off_has_not_begun_anew(
     broker: Deafening, stream: Stream
 ) -> None:

@@ -324,6 +324,23 @@ async def test_who_reads_a_request_by_its_id_is_told_that_its_client_left(
             assert orjson.loads(body)["error"]["code"] == "cancelled"
 
 
+async def test_a_reader_is_told_that_nobody_will_end_what_a_worker_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resume, "_SETTLE", 0.01)
+    async with rig(keepalive=0.01) as at:
+        reply_to = subjects.reply("anonymous", "dead", "mine")
+        subject = subjects.RequestSubject("m", "standard", "anonymous", "m")
+        queued = messages.Request(subject, "mine", reply_to, CHAT, b"{}")
+        stored = await (await at.broker.enqueue(str(subject), b"{}", queued.headers()))
+        writer = replies.Writer(at.broker, reply_to, 1, stored.seq)
+        await writer.head(200, SSE, "w", b"data: 1\n\n", [(0, [1])])
+        async with request(at.app, "/v1/requests/mine/stream", b"", method="GET") as reading:
+            await anext(reading.chunks())
+            await at.broker.delete(subjects.REQUESTS, stored.seq)
+            assert b"frames_lost" in (await outcome(reading))[1]
+
+
 @pytest.mark.parametrize(("left", "code"), [(True, "frames_lost"), (False, "deadline_exceeded")])
 async def test_a_reader_does_not_wait_for_what_will_not_come(
     monkeypatch: pytest.MonkeyPatch, left: bool, code: str

@@ -10,6 +10,7 @@ import pytest
 from broker import errors
 from broker.messages import Frame, FrameKind
 from ingress import errors as wording
+from ingress import sse
 from ingress.relay import Relay
 
 SSE = {"status": 200, "worker": "w", "headers": {"content-type": "text/event-stream; charset=utf-8"}}
@@ -160,6 +161,16 @@ async def test_a_whole_answer_gets_no_comments() -> None:
     await refused.relay.frames([frame("head", b"{", **(JSON | {"status": 400}))])
     await refused.relay.keepalive()
     assert not refused.sent
+
+
+async def test_an_event_that_the_reply_does_not_have_is_no_place_to_go_on_from() -> None:
+    client = Client()
+    client.relay.after = sse.Position(2, 3, 0)
+    with pytest.raises(errors.FramesLost, match="from the beginning"):
+        await client.relay.frames([frame("head", b"data: 1\n\n", **SSE), frame("end")])
+    assert b"".join(client.bodies) == b""
+    client.relay.after = sse.Position(1, 0, 0)
+    assert await client.relay.frames([frame("head", b"data: 1\n\n", **SSE), frame("end")])
 
 
 async def test_an_engines_refusal_after_a_comment_is_an_event() -> None:
