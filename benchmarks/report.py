@@ -244,7 +244,7 @@ def _journal(record: Record) -> str:
     return "\n".join([*parts, _journal_memory(record["memory"]), _origin(record) + "\n"])
 
 
-_TTFT_TARGETS = {("32", 50): 0.3, ("32", 99): 0.3}
+_TTFT_TARGETS = {(streams, p): 0.3 for streams in ("32", "200") for p in (50, 99)}
 
 
 def _journal_cpu(found: Record) -> str:
