@@ -262,6 +262,7 @@ class Exchange:
         # Without the sequence: deleting the queued message is ours, not the scheduler's.
         body = orjson.dumps({"at": replies.now_ms()})
         seq: int | None = None
+        deleted = False
         while not self._stream.finished:
             if seq is None:
                 seq = await self._sequence()
@@ -269,7 +270,7 @@ class Exchange:
                 await self._broker.publish(f"cancel.{self._request.key}", body)
             over = time.monotonic() >= end
             if seq is not None and (over or not self._taken):
-                deleted = await self._broker.delete(subjects.REQUESTS, seq)
+                deleted = await self._broker.delete(subjects.REQUESTS, seq) or deleted
                 self._taken = _from_worker(await self._stream.next(_WORKER_FIRST)) or self._taken
                 if deleted and (over or not self._taken):
                     await bodies.discard(self._broker, self._request)
