@@ -123,6 +123,12 @@ class Unconfirmed(Unavailable):
     code = "unconfirmed"
 
 
+class IngressStopped(HeadraceError):
+    """The ingress went before the answer was complete. The request goes on, to be read at another one."""
+
+    code, status, kind, retry = "ingress_stopped", 503, "server_error", True
+
+
 class EngineFailed(HeadraceError):
     """The engine died or broke under the request."""
 

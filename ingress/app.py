@@ -20,12 +20,15 @@ from ingress import admit, keys, metrics, pages, resume, sse
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
-from ingress.exchange import Exchange
+from ingress.exchange import Exchange, stopped
 from ingress.http import ClientGone, Receive, Scope, Send, Turn, answer, read_body
 from ingress.protocol import Protocol, was_cut
 from ingress.relay import Relay
 
 _log = logging.getLogger(__name__)
+
+_LAST_WORD = 5.0
+"""Seconds past the drain timeout in which callers are told; those who read nothing are not waited for."""
 
 
 class Ingress:
@@ -75,6 +78,8 @@ class Ingress:
                 subject = await resume.find(self._broker, tenant, request_id)
                 async with replies.following(self._broker, subject, self._config.max_unread) as stream:
                     status = await self._read_on(stream, relay, receive)
+        except asyncio.CancelledError:
+            status = await self._stopped(relay, request_id)
         except errors.HeadraceError as exc:
             await relay.fail(exc)
             status = exc.status
@@ -96,6 +101,12 @@ class Ingress:
         finally:
             metrics.STREAMS.dec()
         await relay.fail(fault)
+        return relay.status
+
+    async def _stopped(self, relay: Relay, request_id: str) -> int:
+        """Tell a reader that it is to read on elsewhere; the status that it was told."""
+        _uncancelled()
+        await relay.fail(stopped(request_id))
         return relay.status
 
     @contextlib.contextmanager
@@ -147,7 +158,10 @@ class Ingress:
                 claim = await self._claim(request, relay.after is not None)
                 if not claim.ours:
                     relay.live = False
-                    return await self._read_on(stream, relay, receive, claim.seq)
+                    try:
+                        return await self._read_on(stream, relay, receive, claim.seq)
+                    except asyncio.CancelledError:
+                        return await self._stopped(relay, request.request_id)
                 stored = base.Stored(claim.seq, False)
                 return await self._exchange(request, stream, relay, receive, started, detached, stored)
 
@@ -161,6 +175,10 @@ class Ingress:
         except errors.Unconfirmed:
             needed = True
             raise
+        except asyncio.CancelledError as exc:
+            needed = True
+            _uncancelled()
+            raise errors.Unconfirmed("this ingress stops: repeat the request under its key") from exc
         finally:
             if not needed:
                 self._after(bodies.discard(self._broker, request))
@@ -185,7 +203,7 @@ class Ingress:
         finally:
             metrics.STREAMS.dec()
             # What is lost on its reader here may be whole to the next; who reads slowly is told to read on.
-            left_alone = isinstance(fault, errors.ReaderTooSlow) or (
+            left_alone = isinstance(fault, errors.ReaderTooSlow | errors.IngressStopped) or (
                 detached and isinstance(fault, errors.Cancelled | errors.FramesLost)
             )
             if fault is not None and exchange.cancellable and not left_alone:
@@ -213,6 +231,9 @@ class Ingress:
                 exchange.accepted(stored)
             metrics.ADMIT.observe(time.monotonic() - started)
             return await exchange.follow(receive)
+        except asyncio.CancelledError:
+            _uncancelled()
+            fault = await exchange.leave()
         except errors.HeadraceError as exc:
             fault = exc
         except Exception:
@@ -229,6 +250,9 @@ class Ingress:
         try:
             request, streaming = await self._admit(path, headers, request_id, key, receive, turn)
             return await bodies.stow(self._broker, request), streaming
+        except asyncio.CancelledError as exc:
+            _uncancelled()
+            raise errors.Unavailable("this ingress stopped before it had queued the request") from exc
         finally:
             turn.end()
 
@@ -312,6 +336,13 @@ class Ingress:
             )
 
 
+def _uncancelled() -> None:
+    """Go on, to tell the caller: it is uvicorn that cancels what is open past the drain timeout."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
+
+
 class _Server(uvicorn.Server):
     """uvicorn that tells when it accepts, and leaves signals to whoever composes the process."""
 
@@ -335,7 +366,8 @@ async def serve(
     stop: asyncio.Event,
     ready: Callable[[str], None],
 ) -> None:
-    """Serve HTTP until `stop`; then finish the open streams, bounded by `drain_timeout`.
+    """Serve HTTP until `stop`; then finish the open streams, bounded by `drain_timeout`. Those left are
+    told to read on elsewhere, and their requests go on.
 
     `ready` gets the address once connections are accepted. Raises OSError when the port is taken.
     """
@@ -367,6 +399,8 @@ async def serve(
             await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
             server.should_exit = True
             await serving
+            if cut := server.server_state.tasks:
+                await asyncio.wait(cut, timeout=_LAST_WORD)
             await ingress.drain()
         finally:
             stopping.cancel()

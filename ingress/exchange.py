@@ -169,11 +169,25 @@ class Exchange:
         return over
 
     def too_slow(self) -> errors.ReaderTooSlow:
-        where = resume.PATH.format(id=self._request.request_id)
         return errors.ReaderTooSlow(
-            "the answer comes faster than you read it, and goes on without you: read on with "
-            f"GET {where} and the last event's id as Last-Event-ID"
+            "the answer comes faster than you read it, and goes on without you: "
+            + read_on(self._request.request_id)
         )
+
+    async def leave(self) -> errors.HeadraceError:
+        """What to tell a caller whom this ingress can't serve to the end, since it stops.
+
+        errors.IngressStopped: the request goes on, and can be read on by its id from now.
+        """
+        if not self.cancellable:
+            return errors.Unavailable("this ingress stopped before the request was queued")
+        assert self._ack is not None
+        if not self._taken:
+            if not self._ack.done() or self._ack.cancelled() or self._ack.exception() is not None:
+                return errors.Unconfirmed("this ingress stopped before the broker had taken the request")
+            with contextlib.suppress(errors.Unavailable):
+                await self._note()
+        return stopped(self._request.request_id)
 
     async def _published_again(self, fault: errors.Unavailable) -> bool:
         """Offer the request once more where it is sure that nobody has it: its stream elects a leader."""
@@ -262,6 +276,7 @@ class Exchange:
         # Without the sequence: deleting the queued message is ours, not the scheduler's.
         body = orjson.dumps({"at": replies.now_ms()})
         seq: int | None = None
+        deleted = False
         while not self._stream.finished:
             if seq is None:
                 seq = await self._sequence()
@@ -269,7 +284,7 @@ class Exchange:
                 await self._broker.publish(f"cancel.{self._request.key}", body)
             over = time.monotonic() >= end
             if seq is not None and (over or not self._taken):
-                deleted = await self._broker.delete(subjects.REQUESTS, seq)
+                deleted = await self._broker.delete(subjects.REQUESTS, seq) or deleted
                 self._taken = _from_worker(await self._stream.next(_WORKER_FIRST)) or self._taken
                 if deleted and (over or not self._taken):
                     await bodies.discard(self._broker, self._request)
@@ -300,6 +315,17 @@ class Exchange:
     async def _is_ours(self, seq: int) -> bool:
         record = await self._broker.record(subjects.REQUESTS, seq)
         return record is not None and (record.headers or {}).get(subjects.REPLY_TO) == self._request.reply_to
+
+
+def read_on(request_id: str) -> str:
+    """What a caller is told whose answer goes on."""
+    return f"read on with GET {resume.PATH.format(id=request_id)} and the last event's id as Last-Event-ID"
+
+
+def stopped(request_id: str) -> errors.IngressStopped:
+    return errors.IngressStopped(
+        f"this ingress stops, and the answer goes on: at another ingress {read_on(request_id)}"
+    )
 
 
 def _from_worker(frames: list[Frame]) -> bool:

@@ -57,6 +57,10 @@ class Guard:
         self._bounced: dict[str, tuple[float, base.Subscription]] = {}  # by inbox, and until when
         self._heard: set[str] = set()  # inboxes of workers that came back
 
+    def holds(self, seq: int) -> bool:
+        """Whether a worker that lives, as far as we heard, has the request."""
+        return seq in self._held
+
     def on_heartbeat(self, beat: Heartbeat, now: float) -> bool:
         """Whether the worker must be asked for its roster."""
         if beat.inbox in self._bounced:

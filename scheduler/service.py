@@ -40,8 +40,8 @@ _STAMP = 3600.0
 """Seconds after which the registry is told again that a model is served."""
 
 _WORKER_FIRST = 0.5
-"""Seconds that a cancelled request's worker has to end it. It may have said nothing yet, so that the
-journal can't tell a running request from a queued one; ended by both, it would be counted twice."""
+"""Seconds that a cancelled request's worker has to end it, or to tell that it has it; ended by both, it would
+be counted twice."""
 
 
 class Scheduler:
@@ -265,9 +265,7 @@ class Scheduler:
         found = await self._broker.read(subjects.REQUESTS, subjects.ALL_REQUESTS, start=seq, limit=1)
         if not found or found[0].seq != seq or _key(found[0]) != key:
             return
-        request = parse_request(found[0].subject, found[0].headers, found[0].data)
-        newest = await replies.last_frame(self._broker, request.reply_to, found[0].stored_ms)
-        if newest is None or newest.epoch == replies.QUEUED_EPOCH:
+        if not self._guard.holds(seq):
             await self._end(found[0], errors.Cancelled("the caller cancelled it in the queue"), "cancelled")
 
 

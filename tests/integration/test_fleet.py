@@ -163,19 +163,64 @@ async def test_an_ingress_told_to_stop_finishes_its_streams(fleet: Fleet, https:
             await http.get("/health/live")
 
 
-async def test_an_ingress_out_of_time_cancels_what_it_cuts(
+async def test_an_ingress_out_of_time_leaves_what_it_cuts_to_another(
     fleet: Fleet, https: list[httpx.AsyncClient], broker: base.Broker
 ) -> None:
     part = await fleet.start("ingress", ingress__drain_timeout=0)
+    tenant = {"X-Headrace-Tenant": "cut"}
+
+    async def whole() -> httpx.Response:
+        body = chat("whole", 200, stream=False)
+        return await http.post(CHAT, json=body, headers=tenant | {"X-Request-Id": "whole"})
+
     async with connected(part.url) as http:
         await until(lambda: ready(http))
-        async with streaming(http, chat("cut", 5000), {"X-Headrace-Tenant": "cut"}) as (_, rest):
+        unstreamed = asyncio.create_task(whole())
+        await until(lambda: broker.last(subjects.REPLIES, subjects.replies_to("cut", "whole")))
+        async with streaming(http, chat("cut", 300), tenant | {"X-Request-Id": "cut"}) as (first, rest):
             part.term()
-            with pytest.raises(httpx.RemoteProtocolError):
-                await rest_of(rest)
+            said, _, error = (first + await rest_of(rest)).rpartition(b"data: ")
+        refused = await unstreamed
     assert await part.ended() == 0
-    (event,) = await until(lambda: broker.read(subjects.USAGE, subjects.usage("cut", "sim")))
-    assert orjson.loads(event.data)["outcome"] == "cancelled"
+    assert orjson.loads(error)["error"]["code"] == "ingress_stopped"
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "ingress_stopped")
+    assert "/v1/requests/whole/stream" in refused.json()["error"]["message"]
+    answers = await https[0].get("/v1/requests/whole/stream", headers=tenant)
+    assert answers.json()["choices"][0]["message"]["content"] == answer("whole", 200)
+    last = tenant | {"Last-Event-ID": said.rpartition(b"id: ")[2].decode().strip()}
+    answers = await https[0].get("/v1/requests/cut/stream", headers=last)
+    assert text(said + answers.content) == answer("cut", 300)
+
+
+async def test_what_waits_or_is_read_on_at_an_ingress_out_of_time_goes_on_too(
+    fleet: Fleet, https: list[httpx.AsyncClient], broker: base.Broker
+) -> None:
+    await register(broker, "later")
+    part = await fleet.start("ingress", ingress__drain_timeout=0)
+    async with connected(part.url) as http, contextlib.AsyncExitStack() as stack:
+        await until(lambda: lists(http, "sim", "later"))
+        _, first = await stack.enter_async_context(
+            streaming(https[0], chat("read", 300), {"X-Request-Id": "read"})
+        )
+        read = asyncio.create_task(http.get("/v1/requests/read/stream"))
+        waits = asyncio.create_task(
+            http.post(CHAT, json=chat("waits", 3, "later"), headers={"X-Request-Id": "waits"})
+        )
+        await until(lambda: broker.counts(subjects.REQUESTS, subjects.request_filter("later", "standard")))
+        await until(lambda: opened(http, 2))
+        part.term()
+        for cut in (read, waits):
+            assert b"ingress_stopped" in (await cut).content
+        await rest_of(first)
+    assert await part.ended() == 0
+    worker = await fleet.start("worker", worker__name="late", sim__model="later")
+    assert text((await https[0].get("/v1/requests/waits/stream")).content) == answer("waits", 3)
+    await worker.kill()
+
+
+async def opened(http: httpx.AsyncClient, count: int) -> bool:
+    """Whether an ingress has so many requests open."""
+    return f"headrace_ingress_streams {count}.0" in (await http.get("/metrics")).text
 
 
 async def test_the_urgent_overtake_at_a_full_worker(

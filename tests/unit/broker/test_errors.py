@@ -24,6 +24,7 @@ WIRE = {
     "Cancelled": ("cancelled", 499, "cancelled", False),
     "Unavailable": ("unavailable", 503, "server_error", True),
     "Unconfirmed": ("unconfirmed", 503, "server_error", True),
+    "IngressStopped": ("ingress_stopped", 503, "server_error", True),
     "EngineFailed": ("engine_failed", 500, "server_error", True),
     "Poisoned": ("poisoned", 500, "server_error", False),
     "WorkerLost": ("worker_lost", 500, "server_error", True),

@@ -270,6 +270,37 @@ async def test_a_cancel_that_nobody_confirms_is_repeated_and_the_message_goes(
         assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}
 
 
+async def test_a_message_deleted_under_a_worker_that_then_dies_is_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The worker's head comes when the message has gone: who deleted it is the only one to end it."""
+    monkeypatch.setattr(exchange, "_REPEAT", 0.01)
+    monkeypatch.setattr(exchange, "_WORKER_FIRST", 0.01)
+    monkeypatch.setattr(exchange, "_CONFIRM_TIMEOUT", 0.1)
+    async with rig() as at, request(at.app, CHAT, LARGE) as call:
+        usage: asyncio.Queue[base.Message] = asyncio.Queue()
+        await at.broker.subscribe(subjects.ALL_USAGE, usage.put_nowait)
+        delivery, writer = await at.take()
+        delete = at.broker.delete
+
+        async def crossing(stream: str, seq: int) -> bool:
+            deleted = await delete(stream, seq)
+            if deleted and stream == subjects.REQUESTS:
+                await writer.head(200, SSE, "w", b"data: 1\n\n", [])
+            return deleted
+
+        monkeypatch.setattr(at.broker, "delete", crossing)
+        call.disconnect()
+        await call.ended()
+        await at.app.drain()
+        assert orjson.loads((await asyncio.wait_for(usage.get(), 10)).data)["outcome"] == "cancelled"
+        assert usage.empty()
+        assert await stored(at.broker) == 0
+        frame = await replies.last_frame(at.broker, (delivery.headers or {})[subjects.REPLY_TO], 0)
+        assert frame is not None
+        assert frame.extra["code"] == "cancelled"
+
+
 async def test_a_late_cancel_leaves_the_clients_second_try_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first was never accepted; before that is known, its client repeats it at another ingress."""
     async with rig() as at:

@@ -30,6 +30,7 @@ from scheduler.service import Scheduler
 from tests.waiting import until
 from tests.workbench import PATH, STUCK, Caller, calling, metric, serving, soon
 from workers.engines import sim
+from workers.held import Held
 
 CARD = ModelCard(id="sim", base="sim", context_tokens=4096, paths=(PATH,))
 
@@ -496,11 +497,12 @@ async def test_a_cancel_that_names_another_message_deletes_nothing(
 async def test_a_request_that_a_worker_runs_is_the_workers_to_cancel(broker: Flaky, caller: Caller) -> None:
     taken: asyncio.Future[Delivery] = asyncio.get_running_loop().create_future()
     puller = await broker.pull("sim", ServiceClass.STANDARD, taken.set_result, lambda: None)
-    await remember(broker)
-    async with scheduling(broker):
+    held = Held(broker, "w1", 1)
+    async with scheduling(broker, lost_after=5.0), beating(broker):
         await puller.ask(1)
         running = await caller.submit()
-        await taken
+        held.take(await taken)
+        await held.tell()
         await replies.Writer(broker, running.request.reply_to, 1).beat("w1")
         queued = await caller.submit()
         await running.cancel()
@@ -511,6 +513,25 @@ async def test_a_request_that_a_worker_runs_is_the_workers_to_cancel(broker: Fla
     assert [f.kind for f in frames] == [FrameKind.BEAT]
     records = await broker.read(subjects.USAGE, subjects.ALL_USAGE)
     assert [UsageEvent.model_validate_json(r.data).request_id for r in records] == ["r2"]
+
+
+async def test_a_request_that_waits_for_its_next_worker_is_deleted(broker: Flaky, caller: Caller) -> None:
+    """Its first one spoke, and died: the journal tells of a worker, and none has it."""
+    taken: asyncio.Future[Delivery] = asyncio.get_running_loop().create_future()
+    puller = await broker.pull("sim", ServiceClass.STANDARD, taken.set_result, lambda: None)
+    await remember(broker)
+    call = await caller.submit()
+    await puller.ask(1)
+    delivery = await taken
+    writer = replies.Writer(broker, call.request.reply_to, delivery.attempt)
+    await writer.head(200, {"content-type": "text/event-stream"}, "dead", b"data: 1\n\n", [(0, [1])])
+    await delivery.nak()
+    async with scheduling(broker):
+        await call.cancel()
+        await call.fails("cancelled")
+        assert await caller.queued() == 0
+    (event,) = await caller.usage(1)
+    assert event.outcome == "cancelled"
 
 
 async def test_a_request_that_runs_without_a_word_so_far_is_ended_once(broker: Flaky, caller: Caller) -> None:
