@@ -20,6 +20,12 @@ async def unrun(broker: base.Broker, request: Request, fault: errors.HeadraceErr
     await publish(broker, event(request, fault, ""), seq)
 
 
+def failed(event: UsageEvent, status: int, code: str) -> UsageEvent:
+    """The event of a request whose `error` frame says so. Raises TypeError, ValueError for no such."""
+    ended: OUTCOME = "cancelled" if code == errors.Cancelled.code else "failed"
+    return event.model_copy(update={"outcome": ended, "status": int(status), "code": str(code)})
+
+
 def outcome(fault: errors.HeadraceError | None, status: int) -> OUTCOME:
     if isinstance(fault, errors.Cancelled):
         return "cancelled"

@@ -9,6 +9,7 @@ whatever the endpoint, its parsers and its counts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -64,17 +65,32 @@ async def fence(
     """
     newest = await replies.last_frame(broker, request.reply_to, delivery.enqueued_ms)
     if newest is not None and newest.kind in TERMINAL:
-        return Past(ended=True)
+        # It may be of an attempt that was given up, whose end readers do not take.
+        with contextlib.suppress(errors.FramesLost):
+            told = past(await replies.journal(broker, request.reply_to, delivery.enqueued_ms))
+            if told.ended:
+                return told
     await writer.beat(worker)
+    try:
+        return past(await _before(broker, request, delivery, writer.epoch))
+    except errors.Unavailable as exc:
+        with contextlib.suppress(errors.HeadraceError):
+            await writer.beat(worker, left=exc.message)  # else it counts as a death
+        raise
+
+
+async def _before(
+    broker: base.Broker, request: Request, delivery: base.Delivery, epoch: int
+) -> Sequence[Frame]:
+    """What the journal has before the first frame of `epoch`, once it has that. Raises errors.Unavailable."""
     deadline = asyncio.get_running_loop().time() + _FENCE_LIMIT
     for pause in itertools.chain((0.0, 0.005, 0.02), itertools.repeat(0.1)):
         await asyncio.sleep(pause)
         frames = await replies.journal(broker, request.reply_to, delivery.enqueued_ms)
-        fenced = [n for n, frame in enumerate(frames) if frame.epoch == writer.epoch]
+        fenced = [n for n, frame in enumerate(frames) if frame.epoch == epoch]
         if fenced:
-            return past(frames[: fenced[0]])
+            return frames[: fenced[0]]
         if asyncio.get_running_loop().time() > deadline:
-            await writer.beat(worker, left="the journal did not answer in time")  # else it counts as a death
             raise errors.Unavailable("the journal of replies does not keep what is written to it")
     raise AssertionError  # the pauses never end
 
@@ -103,11 +119,11 @@ def past(frames: Sequence[Frame]) -> Past:
         events=len(events),
         part=len(part),
         body=b"".join(frame.payload for frame in said),
-        died=_died(frames),
+        died=died(frames),
     )
 
 
-def _died(frames: Sequence[Frame]) -> tuple[Attempt, ...]:
+def died(frames: Sequence[Frame]) -> tuple[Attempt, ...]:
     """Attempts that began and neither ended nor handed the request back."""
     attempts: dict[int, Attempt] = {}
     for frame in frames:
@@ -115,8 +131,10 @@ def _died(frames: Sequence[Frame]) -> tuple[Attempt, ...]:
         if frame.kind in TERMINAL or frame.extra.get("left"):
             attempts.pop(frame.epoch, None)
         elif isinstance(worker, str) and frame.epoch != replies.QUEUED_EPOCH:
-            died = Attempt(epoch=frame.epoch, worker=worker, at_ms=int(frame.extra.get("at", 0)), what="died")
-            attempts.setdefault(frame.epoch, died)
+            at_ms = int(frame.extra.get("at", 0))
+            attempts.setdefault(
+                frame.epoch, Attempt(epoch=frame.epoch, worker=worker, at_ms=at_ms, what="died")
+            )
     return tuple(attempts.values())
 
 

@@ -72,7 +72,7 @@ async def settle(broker: base.Broker, request: Request, delivery: base.Delivery)
     """
     try:
         event = await _answered(broker, request, delivery)
-    except (errors.MalformedMessage, ValueError, TypeError, AttributeError):
+    except (errors.MalformedMessage, errors.FramesLost, ValueError, TypeError, AttributeError):
         event = None  # someone else wrote there: what they say is no usage
     if event is not None:
         await usage.publish(broker, event, delivery.seq)
@@ -80,22 +80,22 @@ async def settle(broker: base.Broker, request: Request, delivery: base.Delivery)
 
 
 async def _answered(broker: base.Broker, request: Request, delivery: base.Delivery) -> UsageEvent | None:
-    """None where the journal holds no `end`: an `error` comes without figures."""
+    """Of the end that its readers take; None where that is none. An `error` comes without figures."""
     frames = await replies.journal(broker, request.reply_to, delivery.enqueued_ms)
-    end = next((frame for frame in frames if frame.kind is FrameKind.END), None)
-    if end is None:
+    assembler = replies.Assembler()
+    said = [new for frame in frames for new in assembler.feed(frame)]
+    if not assembler.finished:
         return None
-    heads = [f for f in frames if f.kind is FrameKind.HEAD and f.epoch == end.epoch]
-    told = heads[0].extra if heads else {}
-    figures = end.extra.get("usage", {})
-    return usage.event(
+    end, figures = said[-1], said[-1].extra.get("usage", {})
+    told = usage.event(
         request,
         None,
-        told.get("worker", ""),
-        status=told.get("status", 200),
+        next((f.extra["worker"] for f in frames if f.epoch == end.epoch and "worker" in f.extra), ""),
+        status=next((f.extra["status"] for f in said if f.kind is FrameKind.HEAD), 200),
         epoch=end.epoch,
         **{name: figures.get(name, 0) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")},
     )
+    return told if end.kind is FrameKind.END else usage.failed(told, end.extra["status"], end.extra["code"])
 
 
 async def bury(
