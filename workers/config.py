@@ -20,7 +20,11 @@ class WorkerConfig(BaseModel):
         2.0, gt=0, description="unprefilled work taken ahead, in steps of the engine's token budget"
     )
     drain_timeout: float = Field(30.0, ge=0, description="time for running streams to finish on SIGTERM")
-    heartbeat: float = Field(0.1, gt=0, description="interval at which the fleet is told of state and credit")
+    heartbeat: float = Field(
+        0.1,
+        gt=0,
+        description="interval at which the fleet is told of state and credit; a third of lost_after, at most",
+    )
     max_deaths: int = Field(
         4, ge=1, description="workers or engines that may die under one request before it is buried"
     )

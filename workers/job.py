@@ -92,14 +92,17 @@ class Touch:
     """When the worker last told the fleet that it lives; `at` is loop time, written by the worker."""
 
     LIMIT = 0.25
-    """Seconds after which the fleet may have taken it for lost; below the 0.3 at which it does."""
+    """Seconds after which the fleet may have taken it for lost; below the 0.3 at which it does by default."""
+    BEATS = 2.5
+    """The same in heartbeats, where these are slower: `scheduler.lost_after` is three of them, at least."""
 
-    def __init__(self) -> None:
+    def __init__(self, heartbeat: float = 0.0) -> None:
+        self._limit = self.BEATS * heartbeat
         self.at = asyncio.get_running_loop().time()
 
     @property
     def lost(self) -> bool:
-        return asyncio.get_running_loop().time() - self.at > self.LIMIT
+        return asyncio.get_running_loop().time() - self.at > max(self.LIMIT, self._limit)
 
 
 class Job:
@@ -129,6 +132,7 @@ class Job:
         self._joint: recovery.Joint | None = None
         self.past = recovery.NOTHING
         self._taken = False
+        self.behind: list[base.Delivery] = []  # of the same request, for when this run has ended
         self._doubted = False  # the fleet may have taken us for lost, and given the request to another
         self._fault: errors.HeadraceError | None = None
         self._stopped = asyncio.Event()
@@ -179,6 +183,19 @@ class Job:
             self._stopped.set()
             if self._limit is not None:
                 self._limit.reschedule(asyncio.get_running_loop().time() + _ABORT_GRACE)
+
+    @property
+    def superseded(self) -> bool:
+        """Another worker has taken the request over, and this run comes to nothing."""
+        return self._taken
+
+    async def deaths(self) -> int:
+        """Workers, or engines, that died under the request so far. Raises errors.Unavailable."""
+        try:
+            frames = await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
+        except errors.MalformedMessage:
+            return 0  # told when it is taken over
+        return len(recovery.died(frames))
 
     async def take_over(self) -> errors.HeadraceError | None:
         """Fence earlier attempts off, and go on from where they came to; the reason if that can't be.

@@ -26,6 +26,9 @@ from workers.quarantine import Quarantine
 
 _log = logging.getLogger(__name__)
 
+_SUSPECT = 2
+"""Deaths under a request from which on it runs alone among its like."""
+
 _SMOOTHING = 0.05
 """Weight of the newest request in the running means of prompt and output lengths."""
 
@@ -49,8 +52,9 @@ class Worker:
         self._pullers: list[base.Puller] = []
         self._tombstones = screening.Tombstones()
         self._share = Share()
-        self._touch = Touch()
+        self._touch = Touch(config.heartbeat)
         self._quarantine = Quarantine(config.max_failures)
+        self._trial = asyncio.Lock()
         self._mean_prompt = 256.0
         self._mean_output = 128.0
         self._starved = False
@@ -121,6 +125,10 @@ class Worker:
             return
         running = self._jobs.get(request.key)
         if running is not None and running.delivery.seq == delivery.seq:
+            if running.superseded:
+                # Others had it meanwhile, and it is to run anew: once the old run has ended.
+                running.behind.append(delivery)
+                return
             # Our `in_progress` came too late, and the broker handed us what we are running.
             running.delivery = delivery
             self._held.take(delivery)
@@ -228,39 +236,52 @@ class Worker:
     # Running them
 
     async def _run(self, job: Job) -> None:
+        """Run it, alone among those under which workers died: else these would bury what ran beside them."""
         try:
             await self._held.tell()  # from here on it is handed on if we die
-            verdict = screening.screen(job.request, self._engine)
-            if verdict is None and job.request.body_object:
-                verdict = await self._fetch_body(job)
-            if job.delivery.attempt > 1 or self._touch.lost:
-                verdict = await job.take_over() or verdict
-                if job.past.ended:
-                    await screening.settle(self._broker, job.request, job.delivery)
-                    await bodies.discard(self._broker, job.request)
-                    return
-                if len(job.past.died) >= self._config.max_deaths:
-                    verdict = await screening.bury(self._broker, job.delivery, job.past.died)
-            if self._tombstones.pop(job.request.key, job.delivery.enqueued_ms):
-                verdict = errors.Cancelled("the caller went away")
-            await job.run(verdict)
-            self._judge(job)
-            # Not before the ack: a redelivery must find it. A dead letter needs it still.
-            if job.acked and not isinstance(verdict, errors.Poisoned):
-                await bodies.discard(self._broker, job.request)
-            if job.tap.output_tokens:
-                self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
-                self._mean_output += _SMOOTHING * (job.tap.output_tokens - self._mean_output)
+            if job.delivery.attempt > _SUSPECT and await job.deaths() >= _SUSPECT:
+                async with self._trial:
+                    if self._state != "serving":
+                        await job.delivery.nak()  # it has not begun, and leaves no trace
+                        return
+                    await self._run_on(job)
+            else:
+                await self._run_on(job)
         except errors.Unavailable as exc:
             # The broker is out of reach: after the ack wait it gives the request to another worker.
             _log.warning("a request was left to the broker: %s", exc.message, extra=job.log_extra())
         finally:
             del self._jobs[job.request.key]
             self._held.drop(job.delivery)
+            for delivery in job.behind:
+                self._spawn(delivery.nak())
             metrics.RUNNING.set(len(self._jobs))
             if not self._jobs:
                 self._idle.set()
             self._prefilled(job)
+
+    async def _run_on(self, job: Job) -> None:
+        verdict = screening.screen(job.request, self._engine)
+        if verdict is None and job.request.body_object:
+            verdict = await self._fetch_body(job)
+        if job.delivery.attempt > 1 or self._touch.lost:
+            verdict = await job.take_over() or verdict
+            if job.past.ended:
+                await screening.settle(self._broker, job.request, job.delivery)
+                await bodies.discard(self._broker, job.request)
+                return
+            if len(job.past.died) >= self._config.max_deaths:
+                verdict = await screening.bury(self._broker, job.delivery, job.past.died)
+        if self._tombstones.pop(job.request.key, job.delivery.enqueued_ms):
+            verdict = errors.Cancelled("the caller went away")
+        await job.run(verdict)
+        self._judge(job)
+        # Not before the ack: a redelivery must find it. A dead letter needs it still.
+        if job.acked and not isinstance(verdict, errors.Poisoned):
+            await bodies.discard(self._broker, job.request)
+        if job.tap.output_tokens:
+            self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
+            self._mean_output += _SMOOTHING * (job.tap.output_tokens - self._mean_output)
 
     async def _fetch_body(self, job: Job) -> errors.HeadraceError | None:
         """Fetch a body that lies in the object store; returns why it can't be had, if so."""

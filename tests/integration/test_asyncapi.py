@@ -348,7 +348,7 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
     await wire.until(lambda: len(wire.frames("streamed")) == 2 * said)
 
     with monkeypatch.context() as late:
-        late.setattr(Touch, "LIMIT", -1.0)  # the worker may have been taken for lost
+        late.setattr(Touch, "lost", True)  # the worker may have been taken for lost
         acks.append(await wire.publish(_chat(), _headers("doubtful")))
         assert (await wire.ended("doubtful")).kind is FrameKind.END
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import logging
 import re
 import time
@@ -539,7 +540,7 @@ async def test_a_zombie_neither_ends_a_request_nor_acks_it(
     broker: MemoryBroker, caller: Caller, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its requests were given to another while it was cut off; then it comes back."""
-    monkeypatch.setattr(Touch, "LIMIT", 0.0)
+    monkeypatch.setattr(Touch, "lost", True)
     gate = Gate()
     zombie, frozen = WaxEngine(gate), broker.client()
     async with serving(frozen, zombie, "zombie") as stopped:
@@ -594,6 +595,66 @@ async def test_a_request_that_its_workers_die_of_is_buried(broker: MemoryBroker,
     letter = DeadLetter.model_validate_json(record.data)
     assert [(a.epoch, a.worker, a.what) for a in letter.history] == [(n, f"w{n}", "died") for n in (1, 2, 3)]
     assert base64.b64decode(letter.body) == call.request.body
+
+
+async def test_what_ran_beside_a_request_that_kills_is_not_buried_with_it(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    calls = [
+        await caller.submit(3, prompt=f"{'poison' if n == 3 else 'fine'} {n}", stream=False) for n in range(6)
+    ]
+    engines: list[WaxEngine] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        engine = engines[-1]
+        if b"poison" in engine.seen[-1]:
+            engine.died.set_exception(errors.EngineFailed("crash"))
+        else:
+            await asyncio.wait({engine.died}, timeout=0.05)
+        if engine.died.done():
+            await gone(receive)
+        else:
+            await start_response(send, b"{}")
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    while await caller.queued():
+        assert len(engines) < 20
+        engines.append(WaxEngine(app))
+        with contextlib.suppress(errors.EngineFailed):
+            async with serving(broker.client(), engines[-1], f"w{len(engines)}"):
+                await asyncio.wait({engines[-1].died}, timeout=0.5)
+    ends = [(await call.end()).extra.get("code", "end") for call in calls]
+    assert ends == ["end"] * 3 + ["poisoned"] + ["end"] * 2
+
+
+async def test_a_redelivery_waits_for_the_end_of_a_run_that_was_taken_over(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    """Another had it and gave it back; the old run still stops."""
+    stopping, stopped = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start_response(send)
+        if len(engine.seen) == 1:
+            await gone(receive)
+            stopping.set()
+            await stopped.wait()
+        else:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    engine = WaxEngine(app)
+    engine.continues = True
+    async with serving(broker, engine):
+        call = await caller.submit(3, stream=False)
+        await until(lambda: engine.seen)
+        await caller.broker.publish(subjects.taken(call.request.key), b"2")
+        await stopping.wait()
+        (queue,) = [q for q in broker.hub.queues.values() if call.stored.seq in q.attempts]
+        broker.hub.nak(queue, call.stored.seq)
+        await asyncio.sleep(0)
+        stopped.set()
+        assert (await call.end()).kind is FrameKind.END
+    assert len(engine.seen) == 2
 
 
 async def test_hand_overs_are_no_deaths(broker: MemoryBroker, caller: Caller) -> None:
