@@ -444,7 +444,9 @@ def _newest_request(frames: list[Frame]) -> int:
     places = [(number, n) for n, frame in enumerate(frames) if (number := place(frame))]
     if places:
         newest = max(places)[0]
-        return next(n for number, n in places if number == newest) if min(places)[0] < newest else 0
+        first = next(n for number, n in places if number == newest)
+        older = min(places)[0] < newest or any(frame.kind in TERMINAL for frame in frames[:first])
+        return first if older else 0
     start, ended = 0, 0
     for n, frame in enumerate(frames):
         late = frame.kind is FrameKind.BEAT and frame.epoch > ended and n == len(frames) - 1

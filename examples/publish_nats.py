@@ -26,7 +26,8 @@ def token(name: str) -> str:
 class Frames:
     """Puts reply frames in order, each once: by delivery attempt (`epoch`), then number (`seq`).
 
-    A new attempt starts again at seq 0; what it repeats, by output-token offset (`off`), is dropped.
+    A new attempt starts again at seq 0; what it repeats, by output-token offset (`off`), is dropped. Simpler
+    than docs/nats.md: a frame that was missed is not read back from REPLIES, but waited for.
     """
 
     def __init__(self):
@@ -54,6 +55,10 @@ class Frames:
             repeated, self.headed = self.headed, True
         else:
             repeated = meta["kind"] == "data" and meta["off"] < self.tokens
+            if meta["kind"] == "data" and meta["off"] > self.tokens:
+                raise SystemExit(
+                    f"\nthe answer goes on at token {meta['off']}, but {self.tokens} came: ask again"
+                )
         if not repeated:
             self.tokens = meta["off"] + len(meta.get("ids", []))
         return not repeated

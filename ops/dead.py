@@ -15,7 +15,7 @@ import orjson
 
 from broker import base, bodies, client, errors, subjects
 from broker.config import BrokerConfig
-from broker.messages import parse_request
+from broker.messages import Request, parse_request
 from ops.errors import NotReplayable
 from ops.letters import Letter, Row, describe, revived, summary, table
 
@@ -180,5 +180,15 @@ async def drop(broker: base.Broker, letter: Letter) -> str:
         return "gone already"
     with contextlib.suppress(NotReplayable):
         subject, body, headers = revived(letter)
-        await bodies.discard(broker, parse_request(subject, headers, body))
+        request = parse_request(subject, headers, body)
+        if not await _needed(broker, request):
+            await bodies.discard(broker, request)
     return "dropped"
+
+
+async def _needed(broker: base.Broker, request: Request) -> bool:
+    """Whether a message in the queue names the same stored body: a replay that was broken off leaves both."""
+    if not request.body_object:
+        return False
+    queued = await broker.read(subjects.REQUESTS, str(request.subject), limit=100_000)
+    return any((record.headers or {}).get(subjects.BODY_OBJECT) == request.body_object for record in queued)

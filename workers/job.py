@@ -404,9 +404,9 @@ class Job:
             await self._writer.error(self._fault)
         # The ack last: who finds the request answered but not acked tells of its usage again.
         event = self._usage_event()
-        await usage.publish(self._broker, event, self.delivery.seq)
         if not await self._ours(sure=True):
             return  # the broker removes a message for whoever acks it, under the hands of whoever has it
+        await usage.publish(self._broker, event, self.delivery.seq)
         await self.delivery.ack()
         self.acked = True
         self._observe(event)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import orjson
 
-from broker import base, errors, replies, usage
+from broker import base, bodies, errors, replies, usage
 from broker.messages import Attempt, FrameKind, Request, UsageEvent
 from workers import metrics
 from workers.engines.base import Engine
@@ -117,6 +117,8 @@ async def repeated(broker: base.Broker, request: Request, delivery: base.Deliver
         fault = errors.DuplicateRequest(f"request id {request.request_id!r} is running: choose another")
         await replies.Writer(broker, request.reply_to, delivery.attempt, delivery.seq).error(fault)
     await delivery.ack()
+    if request.body_object != running.body_object:
+        await bodies.discard(broker, request)
 
 
 async def reject(broker: base.Broker, delivery: base.Delivery, exc: errors.MalformedMessage) -> None:

@@ -150,6 +150,14 @@ async def test_an_id_used_twice_is_the_newer_requests(
         frame = codec.decode(record.data)
         frame.epoch = 2
         await broker.publish(subject, codec.encode(frame))
+
+    async def stored() -> bool:
+        last = await broker.last(subjects.REPLIES, subject)
+        return (
+            last is not None and (ended := codec.decode(last.data)).kind is FrameKind.END and ended.epoch == 2
+        )
+
+    await until(stored)
     reader = Reader()
     await reader.resume(https[1], f"older-{same}")
     assert reader.text == answer("the second", 30)
