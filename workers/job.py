@@ -131,11 +131,12 @@ class Job:
         self._broker = broker
         self._joint: recovery.Joint | None = None
         self.past = recovery.NOTHING
+        self._ran = False  # the engine was called
         self._taken = False
         self.behind: list[base.Delivery] = []  # of the same request, for when this run has ended
         self._doubted = False  # the fleet may have taken us for lost, and given the request to another
         self._fault: errors.HeadraceError | None = None
-        self._stopped = asyncio.Event()
+        self.stopped = asyncio.Event()
         self._limit: asyncio.Timeout | None = None
         self._beat: asyncio.Task[None] | None = None
         self._abort_sent_ms = 0
@@ -180,7 +181,7 @@ class Job:
         if self._fault is None and not self._complete:
             self._fault = fault
             self._abort_sent_ms = asked_ms
-            self._stopped.set()
+            self.stopped.set()
             if self._limit is not None:
                 self._limit.reschedule(asyncio.get_running_loop().time() + _ABORT_GRACE)
 
@@ -222,12 +223,15 @@ class Job:
         """Run to the terminal frame and the ack; with a `verdict`, refuse without running."""
         if verdict is not None:
             self.stop(verdict)
+        elif self._engine.died.done():
+            self.stop(HandBack("the engine died"))  # not of this request
         timer = None
         if self.request.deadline_ms:
             left = self.request.deadline_ms / 1000 - time.time()
             timer = asyncio.get_running_loop().call_later(left, self._expire)
         try:
             if self._fault is None:
+                self._ran = True
                 slow = asyncio.get_running_loop().call_later(_BEAT_AFTER, self._on_slow)
                 entered = self._share.enter()
                 try:
@@ -301,7 +305,7 @@ class Job:
         async def receive() -> ASGIMessage:
             if bodies:
                 return {"type": "http.request", "body": bodies.pop(), "more_body": False}
-            await self._stopped.wait()
+            await self.stopped.wait()
             return {"type": "http.disconnect"}
 
         return receive
@@ -387,6 +391,8 @@ class Job:
             _log.info("request left to the worker that took it over", extra=self.log_extra())
             if self._writer.frames:
                 await self._writer.beat(self._worker, left="was taken for lost")  # else it counts as a death
+            if self.delivery.attempt > self.epoch and await self._came_back():
+                await self.delivery.nak()
             return
         movable = self._engine.continues or not self._streams
         if movable and isinstance(self._fault, errors.EngineFailed) and await self._engine_died():
@@ -414,7 +420,7 @@ class Job:
     async def _hand_back(self, reason: HandBack) -> None:
         """To another worker, with what was said so far in the journal."""
         metrics.RETURNED.labels(reason.code).inc()
-        died = self._engine.died.done()
+        died = self._ran and self._engine.died.done()
         if died != bool(self._writer.frames):
             # An attempt that leaves a trace counts as a death, unless it says why it ended.
             await self._writer.beat(self._worker, left="" if died else reason.message)
@@ -450,6 +456,12 @@ class Job:
     async def _superseded(self) -> bool:
         frames = await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
         return any(frame.epoch > self.epoch for frame in frames)
+
+    async def _came_back(self) -> bool:
+        """Whether the newest attempt is a delivery to us, taken for one of this run before another worker was
+        known to have had the request in between."""
+        frames = await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
+        return all(frame.epoch < self.delivery.attempt for frame in frames)
 
     async def doubt(self) -> None:
         """See whether the request was given to another worker while this one was out of touch."""

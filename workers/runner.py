@@ -7,10 +7,12 @@ handed back. All state belongs to the event loop; handlers never block.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Literal
 
 from prometheus_client import start_http_server
@@ -240,7 +242,7 @@ class Worker:
         try:
             await self._held.tell()  # from here on it is handed on if we die
             if job.delivery.attempt > _SUSPECT and await job.deaths() >= _SUSPECT:
-                async with self._trial:
+                async with self._turn(job):
                     if self._state != "serving":
                         await job.delivery.nak()  # it has not begun, and leaves no trace
                         return
@@ -259,6 +261,23 @@ class Worker:
             if not self._jobs:
                 self._idle.set()
             self._prefilled(job)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, job: Job) -> AsyncIterator[None]:
+        """Alone on trial; or at once when `job` is stopped or its deadline passes, since it runs no more."""
+        waits = [asyncio.ensure_future(self._trial.acquire()), asyncio.ensure_future(job.stopped.wait())]
+        left = job.request.deadline_ms / 1000 - time.time() if job.request.deadline_ms else None
+        await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        had = waits[0].done()
+        if not had and not job.stopped.is_set():
+            job.stop(errors.DeadlineExceeded("the request's deadline passed while it waited to run alone"))
+        for wait in waits:
+            wait.cancel()
+        try:
+            yield
+        finally:
+            if had:
+                self._trial.release()
 
     async def _run_on(self, job: Job) -> None:
         verdict = screening.screen(job.request, self._engine)

@@ -237,6 +237,15 @@ async def test_what_it_had_begun_is_told_to_the_caller(anyio_backend: object) ->
     assert bench.engine.died.exception() is not None
 
 
+async def test_what_comes_to_an_engine_that_is_dead_is_not_what_it_died_of(anyio_backend: object) -> None:
+    bench = Bench(answer)
+    bench.engine.died.set_exception(errors.EngineFailed("crash"))
+    assert await bench.run() == [], "a trace would count as a death"
+    assert bench.delivery.verdicts == ["nak"]
+    assert bench.engine.seen == []
+    bench.engine.died.exception()
+
+
 async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
     raise Refused("its server is away")
 

@@ -285,10 +285,17 @@ async def test_a_request_that_comes_back_from_another_worker_is_no_longer_the_ru
         (job,) = worker.worker._jobs.values()
         await replies.Writer(broker, call.request.reply_to, 2).beat("w2")
         again = SimpleNamespace(**{name: getattr(job.delivery, name) for name in DELIVERED}, attempt=3)
+        returned = asyncio.Event()
+
+        async def nak() -> None:
+            returned.set()
+
+        again.nak = nak
         worker.worker._take(1, again)
         assert job.delivery is again
         await job.doubt()
         await until(lambda: not worker.worker._jobs)
+        assert returned.is_set(), "nobody else has it: it would lie there until the ack wait"
         assert await caller.queued() == 1
         assert not any(frame.kind in TERMINAL for frame in await journal(broker, call))
 
@@ -625,6 +632,50 @@ async def test_what_ran_beside_a_request_that_kills_is_not_buried_with_it(
                 await asyncio.wait({engines[-1].died}, timeout=0.5)
     ends = [(await call.end()).extra.get("code", "end") for call in calls]
     assert ends == ["end"] * 3 + ["poisoned"] + ["end"] * 2
+
+
+async def suspects(broker: MemoryBroker, caller: Caller, *deadlines: int) -> list[Call]:
+    """Requests under which two workers died."""
+    calls = [await caller.submit(deadline_ms=deadline) for deadline in deadlines]
+    for call in calls:
+        for attempt in (1, 2):
+            await replies.Writer(broker, call.request.reply_to, attempt, call.stored.seq).beat(f"w{attempt}")
+    for _ in (1, 2):
+        for delivery in [await deliver_once(broker) for _ in calls]:
+            await delivery.nak()
+    return calls
+
+
+async def test_a_suspect_that_waits_for_its_turn_hears_its_cancel(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    gate = Gate()
+    engine = WaxEngine(gate)
+    first, second = await suspects(broker, caller, 0, 0)
+    async with serving(broker, engine):
+        await until(lambda: engine.seen)
+        await second.cancel()
+        await second.fails("cancelled")
+        assert engine.running == 1
+        gate.open.set()
+        assert (await first.end()).kind is FrameKind.END
+        await caller.drained()
+    assert len(engine.seen) == 1
+
+
+async def test_a_suspect_that_waits_for_its_turn_keeps_its_deadline(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    gate = Gate()
+    engine = WaxEngine(gate)
+    first, second = await suspects(broker, caller, 0, soon(0.3))
+    async with serving(broker, engine):
+        await second.fails("deadline_exceeded")
+        assert engine.running == 1
+        gate.open.set()
+        assert (await first.end()).kind is FrameKind.END
+        await caller.drained()
+    assert len(engine.seen) == 1
 
 
 async def test_a_redelivery_waits_for_the_end_of_a_run_that_was_taken_over(
