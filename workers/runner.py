@@ -28,9 +28,6 @@ from workers.quarantine import Quarantine
 
 _log = logging.getLogger(__name__)
 
-_SUSPECT = 2
-"""Deaths under a request from which on it runs alone among its like."""
-
 _SMOOTHING = 0.05
 """Weight of the newest request in the running means of prompt and output lengths."""
 
@@ -241,7 +238,9 @@ class Worker:
         """Run it, alone among those under which workers died: else these would bury what ran beside them."""
         try:
             await self._held.tell()  # from here on it is handed on if we die
-            if job.delivery.attempt > _SUSPECT and await job.deaths() >= _SUSPECT:
+            # The last death that it may cause: whatever died beside a killer has no more deaths than it.
+            suspect = max(1, self._config.max_deaths - 1)
+            if job.delivery.attempt > suspect and await job.deaths() >= suspect:
                 async with self._turn(job):
                     if self._state != "serving":
                         await job.delivery.nak()  # it has not begun, and leaves no trace

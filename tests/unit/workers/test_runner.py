@@ -652,7 +652,7 @@ async def test_a_suspect_that_waits_for_its_turn_hears_its_cancel(
     gate = Gate()
     engine = WaxEngine(gate)
     first, second = await suspects(broker, caller, 0, 0)
-    async with serving(broker, engine):
+    async with serving(broker, engine, max_deaths=3):
         await until(lambda: engine.seen)
         await second.cancel()
         await second.fails("cancelled")
@@ -669,7 +669,7 @@ async def test_a_suspect_that_waits_for_its_turn_keeps_its_deadline(
     gate = Gate()
     engine = WaxEngine(gate)
     first, second = await suspects(broker, caller, 0, soon(0.3))
-    async with serving(broker, engine):
+    async with serving(broker, engine, max_deaths=3):
         await second.fails("deadline_exceeded")
         assert engine.running == 1
         gate.open.set()
