@@ -197,6 +197,7 @@ async def test_a_long_reply_is_read_back_whole(https: list[httpx.AsyncClient], b
         frame = Frame(1, number + 1, FrameKind.DATA, payload=b"data: %d\n\n" % number)
         await broker.publish(subject, codec.encode(frame))
     await broker.publish(subject, codec.encode(Frame(1, 3001, FrameKind.END)))
+    await until(lambda: broker.last(subjects.REPLIES, subject))
     reader = Reader()
     await reader.resume(https[0], "long")
     assert reader.data == [b"%d" % number for number in range(3000)]
