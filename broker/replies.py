@@ -32,6 +32,10 @@ NOTE_AGAIN = 300.0
 MAX_UNREAD = 2**20
 """Bytes of frames that wait for their reader, past which they are left to the journal."""
 
+NO_END_AFTER = 12.0
+"""Seconds after which the reply to a request that has left the queue gets no end any more: a journal that
+elects its leader, up to 9 s, has been told again by then what it has missed."""
+
 _HELD_LIMIT = 4096
 _LAG = 3.0
 """Seconds until frames that are missing count as lost: a copy of the journal may lag behind, and who wrote

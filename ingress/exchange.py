@@ -60,7 +60,7 @@ class Exchange:
         self._note_at = 0.0
         self._republished = False
         self._taken = False
-        self._left = False  # it was not in the queue when it was last looked for
+        self._left_at = math.inf  # since when it has not been in the queue, as far as was looked
 
     async def publish(self) -> None:
         """Put the request into the queue; its acknowledgement is awaited beside the first frame.
@@ -129,7 +129,7 @@ class Exchange:
                     return self.too_slow() if self._relay.cut() else errors.Cancelled("the client went away")
                 if frames:
                     self._taken = self._taken or _from_worker(frames)
-                    self._quiet_since = time.monotonic()
+                    self._quiet_since, self._left_at = time.monotonic(), math.inf
                     overflows = self._stream.overflows
                     if await self._relay.frames(frames):
                         return self._relay.fault
@@ -156,8 +156,7 @@ class Exchange:
             gone.cancel()
 
     async def _is_over(self) -> bool:
-        """Whether nobody will go on with the reply: its request is not in the queue any more, and was not at
-        the look before."""
+        """Whether nobody will go on with the reply: its request has not been in the queue for long."""
         ack = self._ack
         if not self._taken or ack is None or not ack.done() or ack.cancelled() or ack.exception():
             return False
@@ -165,8 +164,9 @@ class Exchange:
             there = await self._broker.record(subjects.REQUESTS, ack.result().seq) is not None
         except errors.Unavailable:
             return False
-        over, self._left = self._left and not there, not there
-        return over
+        now = time.monotonic()
+        self._left_at = math.inf if there else min(self._left_at, now)
+        return now - self._left_at >= replies.NO_END_AFTER
 
     def too_slow(self) -> errors.ReaderTooSlow:
         return errors.ReaderTooSlow(

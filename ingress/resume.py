@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 
@@ -51,15 +52,20 @@ class _Waiting:
         self._check_at = 0.0
         self._note_at = time.monotonic() + replies.NOTE_AGAIN
         self.over = False  # a worker has said something of it
+        self._left_at = math.inf
 
     def observe(self, frames: list[Frame]) -> None:
         for frame in frames:
             self._seq = replies.place(frame) or self._seq
             self.over = self.over or frame.epoch != replies.QUEUED_EPOCH
+            self._left_at = math.inf
 
     async def left(self) -> errors.HeadraceError | None:
         """Why nobody will go on with it; None while somebody may, or nothing tells."""
         if not self._seq or await self._broker.record(subjects.REQUESTS, self._seq) is not None:
+            return None
+        self._left_at = min(self._left_at, time.monotonic())
+        if time.monotonic() - self._left_at < replies.NO_END_AFTER:
             return None
         return errors.FramesLost("the request has left the queue, and its reply has no end")
 

@@ -359,6 +359,7 @@ async def test_a_reader_is_told_that_nobody_will_end_what_a_worker_began(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(resume, "_SETTLE", 0.01)
+    monkeypatch.setattr(replies, "NO_END_AFTER", 0.02)
     async with rig(keepalive=0.01) as at:
         reply_to = subjects.reply("anonymous", "dead", "mine")
         subject = subjects.RequestSubject("m", "standard", "anonymous", "m")
@@ -391,8 +392,9 @@ async def test_a_reader_does_not_wait_for_what_will_not_come(
         assert orjson.loads(body)["error"]["code"] == code
 
 
-async def test_a_reply_that_nobody_will_end_is_a_loss() -> None:
+async def test_a_reply_that_nobody_will_end_is_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its worker acked it, and what that said last is nowhere."""
+    monkeypatch.setattr(replies, "NO_END_AFTER", 0.02)
     async with rig(keepalive=0.01) as at, request(at.app, CHAT, BODY) as call:
         delivery, writer = await at.take()
         await writer.head(200, SSE, "w", b"data: 1\n\n", [(0, [1])])
