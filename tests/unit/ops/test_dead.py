@@ -333,6 +333,26 @@ async def test_a_body_that_no_message_held_is_dropped_with_its_letter(anyio_back
         await objects.get(broker, subjects.PAYLOADS, "acme.one", 100)
 
 
+async def test_a_body_that_a_queued_replay_needs_stays_when_the_letter_is_dropped(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replay was broken off before it had deleted the letter."""
+
+    async def lost(*_: object) -> bool:
+        raise errors.Unavailable("gone")
+
+    broker = MemoryBroker()
+    await objects.put(broker, subjects.PAYLOADS, "acme.one", b"a large body")
+    large = headers("r1") | {subjects.BODY_OBJECT: "acme.one"}
+    await replies.dead_letter(broker, SUBJECT, large, b"", FAULT, 1, HISTORY)
+    with monkeypatch.context() as patched:
+        patched.setattr(broker, "delete", lost)
+        assert await headrace(broker, "replay", "1") == 1
+    assert await headrace(broker, "drop", "--yes", "1") == 0
+    assert (len(await queued(broker)), await left(broker)) == (1, [])
+    assert await objects.get(broker, subjects.PAYLOADS, "acme.one", 100) == b"a large body"
+
+
 def _unasked(_: str) -> str:
     raise AssertionError("nobody is there to answer")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 
@@ -180,6 +181,40 @@ async def test_the_body_of_a_request_that_was_answered_before_goes_too(
     async with serving(broker, engine):
         await caller.cleared()
     assert engine.seen == []
+
+
+@pytest.mark.parametrize("same_body", [True, False])
+async def test_a_second_message_under_the_id_of_one_that_runs_takes_its_own_body_along(
+    broker: MemoryBroker, caller: Caller, clock: Clock, same_body: bool
+) -> None:
+    engine = WaxEngine(hold)
+    call = await caller.submit(prompt=LARGE)
+    running = call.request
+    async with serving(broker, engine):
+        await until(lambda: engine.running)
+        clock.now += broker.hub.config.dedup_window + 1
+        body = orjson.dumps({"model": "sim", "prompt": LARGE})
+        other = await bodies.stow(broker, dataclasses.replace(running, body=body, body_object=""))
+        again = running if same_body else other
+        await (await broker.enqueue(str(again.subject), again.body, again.headers()))
+
+        async def one_left() -> bool:
+            return await caller.queued() == 1
+
+        await until(one_left)
+        assert (await bodies.load(broker, running)).body
+        if not same_body:
+            await until(lambda: missing(broker, other))
+        await call.cancel()
+        await call.fails("cancelled")
+
+
+async def missing(broker: MemoryBroker, request: Request) -> bool:
+    try:
+        await bodies.load(broker, request)
+    except errors.BodyLost:
+        return True
+    return False
 
 
 async def test_a_malformed_message_keeps_its_body_for_who_reads_the_dead_letter(
