@@ -37,6 +37,10 @@ STREAMS = 20
 TOKENS = 150
 PACE = 0.02
 
+SILENCE = 2.0
+"""Seconds that a stream may be silent when a node dies: the promise itself, which no other test holds. It needs no
+headroom: 0.06 s are usual, 0.3 s with the cores twice overbooked."""
+
 
 @pytest.fixture
 async def cluster(anyio_backend: object, tmp_path: Path) -> AsyncIterator[NatsCluster]:
@@ -91,7 +95,8 @@ async def asked(http: httpx.AsyncClient, urls: list[str], count: int, manner: Ma
 
 
 def longest_silence(seen: list[Transcript]) -> float:
-    times = ([part.at for part in one.tokens] for one in seen)
+    """Between two tokens of a stream, or from its last one to its end."""
+    times = ([*(part.at for part in one.tokens), one.ended] for one in seen)
     return max(later - sooner for one in times for sooner, later in itertools.pairwise(one))
 
 
@@ -117,7 +122,7 @@ async def test_no_stream_breaks_when_a_node_dies(
                 role = f"leader of {' and '.join(leads)}" if leads else "a follower"
                 sys.stdout.write(f"\n{role} killed: longest silence of a stream {silence:.3f} s ")
             assert [problem for one in seen for problem in check(one)] == []
-            assert silence < 10
+            assert silence < SILENCE
             await cluster.nodes[number].start()
             await until(lambda: cluster.healthy())
 
