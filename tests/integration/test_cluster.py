@@ -38,8 +38,8 @@ TOKENS = 150
 PACE = 0.02
 
 SILENCE = 2.0
-"""Seconds that a stream may be silent when a node dies: the promise itself, which no other test holds. It needs no
-headroom: 0.06 s are usual, 0.3 s with the cores twice overbooked."""
+"""Seconds that a stream may be silent when a node dies: the promise itself, which no other test holds. It
+needs no headroom: 0.06 s are usual, 0.3 s with the cores overbooked threefold."""
 
 
 @pytest.fixture
