@@ -7,13 +7,16 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import nats
 import orjson
 import pytest
 
-from broker import client, codec
+from broker import base, client, codec
 from broker.config import BrokerConfig
 from broker.messages import Frame, FrameKind
+from tests.waiting import until
 from workers.runner import Worker
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "publish_nats.py"
@@ -99,25 +102,110 @@ def example() -> ModuleType:
     return module
 
 
-def test_it_orders_frames_and_drops_what_is_repeated(example: ModuleType) -> None:
-    def frame(epoch: int, seq: int, kind: FrameKind, off: int, text: bytes) -> bytes:
-        return codec.encode(Frame(epoch, seq, kind, off, [7] if text else [], payload=text))
+def frame(epoch: int, seq: int, kind: FrameKind, off: int, text: bytes = b"", **extra: object) -> bytes:
+    return codec.encode(Frame(epoch, seq, kind, off, [7] if text else [], payload=text, extra=extra))
 
+
+HEAD, BEAT, DATA, END = FrameKind.HEAD, FrameKind.BEAT, FrameKind.DATA, FrameKind.END
+
+
+def passed(frames: Any, *came: bytes) -> list[bytes]:
+    """What is passed on, beats left out."""
+    ready = [one for data in came for one in frames.add(data)]
+    return [payload or meta["kind"].encode() for meta, payload in ready if meta["kind"] != "beat"]
+
+
+def test_it_orders_frames_and_drops_what_is_repeated(example: ModuleType) -> None:
+    came = (
+        frame(1, 0, HEAD, 0, b"a"),
+        frame(1, 2, DATA, 2, b"c"),
+        frame(1, 1, DATA, 1, b"b"),
+        frame(1, 1, DATA, 1, b"b"),
+        frame(2, 0, BEAT, 0),
+        frame(2, 1, DATA, 1, b"b"),
+        frame(1, 3, DATA, 3, b"late"),
+        frame(2, 2, DATA, 2, b"c"),
+        frame(2, 3, DATA, 3, b"d"),
+        frame(2, 4, END, 4),
+    )
     frames = example.Frames()
-    passed: list[bytes] = []
-    for data in (
-        frame(1, 0, FrameKind.HEAD, 0, b"a"),
-        frame(1, 2, FrameKind.DATA, 2, b"c"),
-        frame(1, 1, FrameKind.DATA, 1, b"b"),
-        frame(1, 1, FrameKind.DATA, 1, b"b"),
-        frame(2, 0, FrameKind.HEAD, 0, b"a"),
-        frame(1, 3, FrameKind.DATA, 3, b"late"),
-        frame(2, 1, FrameKind.DATA, 2, b"c"),
-        frame(2, 2, FrameKind.DATA, 3, b"d"),
-        frame(2, 3, FrameKind.END, 4, b""),
-    ):
-        passed += [payload for _, payload in frames.add(data)]
-    assert passed == [b"a", b"b", b"c", b"d", b""]
+    assert passed(frames, *came) == [b"a", b"b", b"c", b"d", b"end"]
+    assert not frames.gap
+
+
+def test_an_attempt_that_was_given_up_may_come_to_its_end_while_the_next_one_is_mute(
+    example: ModuleType,
+) -> None:
+    began = frame(1, 0, HEAD, 0, b"a"), frame(2, 0, BEAT, 0)
+    rest = frame(1, 1, DATA, 1, b"b"), frame(1, 2, END, 2)
+    assert passed(example.Frames(), *began, *rest) == [b"a", b"b", b"end"]
+    assert passed(example.Frames(), *began, frame(2, 1, DATA, 1, b"B"), *rest) == [b"a", b"B"]
+
+
+@pytest.mark.parametrize("wrong", [frame(2, 1, DATA, 3, b"d"), frame(2, 1, HEAD, 0, b"A")])
+def test_an_answer_with_a_hole_or_begun_anew_is_lost(example: ModuleType, wrong: bytes) -> None:
+    frames = example.Frames()
+    passed(frames, frame(1, 0, HEAD, 0, b"a"), frame(1, 1, DATA, 1, b"b"), frame(2, 0, BEAT, 0))
+    with pytest.raises(example.Lost):
+        frames.add(wrong)
+
+
+ANSWER = [frame(1, 0, HEAD, 0, b"a"), *(frame(1, n, DATA, n, b"b") for n in range(1, 9)), frame(1, 9, END, 9)]
+
+
+class Deaf:
+    """A subscription that misses one message."""
+
+    def __init__(self, subscription: Any, misses: int) -> None:
+        self.subject, self._next, self._left = subscription.subject, subscription.next_msg, misses
+
+    async def next_msg(self, timeout: float) -> Any:
+        message = await self._next(timeout=timeout)
+        self._left -= 1
+        return message if self._left != -1 else await self._next(timeout=timeout)
+
+
+@pytest.mark.parametrize("misses", [0, 3, 9])
+async def test_a_frame_that_did_not_come_is_read_from_the_journal(
+    nats_url: str, example: ModuleType, monkeypatch: pytest.MonkeyPatch, misses: int
+) -> None:
+    monkeypatch.setattr(example, "SILENCE", 0.1)
+    async with await client.connect(BrokerConfig(url=nats_url), "worker"):
+        connection = await nats.connect(nats_url)
+        replies = Deaf(await connection.subscribe("out.acme.box.r1"), misses)
+        for data in ANSWER:
+            await connection.publish("out.acme.box.r1", data)
+        found: list[bytes] = []
+        async for _, payload in example.received(connection, replies, example.Frames(), 10.0):
+            found.append(payload)
+            if not payload:
+                break
+        assert found == [b"a", *[b"b"] * 8, b""]
+        await connection.close()
+
+
+async def test_a_frame_that_is_nowhere_is_an_error_and_asked_for_before(
+    nats_url: str, example: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example, "SILENCE", 0.1)
+    async with await client.connect(BrokerConfig(url=nats_url), "worker") as broker:
+        asked: list[base.Message] = []
+        await broker.subscribe("again.acme.r1", asked.append)
+        connection = await nats.connect(nats_url)
+        replies = await connection.subscribe("out.acme.box.r1")
+        for data in ANSWER[:3] + ANSWER[4:]:
+            await connection.publish("out.acme.box.r1", data)
+        found: list[bytes] = []
+
+        async def read() -> None:
+            async for _, payload in example.received(connection, replies, example.Frames(), 10.0):
+                found.append(payload)
+
+        with pytest.raises(example.Lost):
+            await read()
+        assert found == [b"a", b"b", b"b"]
+        await until(lambda: asked)
+        await connection.close()
 
 
 def test_it_finds_text_however_the_stream_is_cut(example: ModuleType) -> None:
