@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -91,38 +91,76 @@ def ids(frames: list[Frame]) -> dict[int, list[int]]:
     return found
 
 
-def told(answer: bytes) -> dict[tuple[str, ...], list[Any]]:
-    """What an answer says, by choice and place: texts joined, for they may come in fewer pieces; without
-    what differs from run to run. Raises when it differs within one."""
+_VARIES = ("created", "created_at", "input_tokens")
+"""From run to run: dates, and what the prefix cache held, as `cache_...` and `..._details` do too."""
+
+_PIECES = ("content", "text", "delta", "arguments", "token_ids")
+"""What comes a piece an event, and may come in fewer: strings, and lists of tokens and their logprobs."""
+
+
+def told(answer: bytes) -> dict[int, list[Any]]:
+    """The events of each choice, in order, so that what is said twice shows. Pieces that follow each other
+    are joined; what differs from run to run is left out. Raises when it differs within one, or when its
+    events are not numbered on."""
     for key in (rb"created", rb"created_at"):
         assert len(set(re.findall(rb'"%s":(\d+)' % key, answer))) <= 1
-    assert answer.count(b"data: [DONE]") <= 1
+    numbers = [int(number) for number in re.findall(rb'"sequence_number":(\d+)', answer)]
+    assert numbers == list(range(len(numbers)))
+    answer = re.sub(rb'"sequence_number":\d+', b'"sequence_number":0', answer)
     answer = re.sub(rb'[0-9a-f]{16,32}(?=")', b"NAME", answer)
-    found: dict[tuple[str, ...], list[Any]] = {}
+    found: dict[int, list[Any]] = {}
     for event in answer.split(b"\n\n"):
         data = event.partition(b"data: ")[2]
-        value: Any = orjson.loads(data) if data.startswith(b"{") else {"raw": data.decode()}
-        choices = value.get("choices")
-        for place, leaf in leaves(value, (str(choices[0]["index"] if choices else 0),)):
-            if isinstance(leaf, str) and place[-1] in ("content", "text", "delta", "arguments"):
-                found[place] = ["".join([*found.get(place, []), leaf])]
-            elif leaf not in found.setdefault(place, []):
-                found[place].append(leaf)
+        value: Any = stable(orjson.loads(data)) if data.startswith(b"{") else data
+        choices = value.get("choices") if isinstance(value, dict) else None
+        said = found.setdefault(choices[0]["index"] if choices else 0, [])
+        try:
+            said.append(joined(said.pop(), value) if said else value)
+        except Apart as exc:
+            said += exc.args
     return found
 
 
-def leaves(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Without dates, numbers of events, and what the prefix cache held."""
+def stable(value: Any) -> Any:
     if isinstance(value, list):
-        for item in value:
-            yield from leaves(item, place)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            varies = ("created", "created_at", "input_tokens", "sequence_number")
-            if key not in varies and not key.startswith("cache_") and not key.endswith("_details"):
-                yield from leaves(item, (*place, key))
-    else:
-        yield place, value
+        return [stable(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: stable(item)
+        for key, item in value.items()
+        if key not in _VARIES and not key.startswith("cache_") and not key.endswith("_details")
+    }
+
+
+class Apart(Exception):
+    """Two events, `args`, say more than pieces of the same."""
+
+
+def joined(before: Any, after: Any) -> Any:
+    """One event for two of which each brings a piece of the same, and nothing else. Raises Apart."""
+    pieces: list[Any] = []
+    try:
+        event = _join(before, after, "", pieces)
+    except ValueError:
+        pieces.clear()
+    if not any(pieces):
+        raise Apart(before, after)  # one event twice is none of pieces
+    return event
+
+
+def _join(before: Any, after: Any, key: str, pieces: list[Any]) -> Any:
+    match before, after:
+        case (dict(), dict()) if before.keys() == after.keys() and before.get("finish_reason") is None:
+            return {name: _join(before[name], after[name], name, pieces) for name in before}
+        case (str(), str()) | (list(), list()) if key in _PIECES:
+            pieces.append(before and after)
+            return before + after
+        case (list(), list()) if len(before) == len(after):
+            return [_join(*pair, "", pieces) for pair in zip(before, after, strict=True)]
+        case _ if before == after and not isinstance(before, dict):
+            return before
+    raise ValueError
 
 
 PLAIN = {"stream": True, "temperature": 0}
@@ -167,6 +205,40 @@ async def test_an_answer_cut_anywhere_goes_on(
             drifted.append(cut)
     record_property("drifted after cuts", drifted)
     assert not drifted or case in EXTENDED
+
+
+def chunk(content: str, reason: str | None = None, **more: Any) -> bytes:
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": reason} | more
+    return b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n"
+
+
+USAGE = b'data: {"choices":[],"usage":{"completion_tokens":2}}\n\n'
+LOGPROB = {"token": "b"}
+
+
+def test_pieces_are_joined_however_the_answer_was_cut() -> None:
+    ends = chunk("", "stop") + USAGE + b"data: [DONE]\n\n"
+    assert told(chunk("a") + chunk("b") + ends) == told(chunk("ab") + ends)
+
+
+@pytest.mark.parametrize(
+    ("right", "twice"),
+    [
+        (chunk("a") + chunk("", "stop"), chunk("a") + chunk("", "stop") * 2),
+        (chunk("a") + chunk("b", "stop"), chunk("a") + chunk("b", "stop") * 2),
+        (chunk("b", logprobs={"content": [LOGPROB]}), chunk("b", logprobs={"content": [LOGPROB] * 2})),
+        (USAGE, USAGE * 2),
+        (chunk(""), chunk("") * 2),
+    ],
+)
+def test_what_is_said_twice_shows(right: bytes, twice: bytes) -> None:
+    assert told(right) != told(twice)
+
+
+def test_events_that_are_not_numbered_on_show() -> None:
+    told(b'data: {"sequence_number":0}\n\ndata: {"sequence_number":1}\n\n')
+    with pytest.raises(AssertionError):
+        told(b'data: {"sequence_number":0}\n\ndata: {"sequence_number":2}\n\n')
 
 
 async def test_an_answer_is_cut_at_whole_characters_alone(engine: base.Engine) -> None:
