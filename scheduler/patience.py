@@ -7,7 +7,6 @@ clock is handed in.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import NamedTuple
 
 Life = tuple[str, int]
@@ -32,7 +31,7 @@ class Patience:
     """Bounded: what is older than MEMORY is let go of."""
 
     def __init__(self) -> None:
-        self._alarms: dict[Life, list[float]] = defaultdict(list)
+        self._alarms: dict[Life, list[float]] = {}
         self._given_up: dict[Life, _GivenUp] = {}
 
     def factor(self, life: Life, now: float) -> int:
@@ -42,15 +41,15 @@ class Patience:
 
     def give_up(self, life: Life, seen: float, patience: float) -> None:
         """It was last heard at `seen`, and not for `patience` seconds since."""
+        self._forget(seen + patience)
         self._given_up[life] = _GivenUp(seen, patience)
 
     def heard(self, life: Life, now: float) -> None:
         given_up = self._given_up.pop(life, None)
         if given_up is not None and now - given_up.seen <= _SLOW * given_up.patience:
-            self._forget(now)
-            self._alarms[life].append(now)
+            self._alarms.setdefault(life, []).append(now)
 
     def _forget(self, now: float) -> None:
         self._given_up = {life: it for life, it in self._given_up.items() if now - it.seen < MEMORY}
         kept = {life: [at for at in times if now - at < MEMORY] for life, times in self._alarms.items()}
-        self._alarms = defaultdict(list, {life: times for life, times in kept.items() if times})
+        self._alarms = {life: times for life, times in kept.items() if times}

@@ -44,3 +44,10 @@ def test_it_is_bounded_and_so_is_what_is_kept(silences: list[tuple[float, float]
         assert patience.factor(LIFE, now) <= 1 << MOST
     assert len(patience._alarms) + len(patience._given_up) <= 2
     assert sum(map(len, patience._alarms.values())) <= MEMORY / LIMIT + 1
+
+
+def test_workers_that_never_come_back_are_forgotten() -> None:
+    patience = Patience()
+    for now in range(1000):
+        patience.give_up((f"w{now}", now), float(now), LIMIT)
+    assert len(patience._given_up) <= MEMORY + 1
