@@ -145,12 +145,17 @@ def _tell(text: str) -> None:
 
 async def walk(broker: base.Broker, subject: str, until: float = float("inf")) -> AsyncIterator[Letter]:
     """Those under `subject` up to sequence `until`, oldest first; a page at a time in memory."""
+    async for record in _records(broker, subjects.DEAD, subject):
+        if record.seq > until:
+            return
+        yield Letter.read(record)
+
+
+async def _records(broker: base.Broker, stream: str, subject: str) -> AsyncIterator[base.Record]:
     start = 1
-    while page := await broker.read(subjects.DEAD, subject, start, _PAGE):
+    while page := await broker.read(stream, subject, start, _PAGE):
         for record in page:
-            if record.seq > until:
-                return
-            yield Letter.read(record)
+            yield record
         start = page[-1].seq + 1
 
 
@@ -190,5 +195,7 @@ async def _needed(broker: base.Broker, request: Request) -> bool:
     """Whether a message in the queue names the same stored body: a replay that was broken off leaves both."""
     if not request.body_object:
         return False
-    queued = await broker.read(subjects.REQUESTS, str(request.subject), limit=100_000)
-    return any((record.headers or {}).get(subjects.BODY_OBJECT) == request.body_object for record in queued)
+    async for record in _records(broker, subjects.REQUESTS, str(request.subject)):
+        if (record.headers or {}).get(subjects.BODY_OBJECT) == request.body_object:
+            return True
+    return False
