@@ -8,7 +8,6 @@ a journal in one round trip (`DIRECT.GET` with `batch`).
 from __future__ import annotations
 
 import asyncio
-import base64
 import functools
 import itertools
 import logging
@@ -463,14 +462,11 @@ class NatsBroker(base.Broker):
             await self._js.publish(f"$KV.{bucket}.{_kv_key(key)}", value)
 
     async def get(self, bucket: str, key: str) -> base.Value:
-        # Asked of the stream's leader: a direct get may be answered by a replica that lags behind.
-        asked = {"last_by_subj": f"$KV.{bucket}.{_kv_key(key)}"}
-        answer = await self._api(f"STREAM.MSG.GET.KV_{bucket}", asked, may_fail=(_NO_MESSAGE,))
-        found = answer.get("message")
+        found = await self._get(f"KV_{bucket}", None, f"$KV.{bucket}.{_kv_key(key)}")
         if found is None:
             return base.Value(None, 0)
-        removed = b"KV-Operation:" in base64.b64decode(found.get("hdrs", ""))
-        return base.Value(None if removed else base64.b64decode(found.get("data", "")), found["seq"])
+        removed = "KV-Operation" in (found.headers or {})
+        return base.Value(None if removed else found.data, found.seq)
 
     async def swap(self, bucket: str, key: str, value: bytes, expected: int) -> int | None:
         if not self._nc.is_connected:

@@ -258,11 +258,6 @@ class Assembler:
         """Frames are held back because an earlier one is missing."""
         return not self.finished and any(epoch >= self.epoch for epoch, _ in self._held)
 
-    @property
-    def started(self) -> bool:
-        """The head has been passed on."""
-        return self._headed
-
     def feed(self, frame: Frame) -> list[Frame]:
         """The frames that may now be forwarded, in order.
 
