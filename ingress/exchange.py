@@ -60,7 +60,7 @@ class Exchange:
         self._note_at = 0.0
         self._republished = False
         self._taken = False
-        self._left_at = math.inf  # since when it has not been in the queue, as far as was looked
+        self._absence = resume.Absence(broker)
 
     async def publish(self) -> None:
         """Put the request into the queue; its acknowledgement is awaited beside the first frame.
@@ -129,7 +129,8 @@ class Exchange:
                     return self.too_slow() if self._relay.cut() else errors.Cancelled("the client went away")
                 if frames:
                     self._taken = self._taken or _from_worker(frames)
-                    self._quiet_since, self._left_at = time.monotonic(), math.inf
+                    self._quiet_since = time.monotonic()
+                    self._absence.heard()
                     overflows = self._stream.overflows
                     if await self._relay.frames(frames):
                         return self._relay.fault
@@ -146,8 +147,8 @@ class Exchange:
                     await self._note()
                 if time.monotonic() - self._quiet_since >= self._config.keepalive:
                     self._quiet_since = time.monotonic()
-                    if await self._is_over():
-                        raise errors.FramesLost("the request has left the queue, and its reply has no end")
+                    if (lost := await self._left()) is not None:
+                        raise lost
                     model = self._request.subject.model
                     await self._relay.keepalive("" if self._served(model) else model)
         except errors.MalformedMessage as exc:
@@ -155,18 +156,15 @@ class Exchange:
         finally:
             gone.cancel()
 
-    async def _is_over(self) -> bool:
-        """Whether nobody will go on with the reply: its request has not been in the queue for long."""
+    async def _left(self) -> errors.FramesLost | None:
+        """Why nobody will go on with the reply; None while somebody may, or nobody can tell."""
         ack = self._ack
         if not self._taken or ack is None or not ack.done() or ack.cancelled() or ack.exception():
-            return False
+            return None
         try:
-            there = await self._broker.record(subjects.REQUESTS, ack.result().seq) is not None
+            return await self._absence.fault(ack.result().seq)
         except errors.Unavailable:
-            return False
-        now = time.monotonic()
-        self._left_at = math.inf if there else min(self._left_at, now)
-        return now - self._left_at >= replies.NO_END_AFTER
+            return None
 
     def too_slow(self) -> errors.ReaderTooSlow:
         return errors.ReaderTooSlow(

@@ -42,6 +42,29 @@ async def find(broker: base.Broker, tenant: str, request_id: str) -> str:
     return newest.subject
 
 
+class Absence:
+    """How long a request has not been in the queue while its reply has no end."""
+
+    def __init__(self, broker: base.Broker) -> None:
+        self._broker = broker
+        self._since = math.inf
+
+    def heard(self) -> None:
+        """More of the reply came: it counts anew."""
+        self._since = math.inf
+
+    async def fault(self, seq: int) -> errors.FramesLost | None:
+        """Why nobody will go on with request `seq`; None while somebody may. Raises errors.Unavailable."""
+        if await self._broker.record(subjects.REQUESTS, seq) is not None:
+            self._since = math.inf
+            return None
+        now = time.monotonic()
+        self._since = min(self._since, now)
+        if now - self._since < replies.NO_END_AFTER:
+            return None
+        return errors.FramesLost("the request has left the queue, and its reply has no end")
+
+
 class _Waiting:
     """What is known of the request whose reply is read."""
 
@@ -52,22 +75,17 @@ class _Waiting:
         self._check_at = 0.0
         self._note_at = time.monotonic() + replies.NOTE_AGAIN
         self.over = False  # a worker has said something of it
-        self._left_at = math.inf
+        self._absence = Absence(broker)
 
     def observe(self, frames: list[Frame]) -> None:
         for frame in frames:
             self._seq = replies.place(frame) or self._seq
             self.over = self.over or frame.epoch != replies.QUEUED_EPOCH
-            self._left_at = math.inf
+            self._absence.heard()
 
     async def left(self) -> errors.HeadraceError | None:
         """Why nobody will go on with it; None while somebody may, or nothing tells."""
-        if not self._seq or await self._broker.record(subjects.REQUESTS, self._seq) is not None:
-            return None
-        self._left_at = min(self._left_at, time.monotonic())
-        if time.monotonic() - self._left_at < replies.NO_END_AFTER:
-            return None
-        return errors.FramesLost("the request has left the queue, and its reply has no end")
+        return await self._absence.fault(self._seq) if self._seq else None
 
     async def fault(self) -> errors.HeadraceError | None:
         """Why nothing will come of it any more; None while something may."""
