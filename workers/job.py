@@ -193,10 +193,12 @@ class Job:
     async def deaths(self) -> int:
         """Workers, or engines, that died under the request so far. Raises errors.Unavailable."""
         try:
-            frames = await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
+            return len(recovery.died(await self._journal()))
         except errors.MalformedMessage:
             return 0  # told when it is taken over
-        return len(recovery.died(frames))
+
+    async def _journal(self) -> list[messages.Frame]:
+        return await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
 
     async def take_over(self) -> errors.HeadraceError | None:
         """Fence earlier attempts off, and go on from where they came to; the reason if that can't be.
@@ -454,14 +456,12 @@ class Job:
         self.stop(Superseded("another worker has it"))
 
     async def _superseded(self) -> bool:
-        frames = await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
-        return any(frame.epoch > self.epoch for frame in frames)
+        return any(frame.epoch > self.epoch for frame in await self._journal())
 
     async def _came_back(self) -> bool:
         """Whether the newest attempt is a delivery to us, taken for one of this run before another worker was
         known to have had the request in between."""
-        frames = await replies.journal(self._broker, self.request.reply_to, self.delivery.enqueued_ms)
-        return all(frame.epoch < self.delivery.attempt for frame in frames)
+        return all(frame.epoch < self.delivery.attempt for frame in await self._journal())
 
     async def doubt(self) -> None:
         """See whether the request was given to another worker while this one was out of touch."""
