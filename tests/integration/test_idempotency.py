@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from broker.config import BrokerConfig
 from broker.server import NatsServer
 from tests.integration.fleet import Fleet
 from tests.integration.reading import CHAT, Reader, chat, connected, where
-from tests.integration.serving import answer, ingress, ready, register, worker
+from tests.integration.serving import answer, ready, register, worker
 from tests.waiting import until
 
 
@@ -35,18 +34,6 @@ async def broker(config: BrokerConfig) -> AsyncIterator[base.Broker]:
     async with await client.connect(config, "test") as connected:
         await register(connected, "lone")
         yield connected
-
-
-@pytest.fixture(scope="module")
-async def https(config: BrokerConfig, broker: base.Broker) -> AsyncIterator[list[httpx.AsyncClient]]:
-    """A client for each of two ingresses before one worker."""
-    async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(worker(config, model="sim", itl_ms=10))
-        urls = [await stack.enter_async_context(ingress(config, keepalive=0.05)) for _ in range(2)]
-        found = [await stack.enter_async_context(connected(url)) for url in urls]
-        for http in found:
-            await until(lambda http=http: ready(http))  # type: ignore[misc]
-        yield found
 
 
 def keyed(key: str, **more: str) -> dict[str, str]:

@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from broker import base, client, replies, subjects
+from broker import base, replies, subjects
 from broker.config import BrokerConfig
 from broker.messages import TERMINAL
-from broker.server import NatsServer
 from tests.integration.reading import CHAT, Reader, chat, connected, where
 from tests.integration.serving import answer, ingress, ready, worker
 from tests.waiting import until
@@ -25,20 +24,6 @@ from tests.workbench import metric
 UNREAD = 2**18
 TOKENS = 12_000
 """An answer of some 3 MB: much more than the sockets of `narrow` hold, and a stream beside them."""
-
-
-@pytest.fixture(scope="module")
-async def config(
-    anyio_backend: object, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[BrokerConfig]:
-    async with NatsServer(tmp_path_factory.mktemp("nats")) as server:
-        yield BrokerConfig(url=server.url)
-
-
-@pytest.fixture(scope="module")
-async def broker(config: BrokerConfig) -> AsyncIterator[base.Broker]:
-    async with await client.connect(config, "test") as connection:
-        yield connection
 
 
 @pytest.fixture(scope="module")
