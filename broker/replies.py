@@ -173,13 +173,17 @@ async def dead_letter(
     exc: errors.HeadraceError,
     epoch: int = 0,
     history: tuple[Attempt, ...] = (),
+    seq: int = 0,
 ) -> None:
-    """Keep a message that can't be run in DEAD, and answer it with an `error` frame if it says where."""
+    """Keep a message that can't be run in DEAD, and answer it with an `error` frame if it says where.
+
+    `seq`: its place in REQUESTS, under which it is kept once.
+    """
     head = dict(headers or {})
     reply_to = head.get(subjects.REPLY_TO, "")
     if subjects.may_answer(subject, reply_to):
         await Writer(broker, reply_to, epoch).error(exc)
-    await bury(broker, subject, head, body, exc, history)
+    await bury(broker, subject, head, body, exc, history, seq)
 
 
 async def bury(
@@ -189,8 +193,10 @@ async def bury(
     body: bytes,
     exc: errors.HeadraceError,
     history: tuple[Attempt, ...] = (),
+    seq: int = 0,
 ) -> None:
-    """Keep a message that failed for good in DEAD. Whoever asked is told elsewhere."""
+    """Keep a message that failed for good in DEAD, that of a `seq` in REQUESTS once. Whoever asked is told
+    elsewhere."""
     letter = DeadLetter(
         reason=exc.code,
         message=exc.message,
@@ -206,7 +212,8 @@ async def bury(
         left_out = f"{exc.message} (headers and body, {len(body)} bytes, were too large to keep)"
         letter = letter.model_copy(update={"headers": {}, "body": "", "message": left_out})
         data = letter.model_dump_json().encode()
-    await (await broker.enqueue(subjects.dead(exc.code), data))
+    once = {subjects.MSG_ID: subjects.letter_id(seq)} if seq else None
+    await (await broker.enqueue(subjects.dead(exc.code), data, once))
     _log.warning("a message went to the dead letters: %s", exc.message, extra={"code": exc.code})
 
 

@@ -195,6 +195,11 @@ def replay_id(tenant: str, letter: int, stored_ms: float) -> str:
     return dedup_id(tenant, f"dead:{letter}:{stored_ms:.0f}")
 
 
+def letter_id(seq: int) -> str:
+    """`Nats-Msg-Id` of a dead letter: who buries the message `seq` of REQUESTS again makes no second one."""
+    return f"{REQUESTS}:{seq}"
+
+
 def objects(bucket: str) -> str:
     """Stream behind an object store."""
     return f"OBJ_{bucket}"

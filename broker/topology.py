@@ -73,6 +73,7 @@ def streams(config: BrokerConfig) -> list[api.StreamConfig]:
             name=subjects.DEAD,
             subjects=[subjects.ALL_DEAD],
             storage=api.StorageType.FILE,
+            duplicate_window=min(config.dedup_window, config.dead_age),
             max_bytes=config.dead_bytes,
             max_age=config.dead_age,
             num_replicas=config.replicas,

@@ -232,7 +232,9 @@ class Scheduler:
             request = parse_request(record.subject, record.headers, record.data)
         except errors.MalformedMessage as exc:
             if await self._delete(record, reason):
-                await replies.dead_letter(self._broker, record.subject, record.headers, record.data, exc)
+                await replies.dead_letter(
+                    self._broker, record.subject, record.headers, record.data, exc, seq=record.seq
+                )
             return
         if await self._delete(record, reason):
             await usage.unrun(self._broker, request, fault, record.seq)

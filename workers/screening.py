@@ -106,7 +106,7 @@ async def bury(
         f"{len(died)} workers or engines died under this request: it is kept among the dead letters and will "
         "not run again by itself"
     )
-    await replies.bury(broker, delivery.subject, delivery.headers, delivery.data, fault, died)
+    await replies.bury(broker, delivery.subject, delivery.headers, delivery.data, fault, died, delivery.seq)
     metrics.DEAD.inc()
     return fault
 
@@ -124,7 +124,13 @@ async def repeated(broker: base.Broker, request: Request, delivery: base.Deliver
 async def reject(broker: base.Broker, delivery: base.Delivery, exc: errors.MalformedMessage) -> None:
     """Take what is no request out of the queue, telling whoever can be told."""
     await replies.dead_letter(
-        broker, delivery.subject, delivery.headers, delivery.data, exc, epoch=delivery.attempt
+        broker,
+        delivery.subject,
+        delivery.headers,
+        delivery.data,
+        exc,
+        epoch=delivery.attempt,
+        seq=delivery.seq,
     )
     await delivery.ack()
     metrics.DEAD.inc()

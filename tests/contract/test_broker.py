@@ -288,6 +288,13 @@ async def test_a_repeated_id_is_still_known_when_the_first_is_done(broker: Broke
     assert (await (await broker.enqueue(SUBJECT, b"a", head))).duplicate
 
 
+async def test_a_dead_letter_is_kept_once(broker: Broker) -> None:
+    head = {subjects.MSG_ID: subjects.letter_id(7)}
+    await (await broker.enqueue(subjects.dead("poisoned"), b"a", head))
+    assert (await (await broker.enqueue(subjects.dead("worker_lost"), b"b", head))).duplicate
+    assert [record.data for record in await broker.read(subjects.DEAD, subjects.ALL_DEAD)] == [b"a"]
+
+
 async def test_an_id_is_free_again_after_the_dedup_window(fleet: Fleet) -> None:
     broker = await fleet.connect(dedup_window=0.2)
     head = {subjects.MSG_ID: "acme:r1"}

@@ -39,7 +39,7 @@ from tests.workbench import (
     soon,
     start_response,
 )
-from workers import quarantine
+from workers import quarantine, screening
 from workers.config import SimConfig
 from workers.engines import sim
 from workers.engines.base import Engine, Receive, Refused, Scope, Send
@@ -585,6 +585,42 @@ async def test_a_worker_hears_that_another_took_its_request_over(
         await until(lambda: not first.worker._jobs)
     assert await caller.queued() == 1, "acking it is the other's business"
     assert not call.stream.finished
+
+
+async def test_a_worker_that_dies_before_it_acks_what_it_buried_leaves_one_letter(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    call = await caller.submit(8)
+    for attempt in range(1, 4):
+        delivery = await deliver_once(broker)
+        await replies.Writer(broker, call.request.reply_to, attempt).beat(f"w{attempt}")
+        await delivery.nak()
+    delivery = await deliver_once(broker)
+    await screening.bury(broker, delivery, ())
+    await delivery.nak()
+    async with serving(broker, WaxEngine(hold), max_deaths=3):
+        await call.fails("poisoned")
+        await caller.drained()
+    assert await broker.counts(subjects.DEAD, subjects.ALL_DEAD) == {subjects.dead("poisoned"): 1}
+
+
+async def test_a_worker_that_dies_before_it_acks_what_is_no_request_leaves_one_letter(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    await caller.publish({"Path": PATH})
+    delivery = await deliver_once(broker)
+    await replies.dead_letter(
+        broker,
+        delivery.subject,
+        delivery.headers,
+        delivery.data,
+        errors.MalformedMessage("no id"),
+        seq=delivery.seq,
+    )
+    await delivery.nak()
+    async with serving(broker, WaxEngine(hold)):
+        await caller.drained()
+    assert await broker.counts(subjects.DEAD, subjects.ALL_DEAD) == {subjects.dead("malformed_message"): 1}
 
 
 async def test_a_request_that_its_workers_die_of_is_buried(broker: MemoryBroker, caller: Caller) -> None:
