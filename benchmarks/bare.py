@@ -27,6 +27,7 @@ from typing import Any
 from nats.js import api
 
 from broker import replies, subjects, tail, topology
+from broker.assembler import Assembler
 from broker.config import BrokerConfig
 from broker.messages import TERMINAL, Frame
 from ingress import exchange, sse
@@ -65,7 +66,7 @@ async def _for_ever(*_: object) -> None:
     await asyncio.Event().wait()
 
 
-def _as_it_comes(assembler: replies.Assembler, frame: Frame) -> list[Frame]:
+def _as_it_comes(assembler: Assembler, frame: Frame) -> list[Frame]:
     assembler.finished = frame.kind in TERMINAL
     return [frame]
 
@@ -87,7 +88,7 @@ INSTEAD: dict[str, tuple[tuple[Any, str, object], ...]] = {
     ),
     "numbers": (
         (replies.Writer, "_number", _nothing),
-        (replies.Assembler, "feed", _as_it_comes),
+        (Assembler, "feed", _as_it_comes),
         (sse, "numbered", lambda frame, after=None: frame.payload),
     ),
 }

@@ -153,6 +153,13 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
     )
 
 
+QUEUED_EPOCH = 0
+"""The epoch of the note that a request is queued: before every attempt at it."""
+
+LAST_EPOCH = 999_999_999
+"""The epoch of an end that comes from outside: past every attempt, whose frames a reader drops then."""
+
+
 class FrameKind(enum.StrEnum):
     BEAT = "beat"
     """A worker has the request, and its first output takes more than a moment."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from broker import base, errors, replies, subjects
-from broker.messages import OUTCOME, Latency, Request, UsageEvent
+from broker.messages import LAST_EPOCH, OUTCOME, Latency, Request, UsageEvent
 
 
 async def publish(broker: base.Broker, event: UsageEvent, seq: int) -> None:
@@ -16,7 +16,7 @@ async def publish(broker: base.Broker, event: UsageEvent, seq: int) -> None:
 async def unrun(broker: base.Broker, request: Request, fault: errors.HeadraceError, seq: int) -> None:
     """What is told of a request that was deleted from the queue: its end, to all who follow it, and its
     usage event."""
-    await replies.Writer(broker, request.reply_to, replies.LAST_EPOCH, seq).error(fault)
+    await replies.Writer(broker, request.reply_to, LAST_EPOCH, seq).error(fault)
     await publish(broker, event(request, fault, ""), seq)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import orjson
 
 from broker import base, bodies, errors, replies, subjects, usage
-from broker.messages import Frame, Request
+from broker.messages import QUEUED_EPOCH, Frame, Request
 from ingress import metrics, resume
 from ingress.config import IngressConfig
 from ingress.http import Receive, disconnected
@@ -327,4 +327,4 @@ def stopped(request_id: str) -> errors.IngressStopped:
 
 
 def _from_worker(frames: list[Frame]) -> bool:
-    return any(frame.epoch != replies.QUEUED_EPOCH for frame in frames)
+    return any(frame.epoch != QUEUED_EPOCH for frame in frames)

@@ -8,7 +8,8 @@ import re
 import time
 
 from broker import base, errors, replies, subjects
-from broker.messages import Frame, parse_request
+from broker.assembler import place
+from broker.messages import QUEUED_EPOCH, Frame, parse_request
 from ingress.http import Receive, disconnected
 from ingress.relay import Relay
 
@@ -79,8 +80,8 @@ class _Waiting:
 
     def observe(self, frames: list[Frame]) -> None:
         for frame in frames:
-            self._seq = replies.place(frame) or self._seq
-            self.over = self.over or frame.epoch != replies.QUEUED_EPOCH
+            self._seq = place(frame) or self._seq
+            self.over = self.over or frame.epoch != QUEUED_EPOCH
             self._absence.heard()
 
     async def left(self) -> errors.HeadraceError | None:

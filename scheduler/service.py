@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 from prometheus_client import start_http_server
 
-from broker import addresses, base, bodies, errors, fleet, registry, replies, subjects, usage
+from broker import addresses, base, bodies, errors, fleet, letters, registry, replies, subjects, usage
 from broker.messages import ModelCard, Request, ServiceClass, parse_request
 from scheduler import metrics
 from scheduler.config import SchedulerConfig
@@ -232,7 +232,7 @@ class Scheduler:
             request = parse_request(record.subject, record.headers, record.data)
         except errors.MalformedMessage as exc:
             if await self._delete(record, reason):
-                await replies.dead_letter(
+                await letters.dead_letter(
                     self._broker, record.subject, record.headers, record.data, exc, seq=record.seq
                 )
             return

@@ -143,7 +143,7 @@ class Job:
         self._held_head: ASGIMessage | None = None
         self._body = b""
         self._status = 0
-        self._streams = False  # what was said of the answer has been passed on: see `replies.Assembler`
+        self._streams = False  # what was said of the answer has been passed on: see `Assembler`
         self._complete = False
         served = any(card.id == request.subject.model for card in engine.models)
         labels = request.subject.model if served else metrics.OTHER, request.subject.service_class

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import orjson
 
 from broker import base, errors, replies
-from broker.messages import TERMINAL, Attempt, Frame, FrameKind, Request
+from broker.assembler import Assembler
+from broker.messages import QUEUED_EPOCH, TERMINAL, Attempt, Frame, FrameKind, Request
 
 _FENCE_LIMIT = 3.0
 """Seconds until the journal must show the frame that was just written to it."""
@@ -97,7 +98,7 @@ async def _before(
 
 def past(frames: Sequence[Frame]) -> Past:
     """Raises errors.FramesLost when `frames`, in the journal's order, lack some that a reader may have."""
-    assembler = replies.Assembler()
+    assembler = Assembler()
     said = [new for frame in frames for new in assembler.feed(frame)]
     if assembler.finished:
         return Past(ended=True)
@@ -130,7 +131,7 @@ def died(frames: Sequence[Frame]) -> tuple[Attempt, ...]:
         worker = frame.extra.get("worker")
         if frame.kind in TERMINAL or frame.extra.get("left"):
             attempts.pop(frame.epoch, None)
-        elif isinstance(worker, str) and frame.epoch != replies.QUEUED_EPOCH:
+        elif isinstance(worker, str) and frame.epoch != QUEUED_EPOCH:
             at_ms = int(frame.extra.get("at", 0))
             attempts.setdefault(
                 frame.epoch, Attempt(epoch=frame.epoch, worker=worker, at_ms=at_ms, what="died")

@@ -7,7 +7,8 @@ from collections import OrderedDict
 
 import orjson
 
-from broker import base, bodies, errors, replies, usage
+from broker import base, bodies, errors, letters, replies, usage
+from broker.assembler import Assembler
 from broker.messages import Attempt, FrameKind, Request, UsageEvent
 from workers import metrics
 from workers.engines.base import Engine
@@ -82,7 +83,7 @@ async def settle(broker: base.Broker, request: Request, delivery: base.Delivery)
 async def _answered(broker: base.Broker, request: Request, delivery: base.Delivery) -> UsageEvent | None:
     """Of the end that its readers take; None where that is none. An `error` comes without figures."""
     frames = await replies.journal(broker, request.reply_to, delivery.enqueued_ms)
-    assembler = replies.Assembler()
+    assembler = Assembler()
     said = [new for frame in frames for new in assembler.feed(frame)]
     if not assembler.finished:
         return None
@@ -106,7 +107,7 @@ async def bury(
         f"{len(died)} workers or engines died under this request: it is kept among the dead letters and will "
         "not run again by itself"
     )
-    await replies.bury(broker, delivery.subject, delivery.headers, delivery.data, fault, died, delivery.seq)
+    await letters.bury(broker, delivery.subject, delivery.headers, delivery.data, fault, died, delivery.seq)
     metrics.DEAD.inc()
     return fault
 
@@ -123,7 +124,7 @@ async def repeated(broker: base.Broker, request: Request, delivery: base.Deliver
 
 async def reject(broker: base.Broker, delivery: base.Delivery, exc: errors.MalformedMessage) -> None:
     """Take what is no request out of the queue, telling whoever can be told."""
-    await replies.dead_letter(
+    await letters.dead_letter(
         broker,
         delivery.subject,
         delivery.headers,

@@ -22,9 +22,9 @@ from pydantic_asyncapi.v3 import AsyncAPI
 from referencing import Registry
 from referencing.jsonschema import DRAFT7
 
-from broker import client, codec, errors, messages, replies, subjects
+from broker import client, codec, errors, messages, subjects
 from broker.config import BrokerConfig
-from broker.messages import TERMINAL, Frame, FrameKind
+from broker.messages import LAST_EPOCH, TERMINAL, Frame, FrameKind
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
 from workers.job import Touch
@@ -355,7 +355,7 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
     async with scheduling(nats_url, sweep=0.05, orphan_after=0):
         acks.append(await wire.publish(_chat(), _headers("orphan"), "req.typo.batch.acme.sim"))
         orphaned = await wire.ended("orphan")
-        assert (orphaned.epoch, orphaned.extra["code"]) == (replies.LAST_EPOCH, "model_not_found")
+        assert (orphaned.epoch, orphaned.extra["code"]) == (LAST_EPOCH, "model_not_found")
 
     requests = [msg for msg in wire.heard if msg.subject.startswith("req.")]
     await wire.publish(b"garbage", {"Reply-To": "out.acme.box.malformed"})

@@ -10,7 +10,7 @@ import sys
 import httpx
 import orjson
 
-from broker import base, client, errors, replies, subjects
+from broker import base, client, errors, letters, replies, subjects
 from broker.config import BrokerConfig
 from broker.messages import Attempt, Request
 from broker.server import NatsServer
@@ -47,7 +47,7 @@ async def die(broker: base.Broker, request: Request) -> None:
     await writer.head(200, {"content-type": "text/event-stream; charset=utf-8"}, "w2", b"data: {}\n\n", [])
     await broker.delete(subjects.REQUESTS, record.seq)
     fault = errors.WorkerLost("it killed 2 workers")
-    await replies.dead_letter(broker, record.subject, record.headers, record.data, fault, 3, HISTORY)
+    await letters.dead_letter(broker, record.subject, record.headers, record.data, fault, 3, HISTORY)
 
 
 def chat(tenant: str, request_id: str, tokens: int) -> Request:
@@ -143,7 +143,7 @@ async def test_an_answer_to_a_replayed_request_is_heard_live(nats_server: NatsSe
 async def die_unseen(broker: base.Broker, request: Request) -> None:
     """While a worker is there to take it: the letter alone."""
     fault = errors.WorkerLost("it killed 2 workers")
-    await replies.dead_letter(broker, str(request.subject), request.headers(), request.body, fault, 3)
+    await letters.dead_letter(broker, str(request.subject), request.headers(), request.body, fault, 3)
 
 
 async def test_an_operator_changes_nothing_of_the_streams(nats_server: NatsServer) -> None:

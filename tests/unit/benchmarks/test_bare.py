@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import bare
-from broker import replies, subjects, tail, topology
+from broker import subjects, tail, topology
+from broker.assembler import Assembler
 from broker.config import BrokerConfig
 from broker.messages import Frame, FrameKind
 from ingress import sse
@@ -32,7 +33,7 @@ def frame(seq: int, kind: FrameKind = FrameKind.DATA) -> Frame:
 def test_nothing_left_out_is_headrace_as_it_is() -> None:
     bare.leave_out("nothing")
     assert captured(subjects.REPLIES) == [subjects.ALL_REPLIES]
-    assert replies.Assembler().feed(frame(5)) == []
+    assert Assembler().feed(frame(5)) == []
     assert child.PROGRAM == ("-m", "benchmarks.bare", "nothing"), "started by the launcher all the same"
 
 
@@ -45,7 +46,7 @@ def test_all_left_out() -> None:
     kept.add("out.acme.box.r1", b"frame", now=0)
     assert kept.keys(now=0) == []
 
-    bare_one, ended = replies.Assembler(), replies.Assembler()
+    bare_one, ended = Assembler(), Assembler()
     assert bare_one.feed(frame(5)) == [frame(5)], "taken as it comes"
     ended.feed(frame(6, FrameKind.END))
     assert (bare_one.finished, ended.finished) == (False, True)

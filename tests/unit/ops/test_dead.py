@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from broker import base, errors, objects, replies, subjects
+from broker import base, errors, objects, subjects
 from broker.config import BrokerConfig
+from broker.letters import dead_letter
 from broker.memory import MemoryBroker
 from broker.messages import Attempt, DeadLetter, parse_request
 from ops import cli, dead, letters
@@ -54,7 +55,7 @@ def garbage(data: bytes) -> Letter:
 
 async def bury(broker: base.Broker, *requests: str, fault: errors.HeadraceError = FAULT) -> None:
     for request in requests:
-        await replies.dead_letter(broker, SUBJECT, headers(request), BODY, fault, 1, HISTORY)
+        await dead_letter(broker, SUBJECT, headers(request), BODY, fault, 1, HISTORY)
 
 
 async def headrace(broker: base.Broker, *arguments: str) -> int:
@@ -180,7 +181,7 @@ def test_what_would_die_again_stays(changes: dict[str, Any], why: str) -> None:
 
 async def test_a_letter_too_large_to_keep_cannot_go_back(anyio_backend: object) -> None:
     broker = MemoryBroker()
-    await replies.dead_letter(broker, SUBJECT, headers(), bytes(2**20 - 400), FAULT)
+    await dead_letter(broker, SUBJECT, headers(), bytes(2**20 - 400), FAULT)
     assert await headrace(broker, "replay", "1") == 1
     assert await left(broker) == [1]
 
@@ -226,7 +227,7 @@ async def test_each_letter_is_told_and_the_rest_goes_on(
 ) -> None:
     broker = MemoryBroker()
     await bury(broker, "r1")
-    await replies.dead_letter(broker, "req.x", {}, b"?", errors.MalformedMessage("no request"))
+    await dead_letter(broker, "req.x", {}, b"?", errors.MalformedMessage("no request"))
     await bury(broker, "r3")
     assert await headrace(broker, "replay", "1", "2", "99", "3", "3") == 1
     told = capsys.readouterr()
@@ -281,7 +282,7 @@ async def test_nothing_to_do_is_said(
 async def test_the_newest_are_listed_last(anyio_backend: object, capsys: pytest.CaptureFixture[str]) -> None:
     broker = MemoryBroker()
     await bury(broker, *(f"r{n}" for n in range(1, 41)))
-    await replies.dead_letter(broker, "req.x", {}, b"?", errors.MalformedMessage("no request"))
+    await dead_letter(broker, "req.x", {}, b"?", errors.MalformedMessage("no request"))
     assert await headrace(broker, "list", "--limit", "2") == 0
     told = capsys.readouterr()
     head, *rows = told.out.splitlines()
@@ -304,7 +305,7 @@ async def test_a_list_for_programs(
 ) -> None:
     broker = MemoryBroker()
     await bury(broker, "r1")
-    await replies.dead_letter(broker, "req.x", {}, b"?", errors.MalformedMessage("no request"))
+    await dead_letter(broker, "req.x", {}, b"?", errors.MalformedMessage("no request"))
     await bury(broker, "r3")
     assert await headrace(broker, "list", "--json", *filters) == 0
     assert [json.loads(line)["seq"] for line in capsys.readouterr().out.splitlines()] == seqs
@@ -316,7 +317,7 @@ async def test_a_list_for_programs(
 async def test_what_is_dropped_is_gone(anyio_backend: object, which: list[str], rest: list[int]) -> None:
     broker = MemoryBroker()
     await bury(broker, "r1")
-    await replies.dead_letter(broker, "req.x", {}, b"?", errors.MalformedMessage("no request"))
+    await dead_letter(broker, "req.x", {}, b"?", errors.MalformedMessage("no request"))
     await bury(broker, "r3")
     assert await headrace(broker, "drop", "--yes", *which) == 0
     assert await left(broker) == rest
@@ -327,7 +328,7 @@ async def test_a_body_that_no_message_held_is_dropped_with_its_letter(anyio_back
     broker = MemoryBroker()
     await objects.put(broker, subjects.PAYLOADS, "acme.one", b"a large body")
     large = headers("r1") | {subjects.BODY_OBJECT: "acme.one"}
-    await replies.dead_letter(broker, SUBJECT, large, b"", FAULT, 1, HISTORY)
+    await dead_letter(broker, SUBJECT, large, b"", FAULT, 1, HISTORY)
     assert await headrace(broker, "drop", "--yes", "1") == 0
     with pytest.raises(objects.Missing):
         await objects.get(broker, subjects.PAYLOADS, "acme.one", 100)
@@ -344,7 +345,7 @@ async def test_a_body_that_a_queued_replay_needs_stays_when_the_letter_is_droppe
     broker = MemoryBroker()
     await objects.put(broker, subjects.PAYLOADS, "acme.one", b"a large body")
     large = headers("r1") | {subjects.BODY_OBJECT: "acme.one"}
-    await replies.dead_letter(broker, SUBJECT, large, b"", FAULT, 1, HISTORY)
+    await dead_letter(broker, SUBJECT, large, b"", FAULT, 1, HISTORY)
     with monkeypatch.context() as patched:
         patched.setattr(broker, "delete", lost)
         assert await headrace(broker, "replay", "1") == 1

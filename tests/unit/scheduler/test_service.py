@@ -16,6 +16,7 @@ from broker import base, bodies, codec, errors, replies, subjects, usage
 from broker.base import Broker, Delivery
 from broker.memory import MemoryBroker
 from broker.messages import (
+    LAST_EPOCH,
     Credit,
     DeadLetter,
     FrameKind,
@@ -362,7 +363,7 @@ async def test_an_expired_request_of_a_base_without_workers_ends(
         await late.reach(FrameKind.BEAT)
     async with scheduling(broker):
         frame = await late.fails("deadline_exceeded")
-        assert frame.epoch == replies.LAST_EPOCH
+        assert frame.epoch == LAST_EPOCH
         assert [e.request_id for e in await caller.usage(1)] == ["r1"]
         await sweeps(broker)
     assert await caller.queued() == 2

@@ -17,7 +17,7 @@ import httpx
 import orjson
 import pytest
 
-from broker import codec, errors, replies, subjects, usage
+from broker import codec, errors, letters, replies, subjects, usage
 from broker.base import Delivery
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
@@ -609,7 +609,7 @@ async def test_a_worker_that_dies_before_it_acks_what_is_no_request_leaves_one_l
 ) -> None:
     await caller.publish({"Path": PATH})
     delivery = await deliver_once(broker)
-    await replies.dead_letter(
+    await letters.dead_letter(
         broker,
         delivery.subject,
         delivery.headers,

@@ -1,0 +1,60 @@
+"""What can not be run is kept among the dead letters."""
+
+from __future__ import annotations
+
+import pytest
+
+from broker import errors, letters, replies, subjects
+from broker.memory import MemoryBroker
+from broker.messages import Attempt, DeadLetter, FrameKind
+
+SUBJECT = "out.acme.box.r1"
+
+
+async def kept(broker: MemoryBroker) -> list[DeadLetter]:
+    records = await broker.read(subjects.DEAD, subjects.ALL_DEAD)
+    return [DeadLetter.model_validate_json(record.data) for record in records]
+
+
+FAULT = errors.MalformedMessage("no path")
+
+
+async def test_a_dead_letter_keeps_the_message_and_answers_it(anyio_backend: object) -> None:
+    broker = MemoryBroker()
+    headers = {"Reply-To": SUBJECT, "Odd": "one"}
+    history = (Attempt(epoch=1, worker="w1", at_ms=1, what="worker lost"),)
+    await letters.dead_letter(broker, "req.llama.standard.acme.llama", headers, b"\xff", FAULT, 2, history)
+    (letter,) = await kept(broker)
+    assert letter.history == history
+    assert (letter.reason, letter.message, letter.headers) == ("malformed_message", "no path", headers)
+    assert letter.body == "/w=="
+    frame = await replies.last_frame(broker, SUBJECT, 0)
+    assert frame is not None
+    assert (frame.epoch, frame.kind, frame.extra["status"]) == (2, FrameKind.ERROR, 400)
+
+
+@pytest.mark.parametrize(
+    ("subject", "reply_to"),
+    [
+        ("req.llama.standard.acme.llama", ""),
+        ("req.llama.standard.acme.llama", "out.acme.*.r1"),
+        ("req.llama.standard.acme.llama", "req.llama.standard.acme.llama"),
+        ("req.llama.standard.mallory.llama", SUBJECT),
+        ("req.x", SUBJECT),
+    ],
+)
+async def test_nobody_is_answered_whom_the_sender_may_not_write_to(
+    anyio_backend: object, subject: str, reply_to: str
+) -> None:
+    broker = MemoryBroker()
+    await letters.dead_letter(broker, subject, {"Reply-To": reply_to}, b"", FAULT)
+    assert len(await kept(broker)) == 1
+    assert await broker.counts(subjects.REPLIES, subjects.ALL_REPLIES) == {}
+
+
+async def test_a_message_too_large_for_its_dead_letter_leaves_its_body_behind(anyio_backend: object) -> None:
+    broker = MemoryBroker()
+    await letters.dead_letter(broker, "req.llama.standard.acme.llama", {}, bytes(2**20), FAULT)
+    (letter,) = await kept(broker)
+    assert letter.body == ""
+    assert letter.message == "no path (headers and body, 1048576 bytes, were too large to keep)"
