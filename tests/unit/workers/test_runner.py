@@ -18,7 +18,7 @@ import orjson
 import pytest
 
 from broker import codec, errors, letters, replies, subjects, usage
-from broker.base import Delivery
+from broker.base import Delivery, Record
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import TERMINAL, DeadLetter, Frame, FrameKind, Heartbeat, ServiceClass
@@ -754,6 +754,55 @@ async def test_hand_overs_are_no_deaths(broker: MemoryBroker, caller: Caller) ->
         await delivery.nak()
     async with simulated() as engine, serving(broker, engine, max_deaths=1):
         await call.finishes()
+
+
+async def test_a_journal_that_can_not_be_read_is_no_death(
+    broker: MemoryBroker, caller: Caller, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker had said that it has the request; as it leaves it to the broker, it says that too."""
+    call = await caller.submit(8)
+    delivery = await deliver_once(broker)
+    await replies.Writer(broker, call.request.reply_to, 1).beat("w1", left="drained")
+    await delivery.nak()
+    blind = broker.client()
+
+    read = blind.read
+
+    async def going(*asked: Any) -> list[Record]:
+        found = await read(*asked)
+        if any(codec.decode(record.data).epoch == 2 for record in found):
+            raise errors.Unavailable("no leader")
+        return found
+
+    monkeypatch.setattr(blind, "read", lambda *asked, **_: going(*asked))
+    async with serving(blind, WaxEngine(hold), "blind", max_deaths=3) as stopped:
+        await until(lambda: stopped.worker._held.number and not stopped.worker._jobs)
+    frames = await replies.journal(caller.broker, call.request.reply_to, 0)
+    assert [frame.extra.get("left") for frame in frames if frame.epoch == 2] == [None, "no leader"]
+    clock.now += 60
+    broker.expire()
+    async with simulated() as engine, serving(broker, engine, max_deaths=1):
+        await call.finishes()
+
+
+async def test_the_end_of_an_attempt_that_was_given_up_is_no_end(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    """Its readers have more of the next attempt by then, whose worker died: the request runs on."""
+    call = await caller.submit(8, stream=False)
+    delivery = await deliver_once(broker)
+    zombie, second = (replies.Writer(broker, call.request.reply_to, epoch) for epoch in (1, 2))
+    await zombie.beat("w1")
+    await second.beat("w2")
+    await second.head(200, {"content-type": "application/json"}, "w2", b"{", [(0, [1])])
+    await zombie.end({"completion_tokens": 8})
+    await delivery.nak()
+    await (await deliver_once(broker)).nak()
+    async with simulated() as engine, serving(broker, engine):
+        end = await call.finishes()
+        await caller.drained()
+    assert end.epoch == 3
+    assert [event.epoch for event in await caller.usage(1)] == [3]
 
 
 @pytest.mark.parametrize("counted", [False, True])
