@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Coroutine
 from typing import Any
 from unittest import mock
@@ -399,5 +400,9 @@ class Fleet(RuleBasedStateMachine):
 
 
 TestFleet = Fleet.TestCase
-# The same runs each time: what a new one finds is for who looks for it, not for who changes something else.
-TestFleet.settings = settings(max_examples=100, stateful_step_count=30, deadline=None, derandomize=True)
+# The same runs each time: what a new one finds is for who looks for it, with MODEL_RUNS=2000, not for who
+# changes something else.
+_runs = int(os.environ.get("MODEL_RUNS", "0"))
+TestFleet.settings = settings(
+    max_examples=_runs or 100, stateful_step_count=30, deadline=None, derandomize=not _runs
+)
