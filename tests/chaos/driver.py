@@ -75,7 +75,7 @@ async def run(
             "minutes": minutes,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
-            **report.figures(tally, stage.struck),
+            **report.figures(tally, stage.struck, stage.elections),
             "restarts": stage.restarts,
             "failures": failures,
         }

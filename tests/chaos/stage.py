@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
+from broker import client, subjects
 from tests.chaos.plan import Fault, Kind
 from tests.chaos.proxy import Proxy
 from tests.integration.cluster import NatsCluster
@@ -23,6 +24,9 @@ SIZES = {"worker": 4, "ingress": 2, "scheduler": 2, "nats": 3}
 PACE = 0.02
 """Seconds between two tokens of a stream."""
 _STARTS = 8
+_ELECTED = f"$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.{subjects.REPLIES}"
+_ELECTION = 4.0, 10.0
+"""Seconds that an election of nats-server takes, at least and at most."""
 _SETTINGS: dict[str, dict[str, object]] = {
     # Shorter than many an answer, so that a drain hands some of them over.
     "worker": {"sim__ttft_ms": 20, "sim__itl_ms": PACE * 1000, "worker__drain_timeout": 0.5},
@@ -40,18 +44,27 @@ class Struck:
     target: str
 
 
+class Election(NamedTuple):
+    """The journal of replies had no leader: monotonic times."""
+
+    since: float
+    until: float
+
+
 class Stage:
     """See the module. An async context manager; its parts end with it, by their pids.
 
     Attributes:
         ingresses: URLs of those that take requests.
         struck: the faults so far.
+        elections: of the journal's leader, so far.
         restarts: processes that were started again since they ended before they were ready.
     """
 
     def __init__(self, data: Path) -> None:
         self.cluster = NatsCluster(data / "nats")
         self.struck: list[Struck] = []
+        self.elections: list[Election] = []
         self.restarts = 0
         self._struck: set[tuple[str, int]] = set()  # under a fault now
         self._fleet = Fleet(data, self.cluster)
@@ -68,6 +81,9 @@ class Stage:
     async def __aenter__(self) -> Self:
         async with self._open:
             await self._open.enter_async_context(self._fleet)
+            broker = await client.connect(self.cluster.config, "chaos")
+            await self._open.enter_async_context(broker)
+            await broker.subscribe(_ELECTED, lambda _: self._elected())
             nodes = [urlsplit(node.url) for node in self.cluster.nodes]
             for _ in range(SIZES["worker"]):
                 proxy = Proxy([(str(node.hostname), node.port or 0) for node in nodes])
@@ -155,6 +171,13 @@ class Stage:
             await asyncio.sleep(fault.lasts)
         finally:
             proxy.mend()
+
+    def _elected(self) -> None:
+        """Of what no lost node explains it is only known how long it was at least."""
+        now = time.monotonic()
+        least, most = _ELECTION
+        lost = [one.at for one in self.struck if one.fault.kind is Kind.KILL_NATS and one.at > now - most]
+        self.elections.append(Election(min(lost, default=now - least), now))
 
     async def _stall(self, fault: Fault) -> None:
         await self._network(fault, Proxy.stall)
