@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import shutil
 import signal
 import sys
@@ -28,6 +29,7 @@ def main() -> int:
     data = RESULTS / f"seed-{args.seed}"
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
+    logging.basicConfig(filename=data / "driver.log")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         told, trouble = runner.run(driver.run(args.seed, args.minutes, data, args.clients))
     (data / "figures.json").write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))

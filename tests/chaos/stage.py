@@ -81,7 +81,7 @@ class Stage:
     async def __aenter__(self) -> Self:
         async with self._open:
             await self._open.enter_async_context(self._fleet)
-            broker = await client.connect(self.cluster.config, "chaos")
+            broker = await client.connect(self.cluster.config, "chaos", make_streams=False)
             await self._open.enter_async_context(broker)
             await broker.subscribe(_ELECTED, lambda _: self._elected())
             nodes = [urlsplit(node.url) for node in self.cluster.nodes]
