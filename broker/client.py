@@ -524,6 +524,8 @@ class NatsBroker(base.Broker):
             self._unconfirmed(future)
 
     async def _on_reconnected(self) -> None:
+        if self._closing:
+            return
         _log.info("the broker is back")
         self._outage.clear()
         if self._reconnecting is not None:
@@ -680,11 +682,14 @@ class _Puller:
             self._recovering = asyncio.create_task(self._recover())
 
     async def _recover(self) -> None:
-        await asyncio.sleep(_RECOVER_AFTER)
-        try:
-            await self.restore()
-        except errors.Unavailable as exc:
-            _log.warning("the queue can't be pulled from: %s", exc.message)  # the next pull tries again
+        while not (self._closed or self._broker._closing):
+            await asyncio.sleep(_RECOVER_AFTER)
+            try:
+                await self.restore()
+            except errors.Unavailable as exc:
+                _log.warning("the queue can't be pulled from: %s", exc.message)
+            else:
+                return
 
     async def restore(self) -> None:
         """After a reconnect the server knows our pulls no more, and perhaps not the consumer."""
