@@ -682,7 +682,8 @@ class _Puller:
             self._recovering = asyncio.create_task(self._recover())
 
     async def _recover(self) -> None:
-        while not (self._closed or self._broker._closing):
+        # Without a connection there is nothing to try: after a reconnect the broker restores every pull.
+        while self._broker.connected and not self._closed:
             await asyncio.sleep(_RECOVER_AFTER)
             try:
                 await self.restore()

@@ -24,7 +24,7 @@ async def test_a_pull_that_ended_is_asked_for_anew_once_the_consumer_is_there(
             raise fault
 
     puller = client._Puller(
-        cast(Any, SimpleNamespace(_closing=False)), "inbox", "c", lambda _: None, lapsed.set, ensure
+        cast(Any, SimpleNamespace(connected=True)), "inbox", "c", lambda _: None, lapsed.set, ensure
     )
     puller.outstanding = 3
     puller.on_message(Message("inbox", b"", {"Status": "409", "Description": "Leadership Change"}))
