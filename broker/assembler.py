@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from broker import errors
 from broker.messages import LAST_EPOCH, TERMINAL, Frame, FrameKind
@@ -62,6 +63,10 @@ class Assembler:
                 raise errors.FramesLost("reply frames are missing and too many wait behind them")
             self._release(ready)
         return ready
+
+    def feed_all(self, frames: Iterable[Frame]) -> list[Frame]:
+        """As `feed`, one after the other."""
+        return [new for frame in frames for new in self.feed(frame)]
 
     def rest(self, frames: list[Frame]) -> list[Frame]:
         """Of a whole reply, put in order anew, what was not passed on here. Tokens tell; frames without any

@@ -427,8 +427,7 @@ class Stream:
 
     async def _repair(self) -> tuple[list[Frame], bool]:
         """Read the journal: what is new in it, and whether that closed the gap."""
-        frames = await self._journal()
-        ready = [new for frame in frames for new in self._assembler.feed(frame)]
+        ready = self._assembler.feed_all(await self._journal())
         return ready, not self._assembler.gap
 
     async def _again(self) -> tuple[list[Frame], bool]:
@@ -436,8 +435,7 @@ class Stream:
         that is the one which counts. What the reader has had stays out."""
         had, assembler = self._assembler, Assembler()
         try:
-            kept = await self._journal()
-            frames = [new for frame in kept for new in assembler.feed(frame)]
+            frames = assembler.feed_all(await self._journal())
         except errors.FramesLost:
             return [], False
         # Not so far yet: a copy of the journal lags behind, or the next attempt is on its way again.

@@ -99,7 +99,7 @@ async def _before(
 def past(frames: Sequence[Frame]) -> Past:
     """Raises errors.FramesLost when `frames`, in the journal's order, lack some that a reader may have."""
     assembler = Assembler()
-    said = [new for frame in frames for new in assembler.feed(frame)]
+    said = assembler.feed_all(frames)
     if assembler.finished:
         return Past(ended=True)
     if assembler.gap:

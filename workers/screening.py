@@ -84,7 +84,7 @@ async def _answered(broker: base.Broker, request: Request, delivery: base.Delive
     """Of the end that its readers take; None where that is none. An `error` comes without figures."""
     frames = await replies.journal(broker, request.reply_to, delivery.enqueued_ms)
     assembler = Assembler()
-    said = [new for frame in frames for new in assembler.feed(frame)]
+    said = assembler.feed_all(frames)
     if not assembler.finished:
         return None
     end, figures = said[-1], said[-1].extra.get("usage", {})

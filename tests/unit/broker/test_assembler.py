@@ -261,7 +261,7 @@ def test_the_rest_of_a_reply_that_was_put_in_order_anew(
         Frame(1, n, f.kind, f.off, f.ids, payload=f.payload, extra=f.extra) for n, f in enumerate(frames)
     ]
     had, whole = Assembler(), Assembler()
-    seen = [new for frame in frames[:-1][:cut] for new in had.feed(frame)]
-    rest = had.rest([new for frame in frames for new in whole.feed(frame)])
+    seen = had.feed_all(frames[:-1][:cut])
+    rest = had.rest(whole.feed_all(frames))
     said = [frame for frame in frames if frame.kind is not FrameKind.BEAT]
     assert [frame for frame in seen + rest if frame.kind is not FrameKind.BEAT] == said
