@@ -54,7 +54,6 @@ _NO_ANSWER = 0.05
 _TAIL_SECONDS = 12.0
 _TAIL_BYTES = 32 * 2**20
 """Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
-_JOURNAL_ELECTED = "$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED." + subjects.REPLIES
 _TRIES = 3
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
@@ -154,7 +153,7 @@ class NatsBroker(base.Broker):
             self._ack_inbox = inbox + "."
             await self.subscribe(inbox + ".*", self._on_ack)
             await self.subscribe(subjects.ALL_AGAIN, self._on_again)
-            await self.subscribe(_JOURNAL_ELECTED, self._on_journal_elected)
+            await self.subscribe(subjects.JOURNAL_ELECTED, self._on_journal_elected)
             if self._make_streams:
                 await topology.ensure(self._js, self._config)
 

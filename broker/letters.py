@@ -27,11 +27,10 @@ async def dead_letter(
 
     `seq`: its place in REQUESTS, under which it is kept once.
     """
-    head = dict(headers or {})
-    reply_to = head.get(subjects.REPLY_TO, "")
+    reply_to = (headers or {}).get(subjects.REPLY_TO, "")
     if subjects.may_answer(subject, reply_to):
         await Writer(broker, reply_to, epoch).error(exc)
-    await bury(broker, subject, head, body, exc, history, seq)
+    await bury(broker, subject, headers, body, exc, history, seq)
 
 
 async def bury(

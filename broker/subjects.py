@@ -35,6 +35,9 @@ PAYLOADS = "payloads"
 """Object store of request bodies that no message holds. A bucket of its own, beside `artifacts`: everything
 in it goes by its age, so that what a crash leaves behind needs no janitor, while artifacts stay."""
 
+JOURNAL_ELECTED = f"$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.{REPLIES}"
+"""Where a cluster says that the journal has a new leader."""
+
 ALL_REQUESTS = "req.>"
 ALL_REPLIES = "out.>"
 ALL_USAGE = "usage.>"

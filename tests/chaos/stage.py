@@ -24,7 +24,6 @@ SIZES = {"worker": 4, "ingress": 2, "scheduler": 2, "nats": 3}
 PACE = 0.02
 """Seconds between two tokens of a stream."""
 _STARTS = 8
-_ELECTED = f"$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.{subjects.REPLIES}"
 _ELECTION = 4.0, 10.0
 """Seconds that an election of nats-server takes, at least and at most."""
 _SETTINGS: dict[str, dict[str, object]] = {
@@ -83,7 +82,7 @@ class Stage:
             await self._open.enter_async_context(self._fleet)
             broker = await client.connect(self.cluster.config, "chaos", make_streams=False)
             await self._open.enter_async_context(broker)
-            await broker.subscribe(_ELECTED, lambda _: self._elected())
+            await broker.subscribe(subjects.JOURNAL_ELECTED, lambda _: self._elected())
             nodes = [urlsplit(node.url) for node in self.cluster.nodes]
             for _ in range(SIZES["worker"]):
                 proxy = Proxy([(str(node.hostname), node.port or 0) for node in nodes])
