@@ -147,6 +147,13 @@ class Broker(abc.ABC):
     async def subscribe(self, subject: str, handler: Callable[[Message], None]) -> Subscription: ...
 
     @abc.abstractmethod
+    async def ask(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> bytes:
+        """A core message and the first answer to it: who hears it publishes to `Message.reply`.
+
+        Raises errors.Unavailable where nobody listens (at once) or nobody answers within `timeout` seconds.
+        """
+
+    @abc.abstractmethod
     async def listens(self, subject: str) -> bool:
         """Whether any client listens to `subject`, one that hangs included; it may be sent an empty message.
         No is known at once, yes after some 50 ms."""

@@ -224,6 +224,10 @@ class NatsBroker(base.Broker):
         self._nc.handlers[inner._id] = handler
         return _Subscription(inner, lambda: self._nc.handlers.pop(inner._id, None))
 
+    async def ask(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> bytes:
+        with _translated:
+            return (await self._nc.request(subject, data, timeout)).data
+
     async def listens(self, subject: str) -> bool:
         try:
             with _translated:

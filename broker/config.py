@@ -25,6 +25,9 @@ class BrokerConfig(BaseModel):
     payload_age: float = Field(
         8 * 86400.0, gt=0, description="such a body is kept no longer; more than any deadline"
     )
+    artifact_bytes: int = Field(
+        2 * 2**30, ge=2**20, description="adapters' files on disk; one more is refused"
+    )
     journal_bytes: int = Field(256 * 2**20, ge=2**20, description="reply frames kept in memory")
     journal_age: float = Field(900.0, gt=0, description="reply frames are kept no longer")
     usage_bytes: int = Field(2**30, ge=2**20, description="usage events on disk; the oldest go first")

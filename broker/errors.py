@@ -59,6 +59,18 @@ class UnknownModel(HeadraceError):
     code, status, kind = "model_not_found", 404, "invalid_request_error"
 
 
+class Incapable(InvalidRequest):
+    """The named model lacks what the request needs; the message names models that have it."""
+
+    code = "model_incapable"
+
+
+class AdapterFailed(HeadraceError):
+    """An adapter's files are missing, damaged, or none that the engine takes. Other models are served."""
+
+    code, status, kind = "adapter_failed", 422, "invalid_request_error"
+
+
 class NotFound(HeadraceError):
     code, status, kind = "not_found", 404, "invalid_request_error"
 

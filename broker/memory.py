@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -244,6 +245,25 @@ class MemoryBroker(base.Broker):
         if self._closed:
             self.check()
         return _Subscription(self, subject, handler)
+
+    async def ask(self, subject: str, data: bytes = b"", timeout: float = 2.0) -> bytes:
+        if not await self.listens(subject):
+            raise errors.Unavailable(f"nobody listens to {subject}")
+        answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def on_answer(message: Message) -> None:
+            if not answered.done():
+                answered.set_result(message.data)
+
+        inbox = f"{self.inbox}.{uuid.uuid4().hex}"
+        subscription = await self.subscribe(inbox, on_answer)
+        try:
+            await self.publish(subject, data, reply=inbox)
+            return await asyncio.wait_for(answered, timeout)
+        except TimeoutError:
+            raise errors.Unavailable(f"nobody answered on {subject}") from None
+        finally:
+            await subscription.close()
 
     async def listens(self, subject: str) -> bool:
         self.check()

@@ -138,16 +138,36 @@ class Hub:
     def __init__(self, config: BrokerConfig, clock: Callable[[], float], max_payload: int) -> None:
         self.config, self.clock, self.max_payload = config, clock, max_payload
         self.listeners: list[Listener] = []
-        self.buckets: dict[str, dict[str, bytes]] = {subjects.KV_MODELS: {}, subjects.KV_LEASES: {}}
+        buckets = (
+            subjects.KV_MODELS,
+            subjects.KV_LEASES,
+            subjects.KV_CATALOGUE,
+            subjects.KV_PLACEMENT,
+            subjects.KV_ROUTES,
+        )
+        self.buckets: dict[str, dict[str, bytes]] = {bucket: {} for bucket in buckets}
         self.revisions: dict[tuple[str, str], int] = {}  # of the keys that were removed, too
         self._changes = itertools.count(1)
         self.queues: dict[str, Queue] = {}
         window, forever = config.dedup_window, math.inf
         self.streams: dict[str, _Stream] = {}
-        payloads, all_payloads = subjects.objects(subjects.PAYLOADS), subjects.all_objects(subjects.PAYLOADS)
+        payloads, artifacts = subjects.PAYLOADS, subjects.ARTIFACTS
         for name, subject, count, size, age in (
             (subjects.REQUESTS, subjects.ALL_REQUESTS, config.max_queued, config.max_queued_bytes, forever),
-            (payloads, all_payloads, forever, config.payload_bytes, config.payload_age),
+            (
+                subjects.objects(payloads),
+                subjects.all_objects(payloads),
+                forever,
+                config.payload_bytes,
+                config.payload_age,
+            ),
+            (
+                subjects.objects(artifacts),
+                subjects.all_objects(artifacts),
+                forever,
+                config.artifact_bytes,
+                forever,
+            ),
         ):
             self.streams[name] = _Stream(
                 subject, count=count, size=size, age=age, window=window, refuses=True

@@ -52,6 +52,7 @@ class Request:
         deadline_ms: unix time in ms after which the request is worth nothing; 0 = none.
         dedup_key: the caller's idempotency key; the request id where there is none.
         traceparent: W3C trace context, or "".
+        asked: the model that the caller named, where `subject.model` was chosen for it; else "".
     """
 
     subject: subjects.RequestSubject
@@ -63,6 +64,7 @@ class Request:
     dedup_key: str = ""
     traceparent: str = ""
     body_object: str = ""
+    asked: str = ""
 
     @property
     def key(self) -> str:
@@ -83,6 +85,8 @@ class Request:
             head[subjects.TRACEPARENT] = self.traceparent
         if self.body_object:
             head[subjects.BODY_OBJECT] = self.body_object
+        if self.asked:
+            head[subjects.ASKED] = subjects.token(self.asked)
         return head
 
 
@@ -134,6 +138,12 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         raise errors.MalformedMessage(
             f"header {subjects.DEADLINE} must be unix time in ms, not {deadline!r:.99}"
         )
+    asked = head.get(subjects.ASKED, "")
+    try:
+        asked = subjects.name(asked)
+        asked.encode()
+    except ValueError as exc:
+        raise errors.MalformedMessage(f"header {subjects.ASKED} is no UTF-8: {asked!r:.200}") from exc
     body_object = head.get(subjects.BODY_OBJECT, "")
     if body_object and (body or not subjects.may_name(parsed.tenant, body_object)):
         raise errors.MalformedMessage(
@@ -150,6 +160,7 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         dedup_key=head[subjects.MSG_ID].partition(":")[2],
         traceparent=head.get(subjects.TRACEPARENT, ""),
         body_object=body_object,
+        asked=asked,
     )
 
 
@@ -225,6 +236,17 @@ class ModelCard(_Wire):
     paths: tuple[str, ...] = ()
 
 
+class AdapterState(_Wire):
+    """One adapter version in a worker. `model` is `<name>@<version>`."""
+
+    model: str
+    state: Literal["fetching", "on_disk", "loading", "ready", "draining", "failed"]
+    reason: str = Field("", description="why it failed")
+    running: int = Field(0, description="requests that it has in the engine")
+    waiting: int = Field(0, description="requests that wait in the worker for it, or for a slot")
+    size: int = Field(0, description="bytes of its files")
+
+
 class Heartbeat(_Wire):
     """`fleet.<worker>`, every 100 ms and on change. `started_ms` tells two lives of one name apart."""
 
@@ -239,6 +261,46 @@ class Heartbeat(_Wire):
     metrics_url: str = ""
     inbox: str = Field("", description="where what it pulls is delivered")
     told: int = Field(0, description="`number` of this worker's last message on `held.<worker>`")
+    host: str = Field("", description="name of its machine")
+    adapters: tuple[AdapterState, ...] = ()
+    slots: int = Field(0, description="adapters that may run at once; 0 = it serves none")
+    max_rank: int = Field(0, description="largest rank of an adapter that it takes")
+
+
+class Command(_Wire):
+    """`ctl.<worker>`: what a worker, or a pool, is told to do. Answered by an `Answer`."""
+
+    do: Literal["load", "unload", "drain", "sleep", "wake", "start", "stop"]
+    model: str = Field("", description="`<name>@<version>` of an adapter; of a pool, the base")
+    reason: str = ""
+
+
+class Answer(_Wire):
+    """What became of a `Command`. `ok` says that it was taken on, not that it is done."""
+
+    ok: bool
+    message: str = ""
+
+
+class Instance(_Wire):
+    """One base in a host's pool: cold = no process, warm = its weights rest in memory, hot = it serves."""
+
+    base: str
+    state: Literal["cold", "starting", "warm", "waking", "hot", "draining", "failed"]
+    worker: str = ""
+    memory: int = Field(0, description="bytes that it takes in this state")
+    reason: str = ""
+
+
+class PoolBeat(_Wire):
+    """`pool.<host>`: what the instance pool of a host runs, each second and on change."""
+
+    host: str
+    name: str = Field(description="takes commands on `ctl.<name>`")
+    memory: int = Field(description="bytes that its instances may take together")
+    used: int = Field(description="bytes that they take")
+    instances: tuple[Instance, ...] = ()
+    seq: int = 0
 
 
 class Held(_Wire):
@@ -271,7 +333,8 @@ class UsageEvent(_Wire):
 
     request_id: str
     tenant: str
-    model: str
+    model: str = Field(description="that served it: a base, or `<adapter>@<version>`")
+    asked: str = Field("", description="the model that the caller named, where another was chosen for it")
     base: str
     service_class: str
     path: str

@@ -10,7 +10,11 @@
     fleet.<worker>                        heartbeat and credit         (core)
     held.<worker>                         what it took and let go      (core)
     roster.<worker>                       it is to tell all it holds   (core)
+    ctl.<worker>                          a command to it, answered    (core)
+    want.<base>.<model>                   a request for an adapter was queued: fetch it (core)
+    pool.<host>                           what the instance pool of a host runs (core)
     $O.payloads.M.<name>, .C.<nuid>       request bodies over max_payload (object store `payloads`)
+    $O.artifacts.M.<name>, .C.<nuid>      adapters' files              (object store `artifacts`)
 
 Each `<...>` is one subject token. Names that are no legal token are percent-encoded by `token`.
 """
@@ -30,10 +34,17 @@ DEAD = "DEAD"
 
 KV_MODELS = "models"
 KV_LEASES = "leases"
+KV_CATALOGUE = "catalogue"
+"""What operators declare of models: see `entries`. `models` is what workers were seen to serve."""
+KV_PLACEMENT = "placement"
+KV_ROUTES = "routes"
 
 PAYLOADS = "payloads"
 """Object store of request bodies that no message holds. A bucket of its own, beside `artifacts`: everything
 in it goes by its age, so that what a crash leaves behind needs no janitor, while artifacts stay."""
+
+ARTIFACTS = "artifacts"
+"""Object store of adapters' files. What is in it stays until its version is removed."""
 
 JOURNAL_ELECTED = f"$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.{REPLIES}"
 """Where a cluster says that the journal has a new leader."""
@@ -46,6 +57,7 @@ ALL_HEARTBEATS = "fleet.*"
 ALL_CANCELS = "cancel.*.*"
 ALL_TAKEN = "taken.*.*"
 ALL_HELD = "held.*"
+ALL_POOLS = "pool.*"
 
 LEADER = "leader"
 """Key in `KV_LEASES`: the scheduler that leads."""
@@ -62,6 +74,7 @@ TRACEPARENT = "traceparent"
 RESERVED = "Nats-"
 """What the headers begin with that a server reads or writes itself."""
 BODY_OBJECT = "Body-Object"
+ASKED = "Asked-Model"
 
 MAX = 3000
 """Bytes of a subject. The server closes a connection that sends it a line of more than 4,096, and a line
@@ -182,6 +195,24 @@ def held(worker: str) -> str:
 
 def roster(worker: str) -> str:
     return f"roster.{token(worker)}"
+
+
+def ctl(name: str) -> str:
+    """Commands to the worker, or the pool, of that name."""
+    return f"ctl.{token(name)}"
+
+
+def want(base: str, model: str) -> str:
+    return f"want.{token(base)}.{token(model)}"
+
+
+def wants(base: str) -> str:
+    """Every `want` of one base."""
+    return f"want.{token(base)}.*"
+
+
+def pool(host: str) -> str:
+    return f"pool.{token(host)}"
 
 
 def usage(tenant: str, model: str) -> str:

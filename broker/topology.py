@@ -70,6 +70,16 @@ def streams(config: BrokerConfig) -> list[api.StreamConfig]:
             allow_direct=True,
         ),
         api.StreamConfig(
+            name=subjects.objects(subjects.ARTIFACTS),
+            subjects=[subjects.all_objects(subjects.ARTIFACTS)],
+            storage=api.StorageType.FILE,
+            discard=api.DiscardPolicy.NEW,
+            max_bytes=config.artifact_bytes,
+            num_replicas=config.replicas,
+            allow_rollup_hdrs=True,
+            allow_direct=True,
+        ),
+        api.StreamConfig(
             name=subjects.DEAD,
             subjects=[subjects.ALL_DEAD],
             storage=api.StorageType.FILE,
@@ -94,7 +104,8 @@ async def ensure(js: JetStreamContext, config: BrokerConfig) -> None:
             if exc.err_code not in (_NAME_IN_USE, _NO_ROOM):
                 raise
             await _bring_up_to_date(js, stream)
-    await js.create_key_value(bucket=subjects.KV_MODELS, history=1, replicas=config.replicas, direct=True)
+    for bucket in (subjects.KV_MODELS, subjects.KV_CATALOGUE, subjects.KV_PLACEMENT, subjects.KV_ROUTES):
+        await js.create_key_value(bucket=bucket, history=1, replicas=config.replicas, direct=True)
     # In memory: a lease is worth nothing after a restart, and a slow or full disk must cost nobody the lead.
     memory = api.StorageType.MEMORY
     await js.create_key_value(

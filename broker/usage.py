@@ -50,6 +50,7 @@ def event(
         request_id=request.request_id,
         tenant=subject.tenant,
         model=subject.model,
+        asked=request.asked,
         base=subject.base,
         service_class=subject.service_class,
         path=request.path,

@@ -1126,3 +1126,24 @@ async def test_connecting_to_no_server_says_where_and_why(unused_port: int) -> N
     assert raised.value.message == (
         f"no broker at nats://{address},nats://{address}: the broker did not answer: TimeoutError"
     )
+
+
+async def test_a_question_has_the_first_answer(fleet: Fleet) -> None:
+    asking, answering = await fleet.connect(), await fleet.connect()
+    with pytest.raises(errors.Unavailable):
+        await asking.ask("ctl.w1", b"?", timeout=5)
+
+    tasks = set()
+
+    def on_question(message: Message) -> None:
+        tasks.add(asyncio.ensure_future(answering.publish(message.reply, message.data + b"!")))
+
+    subscription = await answering.subscribe("ctl.w1", on_question)
+    await until(lambda: asking.listens("ctl.w1"))
+    assert await asking.ask("ctl.w1", b"so") == b"so!"
+    await subscription.close()
+    silent = await answering.subscribe("ctl.w2", Box[Message]())
+    await until(lambda: asking.listens("ctl.w2"))
+    with pytest.raises(errors.Unavailable):
+        await asking.ask("ctl.w2", timeout=0.05)
+    await silent.close()

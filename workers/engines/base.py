@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from broker import errors
@@ -108,6 +109,8 @@ class Engine(Protocol):
         app: the OpenAI application. A `http.disconnect` from `receive` stops the run and frees its
             KV blocks; the app then returns without sending more.
         continues: whether it takes a `Tap.replay`.
+        adapter_slots: adapters that one step may hold; 0 = it serves none.
+        max_rank: the largest rank of an adapter that it takes.
         models: what it serves, the base first; each card lists the HTTP paths it answers.
         on_change: called, when set, after each step that changed `stats()`. Never blocks.
         died: done when the engine can serve no more, with the reason as its exception.
@@ -116,6 +119,8 @@ class Engine(Protocol):
     name: str
     base: str
     continues: bool
+    adapter_slots: int
+    max_rank: int
     app: ASGIApp
     models: tuple[ModelCard, ...]
     on_change: Callable[[], None] | None
@@ -123,6 +128,30 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    async def load_adapter(self, model: str, path: Path, rank: int) -> None:
+        """Serve the adapter in directory `path` (PEFT's files) as `model` from now on.
+
+        Raises errors.AdapterFailed, and then every other model is served as before.
+        """
+        ...
+
+    async def unload_adapter(self, model: str) -> None:
+        """Serve `model` no more, and free its memory; one that is not loaded is fine. Nothing of it runs."""
+        ...
+
     async def close(self) -> None:
         """Stop the engine and every process it started. Idempotent."""
         ...
+
+
+class NoAdapters:
+    """For an engine that serves its base alone."""
+
+    adapter_slots = 0
+    max_rank = 0
+
+    async def load_adapter(self, model: str, path: Path, rank: int) -> None:
+        raise errors.AdapterFailed(f"this worker's engine takes no adapters, and so not {model}")
+
+    async def unload_adapter(self, model: str) -> None:
+        return

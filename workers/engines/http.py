@@ -18,7 +18,17 @@ from broker import errors
 from broker.messages import PATHS, ModelCard
 from workers.config import HttpConfig
 from workers.engines import asgi
-from workers.engines.base import ASGIApp, EngineStats, Receive, Refused, Scope, Send, Tap, current_tap
+from workers.engines.base import (
+    ASGIApp,
+    EngineStats,
+    NoAdapters,
+    Receive,
+    Refused,
+    Scope,
+    Send,
+    Tap,
+    current_tap,
+)
 from workers.engines.http_usage import Meter
 
 STEP_TOKENS = 1 << 20
@@ -27,7 +37,7 @@ _TO_SERVER = (b"content-type", b"accept", b"authorization")
 _FROM_SERVER = ("content-type", "retry-after", "x-request-id")
 
 
-class HttpEngine:
+class HttpEngine(NoAdapters):
     """See `workers.engines.base.Engine`; make one with `start`.
 
     A server that refuses a connection is given nothing more until it passes a health check.

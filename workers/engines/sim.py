@@ -19,7 +19,7 @@ from broker import errors
 from broker.messages import ModelCard
 from workers.config import SimConfig
 from workers.engines import asgi, sim_request
-from workers.engines.base import ASGIApp, EngineStats, Receive, Scope, Send, current_tap
+from workers.engines.base import ASGIApp, EngineStats, NoAdapters, Receive, Scope, Send, current_tap
 from workers.engines.sim_answer import Answer
 from workers.engines.sim_formats import FORMATS, Format
 from workers.engines.sim_pace import ClockPacer, Pacer, Reader, StepPacer
@@ -31,7 +31,7 @@ __all__ = ["SimEngine", "chat_prompt", "expected_tokens", "serve", "start", "tex
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
-class SimEngine:
+class SimEngine(NoAdapters):
     """See `workers.engines.base.Engine`; make one with `start`."""
 
     name = "sim"

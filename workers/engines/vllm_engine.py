@@ -28,7 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from broker import errors
 from broker.messages import PATHS, ModelCard
 from workers.engines import vllm_core, vllm_replay
-from workers.engines.base import ASGIApp, ASGIMessage, EngineStats, Receive, Scope, Send
+from workers.engines.base import ASGIApp, ASGIMessage, EngineStats, NoAdapters, Receive, Scope, Send
 from workers.engines.vllm_tap import Steps, TappedLLM
 
 _log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _adopt_logs() -> None:
     logging.setLogRecordFactory(logging.LogRecord)
 
 
-class VllmEngine:
+class VllmEngine(NoAdapters):
     """See `workers.engines.base.Engine`."""
 
     name = "vllm"

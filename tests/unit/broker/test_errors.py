@@ -12,6 +12,8 @@ WIRE = {
     "InvalidType": ("invalid_value", 422, "invalid_request_error", False),
     "Unauthorized": ("invalid_api_key", 401, "authentication_error", False),
     "UnknownModel": ("model_not_found", 404, "invalid_request_error", False),
+    "Incapable": ("model_incapable", 400, "invalid_request_error", False),
+    "AdapterFailed": ("adapter_failed", 422, "invalid_request_error", False),
     "NotFound": ("not_found", 404, "invalid_request_error", False),
     "MethodNotAllowed": ("method_not_allowed", 405, "invalid_request_error", False),
     "BodyTimeout": ("request_timeout", 408, "invalid_request_error", True),
