@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from broker.placement import Assignment, Placement
@@ -52,6 +52,10 @@ def replicas_needed(concurrency: float, sequences: float, utilisation: float) ->
     return max(1, math.ceil(concurrency / max(1.0, sequences * utilisation) - 1e-9))
 
 
+def _joined(*reasons: str | None) -> str:
+    return "; ".join(reason for reason in reasons if reason)
+
+
 class _Site:
     """A worker, and what the plan has on it so far."""
 
@@ -82,6 +86,18 @@ class _Pool:
         mean = (self.placed + more) / self.slots
         return min(site.worker.slots, max(1, math.ceil(BALANCE * mean * site.worker.slots)))
 
+    def best(self, model: str, point: int, barred: Collection[str], *, even: bool) -> _Site | None:
+        """The worker with room for it that has the highest weight; with `even`, of those not too full."""
+        found, highest = None, -1
+        for site in self.sites:
+            # `rendezvous.weight`, written out, and first: it rules out all but a few in a thousand.
+            weight = point * site.point % rendezvous.PRIME
+            if weight > highest and model not in site.models and site.worker.name not in barred:
+                limit = self.bound(site, 1) if even else site.worker.slots
+                if len(site.models) < limit:
+                    found, highest = site, weight
+        return found
+
 
 class _Goal(NamedTuple):
     """How many replicas an adapter shall have, and why so many."""
@@ -111,6 +127,8 @@ class _Plan:
         for worker in sorted(snapshot.workers, key=lambda w: (w.max_rank, w.name)):
             if worker.slots > 0:
                 self._enter(worker)
+        sizes = [site.worker.sequences for site in self._sites.values()]
+        self._sequences = sum(sizes) / len(sizes) if sizes else 1.0
 
     def run(self) -> tuple[Assignment, ...]:
         goals = {model: self._goal(adapter) for model, adapter in self._known()}
@@ -184,8 +202,7 @@ class _Plan:
     def _step(self, model: str, had: int, wanted: Wanted) -> _Goal:
         """One replica more or less, if the load is outside the band that `had` replicas are right for."""
         use = self._config.utilisation
-        sizes = [site.worker.sequences for site in self._sites.values()]
-        sequences = sum(sizes) / len(sizes)
+        sequences = self._sequences
         needed = replicas_needed(wanted.concurrency, sequences, use)
         figures = f"{wanted.concurrency:.1f} requests at once, {sequences * use:.1f} a replica"
         if needed > had:
@@ -231,13 +248,13 @@ class _Plan:
     def _place(self, model: str, goal: _Goal) -> None:
         while len(self._held[model]) < goal.replicas:
             site = self._choose(model) or self._make_room(model)
+            before = self._why.get(model)
             if site is None:
-                if not self._held[model] or model in self._why:
-                    self._why[model] = self._why_nowhere(model)
+                if before or not self._held[model]:
+                    self._why[model] = _joined(before, self._why_nowhere(model))
                 return
             self._put(model, site)
-            before = self._why.get(model)
-            self._why[model] = f"{before}; {goal.reason}" if before and goal.reason else before or goal.reason
+            self._why[model] = _joined(before, goal.reason)
 
     def _choose(self, model: str) -> _Site | None:
         """The free worker with the highest weight, of the first pool that has one."""
@@ -246,23 +263,12 @@ class _Plan:
         if len(barred) >= GIVE_UP:
             return None
         for pool in self._pools:
-            if pool.max_rank < rank or pool.placed >= pool.slots:
-                continue
-            best, roomy = None, None
-            best_weight = roomy_weight = -1
-            for site in pool.sites:
-                held = site.models
-                if len(held) >= site.worker.slots or model in held:
-                    continue
-                weight = rendezvous.weight(point, site.point)
-                if weight <= roomy_weight or (barred and site.worker.name in barred):
-                    continue
-                if weight > best_weight:
-                    best, best_weight = site, weight
-                if len(held) < pool.bound(site, 1):
-                    roomy, roomy_weight = site, weight
-            if roomy is not None or best is not None:
-                return roomy or best
+            if pool.max_rank >= rank and pool.placed < pool.slots:
+                site = pool.best(model, point, barred, even=True) or pool.best(
+                    model, point, barred, even=False
+                )
+                if site is not None:
+                    return site
         return None
 
     def _make_room(self, model: str) -> _Site | None:
@@ -338,7 +344,11 @@ class _Plan:
             ]
             if others:
                 point = rendezvous.point(model)
-                best = max(others, key=lambda site: rendezvous.weight(point, site.point))
+                emptiest = min(len(site.models) / site.worker.slots for site in others)
+                best = max(
+                    (site for site in others if len(site.models) / site.worker.slots == emptiest),
+                    key=lambda site: rendezvous.weight(point, site.point),
+                )
                 self._take(model, full.worker.name, "")
                 self._put(model, best)
                 self._why[model] = f"moved from {full.worker.name}, which holds more than its share"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 
-_PRIME = (1 << 61) - 1
+PRIME = (1 << 61) - 1
 
 
 @lru_cache(maxsize=65536)
 def point(name: str) -> int:
     """A name as a number from 1 to 2^61 - 2."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % (_PRIME - 1) + 1
+    return int.from_bytes(digest, "big") % (PRIME - 1) + 1
 
 
 def weight(model: int, worker: int) -> int:
@@ -26,4 +26,4 @@ def weight(model: int, worker: int) -> int:
     hundreds of models are weighed in one plan. Workers' points are random, and so is their order when
     all are multiplied by a model's.
     """
-    return model * worker % _PRIME
+    return model * worker % PRIME
