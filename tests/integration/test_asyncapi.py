@@ -378,7 +378,12 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
     heard = requests + [msg for msg in wire.heard if not msg.subject.startswith("req.")]
     for message in heard:
         check_message(_name_of(message), message.data, message.headers)
-    assert {_name_of(message) for message in heard} == set(MESSAGES) - {"Acknowledgement", "Command", "Answer", "PoolBeat"}
+    assert {_name_of(message) for message in heard} == set(MESSAGES) - {
+        "Acknowledgement",
+        "Command",
+        "Answer",
+        "PoolBeat",
+    }
     assert any(frame.choices for frame in wire.frames("several"))
     for ack in acks:
         check_message("Acknowledgement", ack.data)
