@@ -59,11 +59,17 @@ def flags_of(args: argparse.Namespace) -> dict[str, str]:
 
 def _up(args: argparse.Namespace, settings: Settings, flags: dict[str, str]) -> int:
     from broker import processes
-    from ops import up
+    from ops import autoscale, up
 
     if args.with_parent:
         processes.die_with_parent(signal.SIGTERM)
-    options = up.Options(args.workers, args.ingresses, args.nats_host, args.nats_port, args.config, flags)
+    workers, bounds = args.workers, None
+    if args.autoscale is not None:
+        bounds = autoscale.Range(*args.autoscale)
+        workers = bounds.within(workers)
+    options = up.Options(
+        workers, args.ingresses, args.nats_host, args.nats_port, args.config, flags, autoscale=bounds
+    )
     return up.run(settings, options)
 
 
@@ -92,6 +98,12 @@ def _dead(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> in
     return dead.run(args, settings.broker)
 
 
+def _placement(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
+    from ops import placement
+
+    return placement.run(args, settings.broker)
+
+
 _COMMANDS = {
     "up": _up,
     "ingress": _service,
@@ -101,6 +113,7 @@ _COMMANDS = {
     "demo-model": _demo_model,
     "config": _config,
     "dead": _dead,
+    "placement": _placement,
 }
 
 
@@ -133,6 +146,12 @@ def parser() -> argparse.ArgumentParser:
         help="address of the nats-server; 0.0.0.0 lets other machines join. It asks for no password",
     )
     up.add_argument("--nats-port", type=_port, default=4222, metavar="PORT", help="0 = a free one")
+    up.add_argument(
+        "--autoscale",
+        type=_range,
+        metavar="MIN:MAX",
+        help="so many workers as the load asks for, within these; it begins with --workers",
+    )
     up.add_argument("--with-parent", action="store_true", help="drain when the parent process ends")
 
     ingress = commands.add_parser("ingress", parents=[common, joins], help="serve HTTP for a fleet")
@@ -148,7 +167,18 @@ def parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", parents=[common], help="check the settings and print them")
     config.add_argument("--markdown", action="store_true", help="print the reference of all settings instead")
     _add_dead(commands.add_parser("dead", help="requests that failed for good: look, put back, drop"), common)
+    _add_placement(commands.add_parser("placement", help="which worker holds what, and why"), common)
     return top
+
+
+def _add_placement(placement: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    actions = placement.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", parents=[common], help="the plan of each base, and what workers say")
+    explain = actions.add_parser("explain", parents=[common], help="why it is so, of all models or one")
+    explain.add_argument("model", nargs="?", type=_name, metavar="MODEL", help="a base, or an adapter")
+    for action in (show, explain):
+        action.add_argument("--json", action="store_true", help="one JSON object a line")
+        _add(action, "nats")
 
 
 def _add_dead(dead: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
@@ -203,6 +233,16 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or len(text) > 18 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, colon, most = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, e.g. 1:4")
+    bounds = _count(least), _count(most)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} has more workers at least than at most")
+    return bounds
 
 
 def _count(text: str) -> int:
