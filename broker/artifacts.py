@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from broker import base, errors, objects, subjects
-from broker.entries import File, Version
+from broker.entries import File, ModelEntry, Version
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -113,6 +113,16 @@ async def remove(broker: base.Broker, files: Iterable[File]) -> None:
     """Take a version's files out of the store, those that are gone already too. Raises errors.Unavailable."""
     for file in files:
         await objects.remove(broker, subjects.ARTIFACTS, file.object)
+
+
+async def sweep(broker: base.Broker, entries: Iterable[ModelEntry], before_ms: float) -> list[str]:
+    """Remove what no version of `entries`, all that there are, names and was stored before unix time `before_ms`:
+    a push stores its files before its version names them, and one that broke off in between left them.
+
+    Raises errors.Unavailable.
+    """
+    named = {file.object for entry in entries for version in entry.versions for file in version.files}
+    return await objects.sweep(broker, subjects.ARTIFACTS, named, before_ms)
 
 
 def _listed(names: Iterable[str]) -> str:
