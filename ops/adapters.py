@@ -94,8 +94,12 @@ def base_for(known: Catalogue, name: str, adapter: peft.Adapter, given: str | No
         on = entry.base
     elif made_for or len(known.bases) == 1:
         on = (made_for or known.bases)[0]
-    else:
+    elif known.bases:
         raise errors.InvalidRequest(f"say --base, one of: {_listed(known.bases)}")
+    else:
+        raise errors.InvalidRequest(
+            "there is no base to push it for: start a worker, or `headrace models set BASE --declare`"
+        )
     if given is None and adapter.base and _last(adapter.base) != _last(on):
         raise errors.InvalidRequest(
             f"the adapter was made for {adapter.base!r} (base_model_name_or_path), not for {on!r}: if these "
@@ -122,4 +126,4 @@ def _last(model: str) -> str:
 
 
 def _listed(bases: list[str]) -> str:
-    return ", ".join(bases) or "none: start a worker, or `headrace models set NAME --declare`"
+    return ", ".join(bases) or "none"

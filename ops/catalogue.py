@@ -68,8 +68,7 @@ class Catalogue:
         return sorted(
             entry.name
             for entry in self.entries.values()
-            for other in _ways(entry)
-            if entry.name != model and model in (other, self._owner(other))
+            if entry.name != model and any(model in (way, self._owner(way)) for way in _ways(entry))
         )
 
     def _owner(self, model: str) -> str:

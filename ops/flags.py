@@ -18,8 +18,10 @@ class _Actions:
         self._made = command.add_subparsers(dest="action", required=True, metavar="ACTION")
         self._parents = list(parents)
 
-    def add(self, name: str, help: str, *, named: bool = True, json: bool = False) -> argparse.ArgumentParser:
-        action = self._made.add_parser(name, parents=self._parents, help=help)
+    def add(
+        self, called: str, help: str, *, named: bool = True, json: bool = False
+    ) -> argparse.ArgumentParser:
+        action = self._made.add_parser(called, parents=self._parents, help=help)
         if named:
             action.add_argument("name", type=name, metavar="NAME")
         if json:
