@@ -1,6 +1,6 @@
 """`headrace up --autoscale`: as many workers on this machine as the scheduler asks for, within bounds.
 
-The scheduler's figure lies in the bucket `placement`. Workers that are too many drain: what they run finishes.
+The scheduler's figure lies in the bucket `placement`. Workers that are too many drain: what they run ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ class Workers:
         grace: float,
         on_gone: Callable[[str], None],
     ) -> None:
-        """`children` are workers 0, 1, …; `make` gives that of a number, `grace` is the time it has to drain."""
+        """
+        Args:
+            children: workers 0, 1, …
+            make: a worker, by its number.
+            grace: seconds that one has to drain.
+            on_gone: gets the name of one that has ended.
+        """
         self.children = children
         self._numbers = dict(enumerate(children))
         self._make = make

@@ -109,7 +109,7 @@ class _Fleet:
         free = _ports(config.ingress.host, config.ingress.port, options.ingresses)
         ingresses = [self._ingress(number, port, nats.url) for number, port in enumerate(free)]
         workers = [self._worker(number, nats.url) for number in range(options.workers)]
-        scheduler = self._child("scheduler", nats.url, **self._bounds())
+        scheduler = self._child("scheduler", nats.url, 0, **self._bounds())
         keepers = [group.create_task(_keep_nats(nats))]
         for child in (*workers, *ingresses, scheduler):  # workers first: they take longest
             keepers.append(group.create_task(child.keep_alive()))

@@ -162,8 +162,7 @@ def test_a_load_that_never_ends_counts_as_failed(orders: Orders) -> None:
 
 
 def test_a_changed_entry_and_a_new_life_are_given_another_try(orders: Orders) -> None:
-    for model in ("a1", "b1"):
-        orders.heard(beat(seq=1, **{model: "failed"}), 0.0)
+    orders.heard(beat(a1="failed", b1="failed"), 0.0)
     assert orders.barred(0.0) == {
         "a@1": {"w1": "it did not say why"},
         "b@1": {"w1": "it did not say why"},
