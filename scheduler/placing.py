@@ -105,7 +105,9 @@ class Placing:
     async def run(self) -> None:
         """Plan for ever, while we lead."""
         await asyncio.sleep(_LISTEN * self._config.lost_after)
-        while True:
+        task = asyncio.current_task()
+        # Python 3.11's wait_for, here and in nats-py, may swallow a cancellation that comes with its result.
+        while not (task and task.cancelling()):
             self._wake.clear()
             if self._leader.leads:
                 try:

@@ -51,6 +51,7 @@ class Orders:
         self._config = config
         self._sent: dict[str, _Sent] = {}
         self._failures: dict[str, dict[str, _Failure]] = {}  # by model, by worker
+        self._excused: set[tuple[str, str]] = set()  # worker and model: what it says is the entry's before
 
     # What is known
 
@@ -60,9 +61,13 @@ class Orders:
         if sent is not None and (sent.started_ms != beat.started_ms or self._done(sent, beat, now)):
             del self._sent[beat.worker]
         for each in beat.adapters:
-            if each.state == "ready" and each.model in self._failures:
-                self._failures[each.model].pop(beat.worker, None)
-            elif each.state == "failed" and beat.worker not in self._failures.get(each.model, ()):
+            if each.state != "failed":
+                self._excused.discard((beat.worker, each.model))
+                if each.state == "ready" and each.model in self._failures:
+                    self._failures[each.model].pop(beat.worker, None)
+            elif (beat.worker, each.model) not in self._excused and beat.worker not in self._failures.get(
+                each.model, ()
+            ):
                 self.failed(beat.worker, each.model, each.reason or "it did not say why", now)
 
     def _done(self, sent: _Sent, beat: Heartbeat, now: float) -> bool:
@@ -84,13 +89,15 @@ class Orders:
         self._sent.pop(worker, None)
         for failures in self._failures.values():
             failures.pop(worker, None)
+        self._excused = {(of, model) for of, model in self._excused if of != worker}
 
     def changed(self, name: str) -> None:
         """The catalogue's entry is another one: what failed may work now."""
         for model in [model for model in self._failures if entries.split(model)[0] == name]:
-            del self._failures[model]
+            self._excused.update((worker, model) for worker in self._failures.pop(model))
 
     def failed(self, worker: str, model: str, reason: str, now: float) -> None:
+        self._excused.discard((worker, model))
         failures = self._failures.setdefault(model, {})
         times = failures[worker].times + 1 if worker in failures else 1
         pause = self._config.retry_load * 2 ** min(times - 1, _DOUBLINGS)

@@ -169,6 +169,11 @@ def test_a_changed_entry_and_a_new_life_are_given_another_try(orders: Orders) ->
     }
     orders.changed("a")
     assert set(orders.barred(0.0)) == {"b@1"}
+    orders.heard(beat(a1="failed", b1="failed"), 0.1)  # that was the entry before
+    assert set(orders.barred(0.1)) == {"b@1"}
+    assert due(orders, placed(a1="w1"), beat(a1="failed"), now=0.1) == [("w1", "load", "a@1")]
+    orders.heard(beat(seq=9, a1="failed anew"), 0.2)
+    assert orders.barred(0.2)["a@1"] == {"w1": "anew"}
     orders.gone("w1")
     assert orders.barred(0.0) == {}
 
