@@ -105,9 +105,7 @@ class Placing:
     async def run(self) -> None:
         """Plan for ever, while we lead."""
         await asyncio.sleep(_LISTEN * self._config.lost_after)
-        task = asyncio.current_task()
-        # Python 3.11's wait_for, here and in nats-py, may swallow a cancellation that comes with its result.
-        while not (task and task.cancelling()):
+        while True:
             self._wake.clear()
             if self._leader.leads:
                 try:

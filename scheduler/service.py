@@ -40,6 +40,9 @@ _SWEEP_PAGES = 8
 _STAMP = 3600.0
 """Seconds after which the registry is told again that a model is served."""
 
+_AGAIN = 1.0
+"""Seconds after which a side task that did not end is told to end once more."""
+
 _WORKER_FIRST = 0.5
 """Seconds that a cancelled request's worker has to end it, or to tell that it has it; ended by both, it would
 be counted twice."""
@@ -91,9 +94,7 @@ class Scheduler:
             while self._tasks:
                 await asyncio.wait(self._tasks)
         finally:
-            for end in ends:
-                end.cancel()
-            await asyncio.wait(ends)
+            await _cancel(ends)
             await self._leader.resign()
             for subscription in subscriptions:
                 await subscription.close()
@@ -274,6 +275,16 @@ class Scheduler:
             return
         if not self._guard.holds(seq):
             await self._end(found[0], errors.Cancelled("the caller cancelled it in the queue"), "cancelled")
+
+
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    """Until all have ended. Python 3.11's wait_for, in nats-py too, swallows a cancellation that comes
+    together with its result: who goes on for ever after that is told again."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_AGAIN)
 
 
 def _key(record: base.Record) -> str:

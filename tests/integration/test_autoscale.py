@@ -43,7 +43,7 @@ def log(data: Path) -> Iterator[dict[str, object]]:
 
 
 def test_a_spike_is_served_by_more_workers_which_then_go(tmp_path: Path) -> None:
-    """Two at once on one worker, and sixty come together. A second run on the same data begins with one again."""
+    """Two at once on one worker, and sixty come together."""
     data = tmp_path / "data"
     with running(data, "--autoscale", "1:3", *SETTINGS) as up:
         assert workers(up) == 1

@@ -221,9 +221,8 @@ async def test_a_worker_that_leaves_is_replaced_and_the_reason_is_kept(
 async def test_a_broken_adapter_is_given_up_and_the_others_load(
     nats_server: NatsServer, broker: base.Broker
 ) -> None:
-    never = {"retry_load": 3600.0, "retry_load_most": 3600.0}
     async with (
-        planning(nats_server, **never),
+        planning(nats_server, retry_load=3600.0, retry_load_most=3600.0),
         plans(broker) as placed,
         puppet(broker, "w1") as one,
         puppet(broker, "w2") as two,
