@@ -98,6 +98,8 @@ async def puppet(broker: base.Broker, name: str, **more: Any) -> AsyncIterator[P
     try:
         yield made
     finally:
+        if living.done():
+            living.result()  # it never ends by itself: raise what ended it
         living.cancel()
         await commands.close()
         await made.beat("gone")
