@@ -72,13 +72,13 @@ class Slots(Generic[T]):
 
     def start(self, now: float) -> list[T]:
         """Take those that may start from the waiting, in their order; each counts as running from now on."""
-        closed = self._closed(now)
         started: list[T] = []
-        for model in list(self._active):
-            if model in self._waiting and model not in closed:
-                started += self._take(model, now)
-        while len(self._active) < self.count and (free := self._next()):
-            started += self._take(free, now)
+        while len(self._active) < self.count and (model := self._next()) is not None:
+            started += self._take(model, now)
+        closed = self._closed(now)
+        for active in list(self._active):
+            if active in self._waiting and active not in closed:
+                started += self._take(active, now)
         return started
 
     def _next(self) -> str | None:
@@ -90,7 +90,7 @@ class Slots(Generic[T]):
         """Active adapters that take no more: for each adapter that waits without a slot the longest active
         one, and one more for each turn that it has waited."""
         waits = [now - queue[0][0] for m, queue in self._waiting.items() if m not in self._active]
-        due = sum(1 + int(wait / self.turn) for wait in waits) if len(self._active) >= self.count else 0
+        due = sum(1 + int(wait / self.turn) for wait in waits)
         past = [model for model, active in self._active.items() if now - active.since >= self.turn]
         return set(past[:due])
 

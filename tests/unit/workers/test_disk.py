@@ -137,7 +137,7 @@ def test_the_bound_holds_and_nothing_that_is_kept_goes(
             else:
                 assert key in disk
             assert (before & kept) <= set(there(disk, "abcdef")) | {key}
-            files = [file for file in disk._directory.rglob("weights")]
+            files = list(disk._directory.rglob("weights"))
             assert disk.used == sum(file.stat().st_size for file in files) <= 100
         disk.close()
 
