@@ -59,6 +59,15 @@ class VllmConfig(BaseModel):
     )
     block_size: int = Field(0, ge=0, description="0 = 32 on CPU, vLLM's choice on a GPU")
     enforce_eager: bool | Literal["auto"] = Field("auto", description="auto = on CPU only")
+    adapter_slots: int = Field(
+        0, ge=0, description="adapters in one step, vLLM's max_loras; 0 = no adapters are served"
+    )
+    adapters_in_memory: int = Field(
+        32, ge=0, description="adapters loaded at once; as many as adapter_slots, at least"
+    )
+    max_rank: int = Field(
+        16, ge=1, le=512, description="largest rank of an adapter, rounded up to one that vLLM knows"
+    )
     tool_call_parser: str = Field("hermes", description="empty = no automatic tool choice")
     extra: dict[str, str | int | float | bool] = Field(default={}, description="more vLLM arguments, by name")
 
