@@ -2,12 +2,13 @@
 
 Three things would harm who has no part in them: a request that brings an adapter which can't be loaded kills
 the engine, an id that comes again serves the weights of the one before, and a path that comes again finds its
-prefix blocks. So an adapter is added first, which fails alone; an id is never used twice; and each version has
-a path of its own. Written against vLLM 0.32; imported through `vllm.start` only.
+prefix blocks. So an adapter is added first, which fails alone; an id is never used twice; and each
+version has a path of its own. Written against vLLM 0.32; imported through `vllm.start` only.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import MutableMapping
@@ -18,6 +19,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from broker import errors
+from workers.engines import weights
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +34,11 @@ class Loras:
         self._llm = llm
         self._served = served
         self._last_id = 0
+        self._base: weights.Shapes | None = None
 
     async def load(self, model: str, path: Path) -> None:
         """Raises errors.AdapterFailed, errors.EngineFailed."""
+        await asyncio.to_thread(self._check, path)
         self._last_id += 1
         request = LoRARequest(lora_name=model, lora_int_id=self._last_id, lora_path=str(path))
         try:
@@ -48,6 +52,11 @@ class Loras:
         if not added:
             raise errors.AdapterFailed("vLLM does not take it, and doesn't say why")
         self._served[model] = request
+
+    def _check(self, path: Path) -> None:
+        if self._base is None:
+            self._base = weights.of_base(Path(self._llm.model_config.model))
+        weights.check(path, self._base)
 
     async def unload(self, model: str) -> None:
         request = self._served.pop(model, None)
