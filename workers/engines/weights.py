@@ -50,7 +50,7 @@ def of_base(model: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check(adapter: Path, base: Shapes) -> None:
-    """Raises errors.AdapterFailed when an adapter's matrices are of other sizes than its base's, or unreadable."""
+    """Raises errors.AdapterFailed when an adapter's matrices are not of its base's sizes, or unreadable."""
     try:
         tensors = shapes(adapter / artifacts.WEIGHTS)
     except (ValueError, OSError) as exc:
