@@ -12,9 +12,12 @@ from broker.entries import ModelEntry, Version
 from tests.adapters import write_adapter
 
 
-def files(rank: int = 8, seed: int = 0, shapes: Mapping[str, Any] | Path | None = None) -> dict[str, bytes]:
+def files(
+    rank: int = 8, seed: int = 0, shapes: Mapping[str, Any] | Path | None = None, **more: Any
+) -> dict[str, bytes]:
+    """An adapter's files, as `write_adapter` writes them."""
     with TemporaryDirectory() as made:
-        write_adapter(Path(made), shapes, rank=rank, seed=seed)
+        write_adapter(Path(made), shapes, rank=rank, seed=seed, **more)
         return {name: (Path(made) / name).read_bytes() for name in artifacts.FILES}
 
 

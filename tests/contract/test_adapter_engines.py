@@ -70,7 +70,9 @@ def written(made: Made, tmp_path: Path) -> Callable[..., Path]:
 
     def write(**more: Any) -> Path:
         targets = ("q_proj", "v_proj", "up_proj", "down_proj")
-        return write_adapter(tmp_path / str(next(numbers)), made.shapes, targets=targets, **more)
+        return write_adapter(
+            tmp_path / str(next(numbers)), made.shapes, targets=targets, lora_alpha=160, **more
+        )
 
     return write
 
