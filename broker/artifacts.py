@@ -33,9 +33,9 @@ def digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def digest_of(files: Iterable[File]) -> str:
-    """One digest over all files of a version: their names and contents, not how they are stored."""
-    lines = sorted(f"{file.name} {file.digest}\n" for file in files)
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """One digest over all files of a version, by name."""
+    lines = sorted(f"{name} {digest(data)}\n" for name, data in files.items())
     return digest("".join(lines).encode())
 
 
@@ -116,8 +116,8 @@ async def remove(broker: base.Broker, files: Iterable[File]) -> None:
 
 
 async def sweep(broker: base.Broker, entries: Iterable[ModelEntry], before_ms: float) -> list[str]:
-    """Remove what no version of `entries`, all that there are, names and was stored before unix time `before_ms`:
-    a push stores its files before its version names them, and one that broke off in between left them.
+    """Remove what no version of `entries`, all that there are, names, if it was stored before unix time
+    `before_ms`: a push stores its files before its version names them, and may break off in between.
 
     Raises errors.Unavailable.
     """

@@ -159,6 +159,18 @@ async def read(broker: base.Broker, name: str) -> ModelEntry | None:
     return None if value.data is None else _parsed(name, value.data)
 
 
+async def read_all(broker: base.Broker) -> dict[str, ModelEntry]:
+    """Every entry by its name, vacant ones too.
+
+    Raises errors.Unavailable, and errors.MalformedMessage for an entry that can't be read: whoever decides by
+    what stands in none would decide wrong.
+    """
+    values: dict[str, bytes | None] = {}
+    await (await broker.watch(subjects.KV_CATALOGUE, values.__setitem__)).close()
+    found = {subjects.name(key): value for key, value in values.items() if value is not None}
+    return {name: _parsed(name, value) for name, value in found.items()}
+
+
 async def change(
     broker: base.Broker, name: str, new: Callable[[ModelEntry | None], ModelEntry | None]
 ) -> ModelEntry | None:

@@ -31,12 +31,15 @@ class Adapter:
         targets: names of the modules that it changes, without their layers.
         base: the model that it was made for, as its training named it; "" = it doesn't say.
         files: what is stored of it, by name.
+        digest: `artifacts.digest_of` them.
     """
 
     rank: int
     targets: tuple[str, ...]
     base: str
     files: dict[str, bytes]
+
+    digest: str
 
     @property
     def size(self) -> int:
@@ -51,7 +54,8 @@ def read(directory: Path) -> Adapter:
     tensors = safetensors.header(files[artifacts.WEIGHTS], artifacts.WEIGHTS)
     modules = _modules(tensors, ranks)
     _check_targets(config, modules)
-    return Adapter(max(ranks), tuple(sorted({name.rpartition(".")[2] for name in modules})), base, files)
+    targets = tuple(sorted({name.rpartition(".")[2] for name in modules}))
+    return Adapter(max(ranks), targets, base, files, artifacts.digest_of(files))
 
 
 def _files(directory: Path) -> dict[str, bytes]:
@@ -60,8 +64,8 @@ def _files(directory: Path) -> dict[str, bytes]:
         pickles = sorted(name for name, path in found.items() if path.suffix.lower() in _PICKLES)
         if pickles:
             raise errors.AdapterFailed(
-                f"{pickles[0]} is, by its name, a pickle, which runs code when it is opened: an "
-                f"adapter is {artifacts.CONFIG} and {artifacts.WEIGHTS}. Save it with safe_serialization=True, and "
+                f"{pickles[0]} is, by its name, a pickle, which runs code when it is opened. An adapter is "
+                f"{artifacts.CONFIG} and {artifacts.WEIGHTS}: save it with safe_serialization=True, and "
                 "leave nothing of its training beside it"
             )
         for name, most in ((artifacts.CONFIG, _MAX_CONFIG), (artifacts.WEIGHTS, artifacts.MAX_BYTES)):
@@ -100,7 +104,7 @@ def _config(data: bytes) -> dict[str, Any]:
             "PEFT's path_initial_model_for_weight_conversion"
         )
     alpha = config.get("lora_alpha")
-    if type(alpha) not in (int, float) or not -1e9 < alpha < 1e9:
+    if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and -1e9 < alpha < 1e9):
         raise _bad(f"lora_alpha must be a number, not {_shown(alpha)}")
     return config
 
