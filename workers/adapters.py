@@ -435,7 +435,8 @@ class Adapters:
 
 def _key(model: str, version: entries.Version) -> str:
     """Name of the directory of one version's files: others for other contents, even under the same name."""
-    unique = hashlib.sha256(f"{model}\n{artifacts.digest_of(version.files)}".encode()).hexdigest()
+    lines = [model, *sorted(f"{file.name} {file.digest}" for file in version.files)]
+    unique = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return f"{subjects.token(model)[:60]}-{unique[:32]}"
 
 
