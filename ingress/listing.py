@@ -155,8 +155,8 @@ def _object(
     parent: str | None = None,
     root: str | None = "",
 ) -> Shown:
-    """`card` tells what no entry declares; `base` is the entry of an adapter's base, which hands down what the
-    adapter's lacks. `serving` is false while no worker takes requests for it: they wait in the queue."""
+    """`card` tells what no entry declares; `base` is the entry of an adapter's base, which hands down what
+    the adapter's lacks. `serving` is false while no worker takes requests for it: they wait in the queue."""
     entry = entry or ModelEntry(name=model, kind=kind)
     base = base or ModelEntry(name="", kind="base")
     capabilities = entry.capabilities if entry.capabilities is not None else base.capabilities

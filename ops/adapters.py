@@ -82,9 +82,10 @@ def base_for(known: Catalogue, name: str, adapter: peft.Adapter, given: str | No
     """
     catalogue.check_name(name)
     entry = known.entries.get(name)
-    if name == entries.AUTO or name in known.bases or (entry is not None and entry.kind != "adapter"):
-        kind = entry.kind if entry is not None else "base" if name in known.bases else "choice"
-        raise errors.InvalidRequest(f"{name!r} is the name of a {kind}: push the adapter under another")
+    catalogue.check_free(name, entry, "adapter")
+    if name in (*known.bases, entries.AUTO):
+        what = "leaves the choice to Headrace" if name == entries.AUTO else "is a base's name"
+        raise errors.InvalidRequest(f"{name!r} {what}: push the adapter under another")
     made_for = [base for base in known.bases if _last(base) == _last(adapter.base)]
     if given is not None:
         if given not in known.bases:

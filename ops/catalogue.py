@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from broker import base, client, entries, errors, fleet, registry, subjects
 from broker.config import BrokerConfig
-from broker.entries import ModelEntry, Target
+from broker.entries import Kind, ModelEntry, Target
 from broker.messages import AdapterState, Heartbeat, ModelCard
 
 Action = Callable[[base.Broker, argparse.Namespace], Awaitable[None]]
@@ -115,6 +115,17 @@ def check_name(name: str) -> None:
         raise errors.InvalidRequest(f"a name has at most {_MAX_NAME} bytes, all printable, not {name!r:.80}")
     if entries.split(name)[1]:
         raise errors.InvalidRequest(f"{name!r} would be read as a version of {entries.split(name)[0]!r}")
+
+
+def check_free(name: str, entry: ModelEntry | None, kind: Kind) -> None:
+    """Whether `entry`, which has the name now, may be changed as one of that kind.
+    Raises errors.InvalidRequest."""
+    if entry is not None and not entry.vacant and entry.kind != kind:
+        raise errors.InvalidRequest(f"{name!r} is {a(entry.kind)}'s name: take another, or remove that one")
+
+
+def a(kind: str) -> str:
+    return f"an {kind}" if kind[0] == "a" else f"a {kind}"
 
 
 def targets(given: Iterable[tuple[str, int]]) -> tuple[Target, ...]:

@@ -104,7 +104,7 @@ async def _lead(broker: base.Broker, name: str, changes: dict[str, Any]) -> None
     known = await catalogue.look(broker)
     catalogue.check_name(name)
     if name in known.bases:
-        raise errors.InvalidRequest(f"{name!r} is the name of a base: take another")
+        raise errors.InvalidRequest(f"{name!r} is a base's name: take another")
     known.check_ways(name, [target.model for target in changes["targets"]])
     _tell(await lead(broker, name, changes))
 
@@ -187,7 +187,9 @@ async def declare(
         if entry is None or entry.vacant:
             entry = ModelEntry(name=name, kind="base", last=entry.last if entry is not None else 0)
         if "min_replicas" in changes and entry.kind != "adapter":
-            raise errors.InvalidRequest(f"--min-replicas is an adapter's, and {name!r} is a {entry.kind}")
+            raise errors.InvalidRequest(
+                f"--min-replicas is an adapter's, and {name!r} is {catalogue.a(entry.kind)}"
+            )
         update = {**changes, "updated_ms": now_ms()}
         if prices:
             present = entry.price.model_dump() if entry.price is not None else {}
@@ -205,12 +207,9 @@ async def lead(broker: base.Broker, name: str, changes: Mapping[str, Any]) -> Mo
     """
 
     def changed(entry: ModelEntry | None) -> ModelEntry:
+        catalogue.check_free(name, entry, changes["kind"])
         if entry is None or entry.vacant:
             entry = ModelEntry(name=name, kind=changes["kind"], last=entry.last if entry is not None else 0)
-        if entry.kind != changes["kind"]:
-            raise errors.InvalidRequest(
-                f"{name!r} is the name of a {entry.kind}: take another, or remove that one"
-            )
         return entry.model_copy(update={**changes, "updated_ms": now_ms()})
 
     return _there(await entries.change(broker, name, changed))

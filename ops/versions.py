@@ -8,7 +8,7 @@ from typing import NamedTuple
 from broker import artifacts, base, entries, errors
 from broker.entries import File, ModelEntry, Version
 from ops import peft
-from ops.catalogue import now_ms
+from ops.catalogue import check_free, now_ms
 
 
 class Pushed(NamedTuple):
@@ -77,10 +77,9 @@ async def push(
 
 def _room(name: str, on: str, entry: ModelEntry | None) -> ModelEntry:
     """The entry that a version of base `on` may be added to. Raises errors.InvalidRequest."""
+    check_free(name, entry, "adapter")
     if entry is None or entry.vacant:
         return ModelEntry(name=name, kind="adapter", base=on, last=entry.last if entry is not None else 0)
-    if entry.kind != "adapter":
-        raise errors.InvalidRequest(f"{name!r} is the name of a {entry.kind}: push the adapter under another")
     check_base(entry, on)
     return entry
 
