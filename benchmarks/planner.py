@@ -52,7 +52,8 @@ def run(quick: bool) -> dict[str, Any]:
         measured[name] = {f"p{p}_ms": round(1000 * results.percentile(times, p), 2) for p in (50, 99)}
         results.say(f"  {name}: {measured[name]}")
     replicas = sum(len(each.workers) for each in settled.assignments)
-    return {"workers": WORKERS, "adapters": ADAPTERS, "replicas": replicas, "rounds": rounds, **measured}
+    fleet = {"workers": WORKERS, "slots": SLOTS, "adapters": ADAPTERS, "replicas": replicas}
+    return {**fleet, "rounds": rounds, **measured}
 
 
 def _settled(seen: Snapshot, demand: dict[str, Wanted], config: SchedulerConfig) -> Placement:
