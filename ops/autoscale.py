@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-from broker import client, errors, replies
+from broker import errors, replies
 from broker.config import BrokerConfig
 from broker.placement import Placement, Placements
 from ops.child import Child
@@ -91,6 +91,8 @@ class Workers:
 
 async def follow(workers: Workers, bounds: Range, config: BrokerConfig) -> None:
     """Resize for ever. What was asked for before this call is another run's, and asks for nothing."""
+    from broker import client  # loads nats-py: not for an `up` that does not autoscale
+
     began_ms = replies.now_ms()
     facts = await workers.children[0].ready  # it has made the buckets
     while True:

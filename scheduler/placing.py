@@ -61,7 +61,8 @@ class Placing:
         self._saturation: defaultdict[str, autoscale.Saturation] = defaultdict(autoscale.Saturation)
         self._wants: set[tuple[str, str]] = set()
         self._wake = asyncio.Event()
-        self._led = False
+        self._led = False  # in the last round
+        self._new = False  # it leads, and has not written every plan yet: each is to bear its name
 
     async def watch(self) -> list[base.Subscription]:
         self._entries.on_change = self._orders.changed
@@ -77,19 +78,25 @@ class Placing:
             self._leave(beat.worker)
         else:
             self._beats[beat.worker] = now, beat
-            self._orders.heard(beat, now)
+            # Only then at once: a thousand workers tell of themselves ten times a second.
+            if self._orders.open(beat.worker) and self._orders.heard(beat, now):
+                self._wake.set()
 
     def _leave(self, worker: str) -> None:
         self._beats.pop(worker, None)
         self._orders.gone(worker)
 
     def _on_usage(self, message: base.Message) -> None:
+        if not self._led:
+            return
         try:
             self._demand.ended(UsageEvent.model_validate_json(message.data))
         except ValidationError:
             _log.warning("a usage event on %s is unreadable", message.subject)
 
     def _on_want(self, message: base.Message) -> None:
+        if not self._led:
+            return
         try:
             _, base_token, model_token = message.subject.split(".")
             base_model, model = subjects.name(base_token), subjects.name(model_token)
@@ -125,23 +132,24 @@ class Placing:
                 continue
 
     async def _round(self, now: float) -> None:
-        counts = await self._counts()
-        self._demand.sample(counts, now)
-        for worker, (seen, _) in list(self._beats.items()):
+        if not self._led:
+            self._led = self._new = True
+            self._plans = dict(self._placements.bases)
+            # What an earlier run asked for, or was asked, says nothing of now.
+            self._targets.clear()
+            self._demand = Demand(self._config.demand_window)
+        self._demand.sample(await self._counts(), now)
+        for worker, (seen, beat) in list(self._beats.items()):
             if now - seen > self._config.gone_after:
                 self._leave(worker)
-        if not self._led:
-            self._led = True
-            self._plans = dict(self._placements.bases)
-            self._targets.clear()  # what an earlier run asked for says nothing of this one's workers
-            first = True
-        else:
-            first = False
+            else:
+                self._orders.heard(beat, now)
         for base_model in self._bases():
-            await self._plan(base_model, now, first)
+            await self._plan(base_model, now)
         for base_model in self._plans.keys() - self._bases():
             del self._plans[base_model]
             await self._placements.remove(base_model)
+        self._new = False
 
     async def _counts(self) -> Counter[tuple[str, str]]:
         """Requests in the queue, running ones included, by base and model."""
@@ -164,7 +172,7 @@ class Placing:
         remembered = {entry.card.base for entry in self._models.entries.values()}
         return served | remembered | {e.base for e in self._entries.entries.values() if e.kind == "adapter"}
 
-    async def _plan(self, base_model: str, now: float, first: bool) -> None:
+    async def _plan(self, base_model: str, now: float) -> None:
         beats = [beat for _, beat in self._beats.values() if beat.base == base_model]
         serving = [beat for beat in beats if beat.state == "serving"]
         demand = self._demand.of(base_model)
@@ -174,7 +182,7 @@ class Placing:
             placed = planner.plan(snapshot, demand, previous, replies.now_ms(), self._config)
         target = self._target(base_model, serving, now)
         placed = placed.model_copy(update={"replicas": target.replicas, "reason": target.reason})
-        if first or placed != previous:
+        if self._new or placed != previous:
             placed = placed.model_copy(update={"made_ms": replies.now_ms(), "by": self._name})
             await self._placements.put(placed)
             self._tell(previous, placed)

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from broker.placement import Assignment, Placement
 from scheduler import rendezvous
 from scheduler.config import SchedulerConfig
+from scheduler.sites import Pool, Site
 from scheduler.view import Adapter, Snapshot, Wanted, Worker
-
-BALANCE = 1.25
-"""A worker holds so many times the mean at most while another of its pool has room."""
 
 RIVAL = 1.5
 """A placed adapter gives way to one that nobody holds and that is asked for so many times as much."""
@@ -56,49 +54,6 @@ def _joined(*reasons: str | None) -> str:
     return "; ".join(reason for reason in reasons if reason)
 
 
-class _Site:
-    """A worker, and what the plan has on it so far."""
-
-    __slots__ = ("models", "point", "pool", "worker")
-
-    def __init__(self, worker: Worker, pool: _Pool) -> None:
-        self.worker = worker
-        self.pool = pool
-        self.point = rendezvous.point(worker.name)
-        self.models: set[str] = set()
-
-    @property
-    def free(self) -> bool:
-        return len(self.models) < self.worker.slots
-
-
-class _Pool:
-    """Workers that take the same rank."""
-
-    def __init__(self, max_rank: int) -> None:
-        self.max_rank = max_rank
-        self.sites: list[_Site] = []
-        self.slots = 0
-        self.placed = 0
-
-    def bound(self, site: _Site, more: int = 0) -> int:
-        """Adapters that one of its workers may hold while another has room, `more` of them to come."""
-        mean = (self.placed + more) / self.slots
-        return min(site.worker.slots, max(1, math.ceil(BALANCE * mean * site.worker.slots)))
-
-    def best(self, model: str, point: int, barred: Collection[str], *, even: bool) -> _Site | None:
-        """The worker with room for it that has the highest weight; with `even`, of those not too full."""
-        found, highest = None, -1
-        for site in self.sites:
-            # `rendezvous.weight`, written out, and first: it rules out all but a few in a thousand.
-            weight = point * site.point % rendezvous.PRIME
-            if weight > highest and model not in site.models and site.worker.name not in barred:
-                limit = self.bound(site, 1) if even else site.worker.slots
-                if len(site.models) < limit:
-                    found, highest = site, weight
-        return found
-
-
 class _Goal(NamedTuple):
     """How many replicas an adapter shall have, and why so many."""
 
@@ -120,8 +75,8 @@ class _Plan:
         self._now_ms = now_ms
         self._config = config
         self._before = {each.model: each for each in previous.assignments}
-        self._sites: dict[str, _Site] = {}
-        self._pools: list[_Pool] = []
+        self._sites: dict[str, Site] = {}
+        self._pools: list[Pool] = []
         self._held: dict[str, list[str]] = defaultdict(list)
         self._why: dict[str, str] = {}
         for worker in sorted(snapshot.workers, key=lambda w: (w.max_rank, w.name)):
@@ -145,9 +100,9 @@ class _Plan:
 
     def _enter(self, worker: Worker) -> None:
         if not self._pools or self._pools[-1].max_rank != worker.max_rank:
-            self._pools.append(_Pool(worker.max_rank))
+            self._pools.append(Pool(worker.max_rank))
         pool = self._pools[-1]
-        site = _Site(worker, pool)
+        site = Site(worker, pool)
         pool.sites.append(site)
         pool.slots += worker.slots
         self._sites[worker.name] = site
@@ -174,7 +129,7 @@ class _Plan:
     def _floor(self, adapter: Adapter) -> int:
         return adapter.min_replicas if adapter.current else 0
 
-    def _eligible(self, model: str) -> Iterator[_Site]:
+    def _eligible(self, model: str) -> Iterator[Site]:
         rank, barred = self._snapshot.adapters[model].rank, self._snapshot.barred.get(model, {})
         if len(barred) >= GIVE_UP:
             return
@@ -232,7 +187,7 @@ class _Plan:
                 else:
                     self._why[model] = f"{name} serves no more"
 
-    def _eligible_of(self, model: str, names: Iterable[str]) -> Iterator[_Site]:
+    def _eligible_of(self, model: str, names: Iterable[str]) -> Iterator[Site]:
         rank, barred = self._snapshot.adapters[model].rank, self._snapshot.barred.get(model, {})
         for name in names:
             site = self._sites.get(name)
@@ -256,7 +211,7 @@ class _Plan:
             self._put(model, site)
             self._why[model] = _joined(before, goal.reason)
 
-    def _choose(self, model: str) -> _Site | None:
+    def _choose(self, model: str) -> Site | None:
         """The free worker with the highest weight, of the first pool that has one."""
         point, rank = rendezvous.point(model), self._snapshot.adapters[model].rank
         barred = self._snapshot.barred.get(model, {})
@@ -271,7 +226,7 @@ class _Plan:
                     return site
         return None
 
-    def _make_room(self, model: str) -> _Site | None:
+    def _make_room(self, model: str) -> Site | None:
         """Take the slot of the adapter that needs it least, if that is much less; None = there is none."""
         needs_it = len(self._held[model]) < self._floor(self._snapshot.adapters[model])
         if self._held[model] and not needs_it:
@@ -329,7 +284,7 @@ class _Plan:
                 if len(site.models) > pool.bound(site) and self._move_one(site, pool):
                     return
 
-    def _move_one(self, full: _Site, pool: _Pool) -> bool:
+    def _move_one(self, full: Site, pool: Pool) -> bool:
         for model in sorted(full.models, key=lambda m: rendezvous.weight(rendezvous.point(m), full.point)):
             if not self._settled(model) or model in self._why:
                 continue
@@ -357,7 +312,7 @@ class _Plan:
 
     # Keeping the books
 
-    def _put(self, model: str, site: _Site) -> None:
+    def _put(self, model: str, site: Site) -> None:
         site.models.add(model)
         site.pool.placed += 1
         self._held[model].append(site.worker.name)

@@ -55,10 +55,15 @@ class Orders:
 
     # What is known
 
-    def heard(self, beat: Heartbeat, now: float) -> None:
-        """Learn from a heartbeat what became of an order."""
+    def open(self, worker: str) -> bool:
+        """Whether it has been told something that is not done yet."""
+        return worker in self._sent
+
+    def heard(self, beat: Heartbeat, now: float) -> bool:
+        """Learn from a heartbeat what became of an order; whether it is done."""
         sent = self._sent.get(beat.worker)
-        if sent is not None and (sent.started_ms != beat.started_ms or self._done(sent, beat, now)):
+        done = sent is not None and (sent.started_ms != beat.started_ms or self._done(sent, beat, now))
+        if done:
             del self._sent[beat.worker]
         for each in beat.adapters:
             if each.state != "failed":
@@ -69,6 +74,7 @@ class Orders:
                 each.model, ()
             ):
                 self.failed(beat.worker, each.model, each.reason or "it did not say why", now)
+        return done
 
     def _done(self, sent: _Sent, beat: Heartbeat, now: float) -> bool:
         model, late = sent.command.model, now - sent.at > self._config.load_timeout
