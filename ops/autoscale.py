@@ -94,7 +94,9 @@ async def follow(workers: Workers, bounds: Range, config: BrokerConfig) -> None:
     from broker import client  # loads nats-py: not for an `up` that does not autoscale
 
     began_ms = replies.now_ms()
-    facts = await workers.children[0].ready  # it has made the buckets
+    started = [child.ready for child in workers.children]
+    done, _ = await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)  # it has made the buckets
+    facts = done.pop().result()
     while True:
         try:
             async with await client.connect(config, "headrace up", make_streams=False) as broker:
