@@ -17,7 +17,7 @@ from broker import artifacts, base, client, entries, subjects
 from broker.config import BrokerConfig
 from broker.messages import AdapterState, Credit, Heartbeat, ModelCard
 from broker.server import NatsServer
-from tests.adapters import write_adapter
+from tests.adapters import safetensors, write_adapter
 from tests.integration.reading import connected
 from tests.integration.serving import ingress
 from tests.waiting import LIMIT, until
@@ -194,6 +194,35 @@ async def test_the_catalogue_changes_while_an_ingress_serves(nats_server: NatsSe
 
 async def shows(http: httpx.AsyncClient, name: str) -> bool:
     return name in await models(http)
+
+
+async def test_a_push_that_is_killed_leaves_no_version_and_a_sweep_its_files(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    config, url = BrokerConfig(url=nats_server.url), nats_server.url
+    large = write_adapter(tmp_path, rank=64, base="llama", targets=("q_proj",))
+    stem, size = "base_model.model.model.layers.0.self_attn.q_proj", 100_000
+    halves = {"A": (64, size), "B": (size, 64)}
+    tensors = {f"{stem}.lora_{half}.weight": (shape, bytes(256 * size)) for half, shape in halves.items()}
+    (large / artifacts.WEIGHTS).write_bytes(safetensors(tensors))
+    stream, chunks = subjects.objects(subjects.ARTIFACTS), subjects.all_object_chunks(subjects.ARTIFACTS)
+    async with await client.connect(config, "fleet") as broker:
+        await done(url, "models", "set", "llama", "--declare")
+        push = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "ops", "adapters", "push", "support", str(large), "--nats", url]
+        )
+
+        async def begun() -> bool:
+            return sum((await broker.counts(stream, chunks)).values()) > 40
+
+        await until(begun)
+        push.kill()
+        assert await push.wait() < 0
+        assert await entries.read(broker, "support") is None
+        assert "0 objects" in (await headrace(url, "adapters", "sweep"))[2]  # it might go on yet
+        assert await begun()
+        assert (await headrace(url, "adapters", "sweep", "--age", "0"))[0] == 0
+        assert await broker.counts(stream, subjects.all_objects(subjects.ARTIFACTS)) == {}
 
 
 @pytest.mark.parametrize(
