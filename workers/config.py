@@ -50,6 +50,10 @@ class VllmConfig(BaseModel):
     )
     block_size: int = Field(0, ge=0, description="0 = 32 on CPU, vLLM's choice on a GPU")
     enforce_eager: bool | Literal["auto"] = Field("auto", description="auto = on CPU only")
+    sleep: bool = Field(
+        False,
+        description="on a GPU: the engine can give its memory free, and keep the weights in the machine's",
+    )
     tool_call_parser: str = Field("hermes", description="empty = no automatic tool choice")
     extra: dict[str, str | int | float | bool] = Field(default={}, description="more vLLM arguments, by name")
 
@@ -77,6 +81,8 @@ class SimConfig(BaseModel):
     beta4: float = Field(0.0, ge=0, description="ms a request in the step")
     ttft_ms: float = Field(0.0, ge=0, description="with itl_ms: each request on its own clock, no step model")
     itl_ms: float = Field(0.0, ge=0, description="ms between two tokens of a request, likewise")
+    sleep: bool = Field(False, description="it can sleep, as vLLM can on a GPU")
+    wake_ms: float = Field(100.0, ge=0, description="ms that it takes to wake")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

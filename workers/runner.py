@@ -25,6 +25,7 @@ from workers.config import WorkerConfig
 from workers.engines.base import Engine
 from workers.job import HandBack, Job, Share, Touch
 from workers.quarantine import Quarantine
+from workers.rest import Rest
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Worker:
         self._config = config
         self._broker = broker
         self._engine = engine
-        self._state: Literal["serving", "draining", "gone"] = "serving"
+        self._state: Literal["serving", "draining", "asleep", "gone"] = "serving"
         self._started_ms = replies.now_ms()
         self._held = held.Held(broker, self.name, self._started_ms)
         self._jobs: dict[str, Job] = {}
@@ -79,23 +80,22 @@ class Worker:
             await self._broker.subscribe(subjects.ALL_TAKEN, self._on_taken),
             await self._broker.subscribe(subjects.roster(self.name), self._on_roster),
         ]
-        for number, service_class in enumerate(ServiceClass):
-            receive = self._receiver(number)
-            self._pullers.append(
-                await self._broker.pull(self._engine.base, service_class, receive, self._top_up)
-            )
+        rest = Rest(self._broker, self._engine, self.name, self._rest, self._rise)
+        subscriptions.append(await rest.listen())
+        await self._open()
         self._engine.on_change = self._on_step
         died: asyncio.Future[None] = asyncio.shield(self._engine.died)
-        sides: list[Coroutine[Any, Any, Any]] = [stop.wait(), self._beat(), self._hold()]
+        sides: list[Coroutine[Any, Any, Any]] = [stop.wait(), self._beat(), self._hold(), rest.run()]
         ends: list[asyncio.Future[Any]] = [died, *map(asyncio.create_task, sides)]
         try:
             self._top_up()
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if died.done():
                 _log.error("the engine died: its requests go to other workers", extra={"worker": self.name})
+            ends[-1].cancel()  # one that is about to sleep, or to wake, drains no less
             await self._drain(0.0 if died.done() else self._config.drain_timeout)
             for end in ends:
-                if end.done():
+                if end.done() and not end.cancelled():
                     end.result()  # the engine's death or a broken side task ends the worker, loudly
         finally:
             self._state = "gone"
@@ -109,6 +109,28 @@ class Worker:
             await self._announce()
             await asyncio.to_thread(server.shutdown)  # it answers its poll, up to half a second later
             server.server_close()
+
+    async def _open(self) -> None:
+        """Open the queues; nothing is asked for yet."""
+        self._queues = [intake.Queue() for _ in ServiceClass]
+        self._pullers = [
+            await self._broker.pull(self._engine.base, each, self._receiver(number), self._top_up)
+            for number, each in enumerate(ServiceClass)
+        ]
+
+    async def _rest(self) -> None:
+        """Take nothing more, let what runs finish, and have the engine sleep."""
+        await self._drain(self._config.drain_timeout)
+        await self._engine.sleep()
+        self._state = "asleep"
+        await self._announce()
+
+    async def _rise(self) -> None:
+        await self._engine.wake()
+        await self._open()
+        self._state = "serving"
+        await self._announce()
+        self._top_up()
 
     # Taking requests
 

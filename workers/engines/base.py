@@ -111,6 +111,7 @@ class Engine(Protocol):
         continues: whether it takes a `Tap.replay`.
         adapter_slots: adapters that one step may hold; 0 = it serves none.
         max_rank: the largest rank of an adapter that it takes.
+        can_sleep: whether it takes `sleep` and `wake`.
         models: what it serves, the base first; each card lists the HTTP paths it answers.
         on_change: called, when set, after each step that changed `stats()`. Never blocks.
         died: done when the engine can serve no more, with the reason as its exception.
@@ -121,6 +122,7 @@ class Engine(Protocol):
     continues: bool
     adapter_slots: int
     max_rank: int
+    can_sleep: bool
     app: ASGIApp
     models: tuple[ModelCard, ...]
     on_change: Callable[[], None] | None
@@ -139,6 +141,15 @@ class Engine(Protocol):
         """Serve `model` no more, and free its memory; one that is not loaded is fine. Nothing of it runs."""
         ...
 
+    async def sleep(self) -> None:
+        """Give the accelerator's memory free and keep the weights in the machine's. Nothing runs, and nothing
+        is asked of the app until `wake`. What it raises is the engine's end."""
+        ...
+
+    async def wake(self) -> None:
+        """Serve again as before; what it had cached of prompts is gone."""
+        ...
+
     async def close(self) -> None:
         """Stop the engine and every process it started. Idempotent."""
         ...
@@ -154,4 +165,16 @@ class NoAdapters:
         raise errors.AdapterFailed(f"this worker's engine takes no adapters, and so not {model}")
 
     async def unload_adapter(self, model: str) -> None:
+        return
+
+
+class NoSleep:
+    """For an engine that can't rest: whoever wants its memory stops its process."""
+
+    can_sleep = False
+
+    async def sleep(self) -> None:
+        raise errors.EngineFailed("this engine can't sleep")
+
+    async def wake(self) -> None:
         return

@@ -52,11 +52,22 @@ class SimEngine(NoAdapters):
         self._readers: set[Reader] = set()
         self._created = int(time.time())
         self._closed = False
+        self.can_sleep = config.sleep
+        self._asleep = False
         self._task = asyncio.create_task(self._pacer.run(), name="sim-engine")
         self._task.add_done_callback(self._ended)
 
     def stats(self) -> EngineStats:
         return self._pacer.stats()
+
+    async def sleep(self) -> None:
+        if not self.can_sleep:
+            raise errors.EngineFailed("the simulated engine sleeps with sim.sleep = true only")
+        self._asleep = True
+
+    async def wake(self) -> None:
+        await asyncio.sleep(self.config.wake_ms / 1000)
+        self._asleep = False
 
     async def close(self) -> None:
         self._task.cancel()
@@ -109,6 +120,8 @@ class SimEngine(NoAdapters):
         generation = sim_request.read(path, body, self.config)
         if self._closed:
             raise errors.EngineFailed("the simulated engine has closed")
+        if self._asleep:
+            raise Refused("The engine sleeps.", status=503)
         reader = Reader(current_tap.get())
         answer = Answer(generation, self.config, self._pacer, reader)
         shape = FORMATS[path](self.config.model, generation, [choice.prompt for choice in answer.choices])

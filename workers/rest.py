@@ -1,0 +1,88 @@
+"""A worker's sleep: `ctl.<worker>` tells it to give its memory free, and to serve again.
+
+While it sleeps it asks for no work and goes on telling the fleet that it is there. What it was told last
+counts: one that is woken while it falls asleep wakes as soon as it sleeps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from pydantic import ValidationError
+
+from broker import base, errors, subjects
+from broker.messages import Answer, Command
+from workers.engines.base import Engine
+
+_log = logging.getLogger(__name__)
+
+
+class Rest:
+    """Commands `sleep` and `wake`; all others are left to whoever else listens.
+
+    Args:
+        rest: drains the worker and has its engine sleep.
+        rise: the opposite.
+    """
+
+    def __init__(
+        self,
+        broker: base.Broker,
+        engine: Engine,
+        name: str,
+        rest: Callable[[], Awaitable[None]],
+        rise: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._broker = broker
+        self._engine = engine
+        self._name = name
+        self._rest = rest
+        self._rise = rise
+        self._to_sleep = False  # what it was told last
+        self._told = asyncio.Event()
+        self._answers: set[asyncio.Task[None]] = set()
+
+    async def listen(self) -> base.Subscription:
+        return await self._broker.subscribe(subjects.ctl(self._name), self._on_command)
+
+    async def run(self) -> None:
+        """Do what is told, until cancelled. Raises what the engine raises: it is no use then."""
+        asleep = False
+        while True:
+            await self._told.wait()
+            self._told.clear()
+            if self._to_sleep and not asleep:
+                await self._rest()
+            elif asleep and not self._to_sleep:
+                await self._rise()
+            else:
+                continue
+            asleep = not asleep
+            _log.info("asleep" if asleep else "awake", extra={"worker": self._name})
+            self._told.set()  # it may have been told otherwise meanwhile
+
+    def _on_command(self, message: base.Message) -> None:
+        try:
+            command = Command.model_validate_json(message.data)
+        except ValidationError:
+            return  # whoever takes the other commands says so
+        if command.do not in ("sleep", "wake"):
+            return
+        if command.do == "sleep" and not self._engine.can_sleep:
+            answer = Answer(ok=False, message=f"the engine {self._engine.name} can't sleep as it was started")
+        else:
+            self._to_sleep = command.do == "sleep"
+            self._told.set()
+            answer = Answer(ok=True)
+        if message.reply:
+            task = asyncio.create_task(self._answer(message.reply, answer))
+            self._answers.add(task)
+            task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, reply: str, answer: Answer) -> None:
+        try:
+            await self._broker.publish(reply, answer.model_dump_json().encode())
+        except errors.Unavailable as exc:
+            _log.warning("a command could not be answered: %s", exc.message)
