@@ -256,7 +256,7 @@ class Heartbeat(_Wire):
     models: tuple[ModelCard, ...]
     started_ms: int
     seq: int
-    state: Literal["serving", "draining", "gone"]
+    state: Literal["serving", "draining", "asleep", "gone"]
     credit: Credit
     metrics_url: str = ""
     inbox: str = Field("", description="where what it pulls is delivered")
