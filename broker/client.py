@@ -117,6 +117,7 @@ class NatsBroker(base.Broker):
         self._outage: set[str] = set()  # kinds of error logged since the connection was lost
         self._reconnecting: asyncio.Task[None] | None = None
         self._tail = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)
+        self._heard = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)  # others' frames
         self._repeats: set[asyncio.Task[None]] = set()
         self._repeating: set[str] = set()  # replies that are being published again
 
@@ -182,30 +183,35 @@ class NatsBroker(base.Broker):
         if subject.startswith("out."):
             self._tail.add(subject, data, asyncio.get_running_loop().time())
 
+    def heard(self, subject: str, data: bytes) -> None:
+        self._heard.add(subject, data, asyncio.get_running_loop().time())
+
     def _on_again(self, message: base.Message) -> None:
-        """A reader misses frames that the journal has not."""
+        """Somebody misses frames that the journal has not."""
         key = message.subject.partition(".")[2]
-        if self._tail.of(key) and key not in self._repeating:
-            self._repeat([key])
+        if (self._tail.of(key) or self._heard.of(key)) and key not in self._repeating:
+            self._repeat([key], self._tail, self._heard, answer=message.reply)
 
     def _on_journal_elected(self, _: base.Message) -> None:
         """What was published since the journal's last leader went is in no journal."""
-        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()), self._tail)
 
-    def _repeat(self, keys: list[str]) -> None:
+    def _repeat(self, keys: list[str], *tails: tail.Tail, answer: str = "") -> None:
         self._repeating.update(keys)
-        task = asyncio.create_task(self._publish_again(keys))
+        task = asyncio.create_task(self._publish_again(keys, tails, answer))
         self._repeats.add(task)
         task.add_done_callback(self._repeats.discard)
 
-    async def _publish_again(self, keys: list[str]) -> None:
+    async def _publish_again(self, keys: list[str], tails: tuple[tail.Tail, ...], answer: str) -> None:
         """One reply after the other, each without a pause: its newest frame has to be the journal's too."""
         try:
             for key in keys:
-                for subject, data in self._tail.of(key):
+                for subject, data in [frame for tail in tails for frame in tail.of(key)]:
                     await self._nc.publish(subject, data)
                 await asyncio.sleep(0)
                 self._repeating.discard(key)
+            if answer:
+                await self._nc.publish(answer, b"")  # behind the frames, on the same connection
         except nats.errors.Error as exc:
             _log.warning("frames were not published again: %s", _reason(exc))
         finally:
@@ -536,7 +542,7 @@ class NatsBroker(base.Broker):
         self._reconnecting = asyncio.create_task(self._restore())
         self.reconnected()
         # What was on its way when the connection broke may have arrived or not.
-        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()), self._tail)
 
     async def _restore(self) -> None:
         """What a restarted server forgot: streams, consumers, standing pulls; what we missed: changes.
