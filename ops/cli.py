@@ -63,8 +63,18 @@ def _up(args: argparse.Namespace, settings: Settings, flags: dict[str, str]) -> 
 
     if args.with_parent:
         processes.die_with_parent(signal.SIGTERM)
-    options = up.Options(args.workers, args.ingresses, args.nats_host, args.nats_port, args.config, flags)
+    options = up.Options(
+        args.workers, args.ingresses, args.nats_host, args.nats_port, args.config, flags, args.pool
+    )
     return up.run(settings, options)
+
+
+def _worker(args: argparse.Namespace, settings: Settings, flags: dict[str, str]) -> int:
+    if args.pool is None:
+        return _service(args, settings, flags)
+    from ops import pool, service
+
+    return service.run("pool", settings, pool.part(args.pool, args.config, flags), args.ready_fd)
 
 
 def _service(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
@@ -95,7 +105,7 @@ def _dead(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> in
 _COMMANDS = {
     "up": _up,
     "ingress": _service,
-    "worker": _service,
+    "worker": _worker,
     "scheduler": _service,
     "sim-engine": _service,
     "demo-model": _demo_model,
@@ -133,12 +143,14 @@ def parser() -> argparse.ArgumentParser:
         help="address of the nats-server; 0.0.0.0 lets other machines join. It asks for no password",
     )
     up.add_argument("--nats-port", type=_port, default=4222, metavar="PORT", help="0 = a free one")
+    _add_pool(up, "in place of the workers")
     up.add_argument("--with-parent", action="store_true", help="drain when the parent process ends")
 
     ingress = commands.add_parser("ingress", parents=[common, joins], help="serve HTTP for a fleet")
     _add(ingress, "nats", "host", "port")
     worker = commands.add_parser("worker", parents=[common, joins], help="run an engine for a fleet")
     _add(worker, "nats", "engine", "model", "url", "data")
+    _add_pool(worker, "in place of one engine")
     scheduler = commands.add_parser("scheduler", parents=[common, joins], help="look after a fleet")
     _add(scheduler, "nats")
     sim = commands.add_parser("sim-engine", parents=[common, joins], help="the sim engine alone, over HTTP")
@@ -178,6 +190,12 @@ def _add(to: argparse.ArgumentParser, *flags: str) -> None:
     for flag in flags:
         key, text = _FLAGS[flag]
         to.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text} [{key}]")
+
+
+def _add_pool(to: argparse.ArgumentParser, what: str) -> None:
+    to.add_argument(
+        "--pool", type=Path, metavar="FILE", help=f"an instance pool {what}: several bases that take turns"
+    )
 
 
 def _pair(text: str) -> tuple[str, str]:
