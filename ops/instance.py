@@ -34,6 +34,7 @@ class Instance:
         since: `time.monotonic()` when it came into its state.
         reason: why it is in it.
         metrics_url: of its worker, while there is a process that was ready.
+        heard_at: when its worker gave a heartbeat, or one could have been missed.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Instance:
         self.since = time.monotonic()
         self.reason = ""
         self.metrics_url = ""
+        self.heard_at = 0.0
         self._arguments = arguments
         self._log = log
         self._drain = drain
@@ -126,7 +128,7 @@ class Instance:
 
     def heard(self, state: str) -> None:
         """Its worker's heartbeat tells this state."""
-        now = time.monotonic()
+        self.heard_at = now = time.monotonic()
         if state == "asleep" and self.state == "draining" and self._to_warm:
             self._to_warm = False
             self._become("warm", self.reason)
@@ -136,9 +138,18 @@ class Instance:
             self._hot_at = now
             self._become("hot", self.reason)
 
-    def overdue(self, limit: float) -> None:
-        """End it where a start, a wake or the way to sleep takes longer than it may."""
-        took = time.monotonic() - self.since
+    def overdue(self, limit: float, hung_after: float) -> None:
+        """End it where a start, a wake or the way to sleep takes longer than `limit`, or where it hangs."""
+        now = time.monotonic()
+        took = now - self.since
+        silent = now - max(self.since, self.heard_at)
+        if self.state in ("hot", "warm") and silent > hung_after and self._child is not None:
+            logger.error("%s gives no heartbeat: it is killed", self.worker, extra={"state": self.state})
+            self._was_warm = self.state == "warm"
+            self._failed(f"it gave no heartbeat for {hung_after:g} s")
+            self._become("draining", self.reason)
+            self._spawn(self._child.stop(0))
+            return
         slow = self.state in ("starting", "waking") and took > limit
         if slow or (self.state == "draining" and self._to_warm and took > self._drain + limit):
             logger.error("%s takes too long: it is stopped", self.worker, extra={"state": self.state})

@@ -120,6 +120,7 @@ class Pool:
             await self._broker.subscribe(subjects.ctl(self.name), self._on_command),
             await self._registry.watch(),
         ]
+        forget = self._broker.on_reconnect(self._reconnected)
         try:
             await self._register()
             await self._beat()
@@ -133,6 +134,7 @@ class Pool:
             beating.cancel()
             await self._beat()
         finally:
+            forget()
             for subscription in subscriptions:
                 await subscription.close()
             await asyncio.to_thread(server.shutdown)
@@ -167,7 +169,7 @@ class Pool:
         now = time.monotonic()
         self._fleet.expire(now)
         for instance in self._instances.values():
-            instance.overdue(self._section.start_limit)
+            instance.overdue(self._section.start_limit, self._section.hung_after)
         seats = [
             self._seat(instance, n, now) for instance, n in zip(self._instances.values(), queued, strict=True)
         ]
@@ -196,6 +198,10 @@ class Pool:
             self._busy_at.get(name, -math.inf),
             name not in self._called and self._elsewhere(name, queued, now),
         )
+
+    def _seats(self) -> list[Seat]:
+        """What they take, and no more."""
+        return [instance.seat(None, False, 0.0, False) for instance in self._instances.values()]
 
     def _elsewhere(self, name: str, queued: int, now: float) -> bool:
         """Whether others see to what is queued for a base. One that drains sees to what it has."""
@@ -231,6 +237,10 @@ class Pool:
         if beat is not None and (own := self._workers.get(beat.worker)) is not None:
             own.heard(beat.state)
 
+    def _reconnected(self) -> None:
+        for instance in self._instances.values():
+            instance.heard_at = time.monotonic()  # it is we who heard nothing
+
     def _on_pool(self, message: base.Message) -> None:
         try:
             beat = PoolBeat.model_validate_json(message.data)
@@ -265,6 +275,8 @@ class Pool:
                 self._called.discard(command.model)
                 instance.stop(reason)
             case "sleep", "hot":
+                if not pool.may_sleep(self._seats(), command.model, self._policy):
+                    return Answer(ok=False, message="it can't sleep, or pool.sleep_memory has no room for it")
                 self._called.discard(command.model)
                 instance.sleep(reason)
             case "sleep", state:
@@ -316,7 +328,7 @@ class Pool:
             await self._beat()
 
     async def _beat(self) -> None:
-        seats = [instance.seat(None, False, 0.0, False) for instance in self._instances.values()]
+        seats = self._seats()
         used = pool.used(seats)
         instances = tuple(
             wire.Instance(

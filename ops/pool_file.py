@@ -53,6 +53,9 @@ class PoolSection(BaseModel):
         1.0, ge=0, description="and at least so many times what bringing it back takes"
     )
     start_limit: float = Field(900.0, gt=0, description="a start or a wake that takes longer has failed")
+    hung_after: float = Field(
+        30.0, gt=0, description="an engine of the pool that gives no heartbeat for so long is killed"
+    )
     poll: float = Field(0.25, gt=0, description="interval of the look at the queues")
     lost_after: float = Field(1.0, gt=0, description="a worker without heartbeat for so long serves nothing")
 

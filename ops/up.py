@@ -125,7 +125,10 @@ class _Fleet:
         await stop.wait()
         for children, drain in (
             (ingresses, config.ingress.drain_timeout),
-            (workers, config.worker.drain_timeout),
+            (
+                workers,
+                config.worker.drain_timeout + (_GRACE if options.pool else 0.0),
+            ),  # it ends its own first
             ([scheduler], 0.0),
         ):
             await asyncio.gather(*(child.stop(drain + _GRACE) for child in children))

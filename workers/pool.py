@@ -128,6 +128,13 @@ def turn(seat: Seat, policy: Policy) -> float:
     return max(policy.dwell, policy.turn_factor * seat.start)
 
 
+def may_sleep(seats: Sequence[Seat], base: str, policy: Policy) -> bool:
+    """Whether a base's engine knows how to, and there is room for its weights."""
+    seat = next(seat for seat in seats if seat.base == base)
+    room = policy.sleep_memory - sum(other.held_asleep for other in seats)
+    return seat.can_sleep and 0 < seat.asleep <= room
+
+
 def decide(seats: Sequence[Seat], policy: Policy, now: float) -> list[Action]:
     """What to do now. Carried out in this order, `memory` and `sleep_memory` are never exceeded.
 

@@ -191,6 +191,20 @@ async def test_a_killed_engine_is_started_again_and_its_request_goes_on(stage: S
     assert stage.worker("a").pid != first.pid
 
 
+async def test_an_engine_that_hangs_is_killed_and_its_request_goes_on(stage: Stage, tmp_path: Path) -> None:
+    slow = ONE | {"settings": {"sim.ttft_ms": 5, "sim.itl_ms": 20}}
+    await stage.start(written(tmp_path / "pool.toml", {"a": slow}, hung_after=1))
+    await until(lambda: ready(stage.http))
+    asking = asyncio.create_task(stage.ask("a", "long", 100))
+    await stage.becomes("a", "hot")
+    first = stage.worker("a")
+    await until(lambda: stage.queued("a"))
+    first.suspend()
+    assert "no heartbeat" in (await stage.becomes("a", "failed")).reason
+    await asking
+    assert stage.worker("a").pid != first.pid
+
+
 async def test_the_engines_die_with_the_pool_and_what_waits_stays(stage: Stage, tmp_path: Path) -> None:
     slow = ONE | {"settings": {"sim.ttft_ms": 5, "sim.itl_ms": 20}}
     file = written(tmp_path / "pool.toml", {"a": slow, "b": ONE})
@@ -254,6 +268,9 @@ async def test_commands_start_and_stop_a_base(stage: Stage, tmp_path: Path) -> N
     asleep = await stage.tell("sleep", "a")
     assert not asleep.ok
     assert "cold" in asleep.message
+    await stage.tell("wake", "a")
+    await stage.becomes("a", "hot")
+    assert "can't sleep" in (await stage.tell("sleep", "a")).message
     assert pool.facts["bases"] == ["a"]
 
 
