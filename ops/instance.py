@@ -182,7 +182,9 @@ class Instance:
         stopped = self.state == "draining" and not self._to_warm
         self._to_warm = self._was_warm = False
         if stopped:
-            self._become("failed" if self._not_before > time.monotonic() else "cold", self.reason)
+            failed = self._not_before > time.monotonic()
+            self._failures = self._failures if failed else 0
+            self._become("failed" if failed else "cold", self.reason)
             return
         logger.warning("%s: %s", self.worker, why, extra={"status": status, "state": self.state})
         if time.monotonic() - self._hot_at > STEADY and self.state in ("hot", "warm"):

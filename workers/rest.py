@@ -68,18 +68,20 @@ class Rest:
             command = Command.model_validate_json(message.data)
         except ValidationError:
             return  # whoever takes the other commands says so
-        if command.do not in ("sleep", "wake"):
-            return
+        if command.do in ("sleep", "wake"):
+            answer = self.obey(command)
+            if message.reply:
+                task = asyncio.create_task(self._answer(message.reply, answer))
+                self._answers.add(task)
+                task.add_done_callback(self._answers.discard)
+
+    def obey(self, command: Command) -> Answer:
+        """Take `sleep` or `wake` on; `run` does it."""
         if command.do == "sleep" and not self._engine.can_sleep:
-            answer = Answer(ok=False, message=f"the engine {self._engine.name} can't sleep as it was started")
-        else:
-            self._to_sleep = command.do == "sleep"
-            self._told.set()
-            answer = Answer(ok=True)
-        if message.reply:
-            task = asyncio.create_task(self._answer(message.reply, answer))
-            self._answers.add(task)
-            task.add_done_callback(self._answers.discard)
+            return Answer(ok=False, message=f"the engine {self._engine.name} can't sleep as it was started")
+        self._to_sleep = command.do == "sleep"
+        self._told.set()
+        return Answer(ok=True)
 
     async def _answer(self, reply: str, answer: Answer) -> None:
         try:

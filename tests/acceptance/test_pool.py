@@ -91,19 +91,22 @@ async def test_two_bases_swap_in_memory_for_one_and_every_request_is_answered(tm
         asks = (ask(names[n % 2], f"r{n}") for n in range(8))
         texts = await asyncio.gather(*asks)
         assert all(texts), texts
-        assert await ask(names[0], "back")
-        assert await served(broker) == {f"r{n}": names[n % 2] for n in range(8)} | {"back": names[0]}
+        for n in (8, 9):  # one of them is gone by now
+            assert await ask(names[n % 2], f"r{n}")
+        told = await until(lambda: served(broker, 10))
+        assert told == {f"r{n}": names[n % 2] for n in range(10)}
         hot = [tuple(each.base for each in beat.instances if each.memory) for beat in beats]
         assert {len(names) for names in hot} <= {0, 1}, "the memory holds one"
         assert all(beat.used <= beat.memory for beat in beats)
         turns = [names for n, names in enumerate(hot) if names and (n == 0 or hot[n - 1] != names)]
-        assert len(turns) == 3, turns
+        assert len(turns) >= 3, turns
         resident = max(each.resident for beat in beats for each in beat.instances)
         print(f"an engine took {resident / 2**20:.0f} MiB of the machine's memory")  # noqa: T201
 
 
-async def served(broker: base.Broker) -> dict[str, str]:
-    """The finished requests, and what served each."""
+async def served(broker: base.Broker, n: int) -> dict[str, str] | None:
+    """What served each of the finished requests, once there are `n`."""
     records = await broker.read(subjects.USAGE, subjects.ALL_USAGE)
     events = [UsageEvent.model_validate_json(record.data) for record in records]
-    return {event.request_id: event.model for event in events if event.outcome == "finished"}
+    found = {event.request_id: event.model for event in events if event.outcome == "finished"}
+    return found if len(found) >= n else None
