@@ -72,6 +72,35 @@ def test_the_cheapest_to_bring_back_goes_first_and_no_more_than_are_needed() -> 
     assert does(seats, policy, 5) == [("stop", "large")]
 
 
+def test_the_larger_of_two_and_the_one_that_sleeps_lightly_go_first() -> None:
+    policy = replace(ONE, memory=20)
+    new = Seat("new", "cold", hot=4, wanted=1)
+    small, large = Seat("small", "hot", hot=4, start=5), Seat("large", "hot", hot=16, start=6)
+    assert does([small, large, new], policy, 5) == [("stop", "large")]
+    light = Seat("light", "hot", hot=4, start=50, wake=1, asleep=4, can_sleep=True)
+    policy = replace(policy, memory=8, sleep_memory=4)
+    assert does([small, light, new], policy, 5) == [("sleep", "light")]
+
+
+def test_room_that_is_coming_free_is_waited_for() -> None:
+    policy = replace(ONE, memory=20)
+    seats = [
+        Seat("goes", "draining", hot=10),
+        Seat("idle", "hot", hot=10),
+        Seat("new", "cold", hot=10, wanted=1),
+    ]
+    assert does(seats, policy, 5) == []
+    less = [replace(seats[0], hot=8), replace(seats[1], hot=12), seats[2]]
+    assert does(less, policy, 5) == [("stop", "idle")]
+
+
+def test_one_that_wakes_or_falls_asleep_takes_both_memories() -> None:
+    for seat in (Seat("a", "waking", hot=10, asleep=8), Seat("a", "draining", 10, asleep=8, to_warm=True)):
+        assert (seat.held, seat.held_asleep) == (10, 8)
+    stops = Seat("a", "draining", hot=10, warm=2, asleep=8, was_warm=True)
+    assert (stops.held, stops.held_asleep, stops.leaving) == (2, 8, 2)
+
+
 def test_nobody_goes_while_it_would_not_be_enough() -> None:
     policy = replace(ONE, memory=20)
     seats = [
