@@ -54,6 +54,8 @@ _NO_ANSWER = 0.05
 _TAIL_SECONDS = 12.0
 _TAIL_BYTES = 32 * 2**20
 """Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
+_ELECTION = 10.0
+"""Seconds for which a process that ends waits for a journal without a leader."""
 _TRIES = 3
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
@@ -504,6 +506,7 @@ class NatsBroker(base.Broker):
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         if self._nc.is_connected:
+            await self._leave_frames()
             try:
                 await self._nc.flush(timeout=1)
             except (nats.errors.Error, TimeoutError) as exc:
@@ -516,6 +519,19 @@ class NatsBroker(base.Broker):
             self._nc._pending_data_size = 0
         if not self._nc.is_closed:
             await self._nc.close()
+
+    async def _leave_frames(self) -> None:
+        """See the journal have what was said lately, which is known to nobody once this process has gone."""
+        loop = asyncio.get_running_loop()
+        keys, end, without = self._tail.keys(loop.time()), loop.time() + _ELECTION, False
+        while keys and self._nc.is_connected and loop.time() < end:
+            try:
+                await self.last(subjects.REPLIES, "out.nobody", leader=True)
+                break
+            except errors.Unavailable:
+                without = True  # what it was not there for, its successor is told
+        if without:
+            await self._publish_again(keys, (self._tail,), "")
 
     async def _on_error(self, exc: Exception) -> None:
         kind = type(exc).__name__

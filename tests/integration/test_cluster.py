@@ -274,3 +274,23 @@ async def asked_anew_in_vain(http: httpx.AsyncClient, urls: list[str]) -> None:
 def holds_together(seen: Transcript) -> bool:
     """Whether what came is a beginning of the answer without a hole."""
     return {problem.kind for problem in check(seen)} == {"interrupted"}
+
+
+async def test_a_process_that_ends_while_the_journal_has_no_leader_leaves_it_its_frames(
+    cluster: NatsCluster,
+) -> None:
+    subject = subjects.reply("acme", "box", "last words")
+    async with await client.connect(cluster.config, "reader") as reader:
+        async with await client.connect(cluster.config, "worker") as worker:
+            leader = await cluster.leader(subjects.REPLIES)
+            assert leader is not None
+            await cluster.kill(leader)
+            await until(lambda: worker.connected and reader.connected)
+            await worker.publish(subject, b"the end")
+
+        async def kept() -> bool:
+            with contextlib.suppress(errors.Unavailable):
+                return b"the end" in {r.data for r in await reader.read(subjects.REPLIES, subject)}
+            return False
+
+        await until(kept)
