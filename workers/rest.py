@@ -10,9 +10,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from pydantic import ValidationError
-
-from broker import base, errors, subjects
 from broker.messages import Answer, Command
 from workers.engines.base import Engine
 
@@ -20,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class Rest:
-    """Commands `sleep` and `wake`; all others are left to whoever else listens.
+    """Carries out the commands `sleep` and `wake`, which `Control` takes.
 
     Args:
         rest: drains the worker and has its engine sleep.
@@ -29,23 +26,17 @@ class Rest:
 
     def __init__(
         self,
-        broker: base.Broker,
         engine: Engine,
         name: str,
         rest: Callable[[], Awaitable[None]],
         rise: Callable[[], Awaitable[None]],
     ) -> None:
-        self._broker = broker
         self._engine = engine
         self._name = name
         self._rest = rest
         self._rise = rise
         self._to_sleep = False  # what it was told last
         self._told = asyncio.Event()
-        self._answers: set[asyncio.Task[None]] = set()
-
-    async def listen(self) -> base.Subscription:
-        return await self._broker.subscribe(subjects.ctl(self._name), self._on_command)
 
     async def run(self) -> None:
         """Do what is told, until cancelled. Raises what the engine raises: it is no use then."""
@@ -63,18 +54,6 @@ class Rest:
             _log.info("asleep" if asleep else "awake", extra={"worker": self._name})
             self._told.set()  # it may have been told otherwise meanwhile
 
-    def _on_command(self, message: base.Message) -> None:
-        try:
-            command = Command.model_validate_json(message.data)
-        except ValidationError:
-            return  # whoever takes the other commands says so
-        if command.do in ("sleep", "wake"):
-            answer = self.obey(command)
-            if message.reply:
-                task = asyncio.create_task(self._answer(message.reply, answer))
-                self._answers.add(task)
-                task.add_done_callback(self._answers.discard)
-
     def obey(self, command: Command) -> Answer:
         """Take `sleep` or `wake` on; `run` does it."""
         if command.do == "sleep" and not self._engine.can_sleep:
@@ -82,9 +61,3 @@ class Rest:
         self._to_sleep = command.do == "sleep"
         self._told.set()
         return Answer(ok=True)
-
-    async def _answer(self, reply: str, answer: Answer) -> None:
-        try:
-            await self._broker.publish(reply, answer.model_dump_json().encode())
-        except errors.Unavailable as exc:
-            _log.warning("a command could not be answered: %s", exc.message)
