@@ -45,7 +45,7 @@ from workers.runner import Worker
 
 ADAPTERS, SLOTS = 20, 8
 TOKENS = 32
-RATES = (10.0, 20.0, 40.0)
+RATES = (20.0, 40.0, 80.0)
 """Requests a second to the sim engine; at about 30 more adapters are asked for at once than it has slots."""
 LOAD_MS = 20.0
 """Time that the sim engine takes to load an adapter: what vLLM took here."""

@@ -30,8 +30,9 @@ async def push(
     rank: int = 8,
 ) -> Version:
     """The next version of adapter `name`, which its bare name means from now on."""
-    stored = await artifacts.put(broker, name, content or files(rank))
-    digest, size = artifacts.digest_of(stored), sum(file.size for file in stored)
+    content = content or files(rank)
+    stored = await artifacts.put(broker, name, content)
+    digest, size = artifacts.digest_of(content), sum(map(len, content.values()))
 
     def with_one_more(entry: ModelEntry | None) -> ModelEntry:
         before = entry or ModelEntry(name=name, kind="adapter", base=base_model)

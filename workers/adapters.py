@@ -117,6 +117,20 @@ class Adapters:
         found = self.catalogue.adapter(model) if entries.split(model)[1] else None
         return found[1] if found is not None and found[0].base == self._engine.base else None
 
+    def refusal(self, model: str) -> str:
+        """Why this worker can't serve `model`, as far as the catalogue tells; "" = it can."""
+        version = self._version(model)
+        if version is None:
+            return f"it is no adapter version of {self._engine.base!r}"
+        if version.rank > self._engine.max_rank:
+            return f"its rank is {version.rank}, and this worker takes {self._engine.max_rank} at most"
+        return ""
+
+    def too_wide(self, model: str) -> bool:
+        """Whether its rank is too large for this worker; another may take it."""
+        version = self._version(model)
+        return version is not None and version.rank > self._engine.max_rank
+
     def here(self, model: str) -> bool:
         """Whether it is loaded, or about to be, and stays."""
         adapter = self._adapters.get(model)
@@ -171,8 +185,8 @@ class Adapters:
 
     def want(self, model: str, evict: bool = False) -> bool:
         """Have it here before it is asked for: on disk, and loaded where there is room; with `evict` also in
-        the place of one that is idle. False when it is no adapter of this base, or too many are wanted."""
-        if self._version(model) is None or (model not in self._wanted and len(self._wanted) >= _TOLD):
+        the place of one that is idle. False when it can't be, or too many are wanted."""
+        if self.refusal(model) or (model not in self._wanted and len(self._wanted) >= _TOLD):
             return False
         self._of(model).unload = False
         if evict:
@@ -261,10 +275,8 @@ class Adapters:
 
     async def _bring(self, adapter: _Adapter, version: entries.Version) -> None:
         """Its files onto the disk, where they are not there, whole."""
-        if version.rank > self._engine.max_rank:
-            raise errors.AdapterFailed(
-                f"its rank is {version.rank}, and this worker takes {self._engine.max_rank} at most"
-            )
+        if reason := self.refusal(adapter.model):
+            raise errors.AdapterFailed(reason)
         cache = self._disk()
         adapter.key, adapter.size = _key(adapter.model, version), sum(file.size for file in version.files)
         if adapter.key in cache and adapter.key not in self._checked:
@@ -442,7 +454,8 @@ class Adapters:
 
 def _key(model: str, version: entries.Version) -> str:
     """Name of the directory of one version's files: others for other contents, even under the same name."""
-    unique = hashlib.sha256(f"{model}\n{artifacts.digest_of(version.files)}".encode()).hexdigest()
+    lines = [model, *sorted(f"{file.name} {file.digest}" for file in version.files)]
+    unique = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     return f"{subjects.token(model)[:60]}-{unique[:32]}"
 
 

@@ -27,6 +27,9 @@ _log = logging.getLogger(__name__)
 _SENT_ON = 2
 """Deliveries up to which a request goes back for a worker that shall have its adapter; then any loads it."""
 
+_CANNOT = 8
+"""Likewise at a worker that can't serve it, where another of the base may; then its caller is told."""
+
 
 class Control:
     """See the module. Owned by the worker's event loop. `drain` has the worker end, after its requests, and
@@ -75,12 +78,19 @@ class Control:
         return await self._adapters.find(model)
 
     def elsewhere(self, job: Job) -> bool:
-        """Whether other workers shall have its adapter, and one of them may get it yet."""
-        model = job.request.subject.model
-        if job.delivery.attempt > _SENT_ON or model == self._engine.base or self._adapters.here(model):
+        """Whether another worker shall have its adapter, or may be able to serve it, and may get it yet."""
+        model, attempt = job.request.subject.model, job.delivery.attempt
+        if model == self._engine.base or not entries.split(model)[1] or attempt > _CANNOT:
             return False
+        if not self._engine.adapter_slots or self._adapters.too_wide(model):
+            return True
         planned = self._planned(model)
-        return bool(planned) and self._name not in planned
+        return (
+            attempt <= _SENT_ON
+            and bool(planned)
+            and self._name not in planned
+            and not self._adapters.here(model)
+        )
 
     def turn(self, job: Job) -> contextlib.AbstractAsyncContextManager[errors.HeadraceError | None]:
         """See `Turns.turn`."""
@@ -140,7 +150,8 @@ class Control:
             case "load" if self._adapters.want(model, evict=True):
                 return Answer(ok=True, message=f"{model} is being loaded")
             case "load":
-                return Answer(ok=False, message=f"{model!r} is no adapter version of {self._engine.base!r}")
+                reason = self._adapters.refusal(model) or "too many are wanted"
+                return Answer(ok=False, message=f"{model!r} can't be loaded: {reason}")
             case "unload" if self._adapters.unload(model):
                 return Answer(ok=True, message=f"{model} goes once its requests have ended")
             case "unload":
