@@ -20,11 +20,12 @@ from pathlib import Path
 from prometheus_client import start_http_server
 from pydantic import ValidationError
 
-from broker import addresses, base, client, errors, fleet, registry, replies, subjects
+from broker import addresses, base, client, errors, registry, replies, subjects
 from broker import messages as wire
-from broker.messages import Answer, Command, Heartbeat, PoolBeat
+from broker.messages import Answer, Command, PoolBeat
 from ops import pool_file, pool_metrics, ports, targets
 from ops.instance import Instance
+from ops.others import Others
 from ops.pool_file import Base, PoolSection
 from ops.service import Ready, Serve
 from ops.settings import Settings
@@ -34,8 +35,6 @@ from workers.pool import Action, Seat
 logger = logging.getLogger(__name__)
 
 _BEAT = 1.0
-_BEATS_LOST = 3 * _BEAT
-"""Seconds without a beat after which another pool counts as gone."""
 _STAMP = 3600.0
 """Seconds after which the registry is told again that a base is to be had."""
 
@@ -85,8 +84,7 @@ class Pool:
         self._host = socket.gethostname()
         self._instances: dict[str, Instance] = {}
         self._workers: dict[str, Instance] = {}
-        self._fleet = fleet.Fleet(section.lost_after)
-        self._pools: dict[str, tuple[float, PoolBeat]] = {}  # other hosts'
+        self._others = Others(name, self._workers, section.lost_after)
         self._registry = registry.Registry(broker)
         self._wanted: dict[str, float] = {}
         self._called: set[str] = set()  # by a command, until they are hot
@@ -116,7 +114,7 @@ class Pool:
         pool_metrics.MEMORY.labels("limit").set(self._section.memory)
         subscriptions = [
             await self._broker.subscribe(subjects.ALL_HEARTBEATS, self._on_heartbeat),
-            await self._broker.subscribe(subjects.ALL_POOLS, self._on_pool),
+            await self._broker.subscribe(subjects.ALL_POOLS, self._others.on_pool),
             await self._broker.subscribe(subjects.ctl(self.name), self._on_command),
             await self._registry.watch(),
         ]
@@ -167,7 +165,7 @@ class Pool:
         """Look, decide, and have it done."""
         queued = await asyncio.gather(*(self._queued(name) for name in self._instances))
         now = time.monotonic()
-        self._fleet.expire(now)
+        self._others.expire(now)
         for instance in self._instances.values():
             instance.overdue(self._section.start_limit, self._section.hung_after)
         seats = [
@@ -196,27 +194,12 @@ class Pool:
             self._wanted.get(name),
             queued > 0,
             self._busy_at.get(name, -math.inf),
-            name not in self._called and self._elsewhere(name, queued, now),
+            name not in self._called and self._others.serve(name, queued, now),
         )
 
     def _seats(self) -> list[Seat]:
         """What they take, and no more."""
         return [instance.seat(None, False, 0.0, False) for instance in self._instances.values()]
-
-    def _elsewhere(self, name: str, queued: int, now: float) -> bool:
-        """Whether others see to what is queued for a base. One that drains sees to what it has."""
-        for beat in self._fleet.live(now):
-            if beat.base == name and beat.worker not in self._workers:
-                running = beat.credit.running + beat.credit.waiting
-                if beat.state == "serving" or (beat.state == "draining" and running >= queued):
-                    return True
-        return any(
-            now - at <= _BEATS_LOST
-            and any(
-                each.base == name and each.state in ("starting", "waking", "hot") for each in beat.instances
-            )
-            for at, beat in self._pools.values()
-        )
 
     def _do(self, action: Action) -> None:
         instance = self._instances[action.base]
@@ -233,24 +216,13 @@ class Pool:
     # Hearing
 
     def _on_heartbeat(self, message: base.Message) -> None:
-        beat: Heartbeat | None = self._fleet.observe(message, time.monotonic())
+        beat = self._others.on_heartbeat(message)
         if beat is not None and (own := self._workers.get(beat.worker)) is not None:
             own.heard(beat.state)
 
     def _reconnected(self) -> None:
         for instance in self._instances.values():
             instance.heard_at = time.monotonic()  # it is we who heard nothing
-
-    def _on_pool(self, message: base.Message) -> None:
-        try:
-            beat = PoolBeat.model_validate_json(message.data)
-        except ValidationError as exc:
-            logger.warning("a beat on %s is unreadable: %s", message.subject, exc.errors()[0]["msg"])
-            return
-        now = time.monotonic()
-        if beat.name != self.name:
-            self._pools[beat.name] = (now, beat)
-        self._pools = {name: seen for name, seen in self._pools.items() if now - seen[0] <= _BEATS_LOST}
 
     def _on_command(self, message: base.Message) -> None:
         try:
