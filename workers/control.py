@@ -20,6 +20,7 @@ from workers.adapters import Adapters
 from workers.config import WorkerConfig
 from workers.engines.base import Engine
 from workers.job import Job
+from workers.loading import Loading
 from workers.turns import Turns
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class Control:
         self._drain = drain
         self._rest = rest
         self._placements = placement.Placements(broker)
-        self._adapters = Adapters(broker, engine, entries.Entries(broker), self._open_disk)
+        self._catalogue = entries.Entries(broker)
+        self._adapters = Adapters(broker, engine, Loading(broker, engine, self._catalogue, self._open_disk))
         self._turns = Turns(self._adapters, engine.adapter_slots, config.adapter_turn)
         self._stack = contextlib.AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -60,8 +62,8 @@ class Control:
         """Raises errors.Unavailable."""
         await self._listen(await self._broker.subscribe(subjects.ctl(self._name), self._on_command))
         if self._engine.adapter_slots:
-            self._adapters.catalogue.on_change = self._adapters.changed
-            await self._listen(await self._adapters.catalogue.watch())
+            self._catalogue.on_change = self._adapters.changed
+            await self._listen(await self._catalogue.watch())
             await self._listen(await self._placements.watch())
             wants = subjects.wants(self._engine.base)
             await self._listen(await self._broker.subscribe(wants, self._on_want))

@@ -18,7 +18,7 @@ from tests import asgi
 from tests.pushing import drop, files, push
 from tests.waiting import until
 from tests.workbench import FAST, Caller, calling, idle, metric, serving, soon
-from workers import adapters
+from workers import loading
 from workers.config import SimConfig
 from workers.engines import sim
 from workers.engines.sim import SimEngine
@@ -247,7 +247,7 @@ async def test_missing_and_damaged_objects_fail_alone_and_heal_with_the_entry(
 async def test_a_failed_adapter_is_tried_again_after_its_pause(
     broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "FIRST", 0.0)
+    monkeypatch.setattr(loading, "FIRST", 0.0)
     version = await push(caller.broker, "ada")
     weights = next(file for file in version.files if file.name == artifacts.WEIGHTS)
     await objects.remove(caller.broker, subjects.ARTIFACTS, weights.object)
