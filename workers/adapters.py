@@ -154,13 +154,6 @@ class Adapters:
             elif adapter.state == "failed":
                 adapter.state, adapter.fault, adapter.failures = "absent", None, 0
 
-    async def pause(self) -> None:
-        """Neither load nor unload anything until `resume`; what is under way ends first."""
-        await self._engine_turn.acquire()
-
-    def resume(self) -> None:
-        self._engine_turn.release()
-
     async def close(self) -> None:
         """Leave what is under way, and the directory. Idempotent."""
         works = [adapter.work for adapter in self.loading.all.values() if adapter.work is not None]

@@ -104,10 +104,10 @@ class Control:
 
     async def pause(self) -> None:
         """Leave the engine alone until `resume`: it is about to sleep."""
-        await self._adapters.pause()
+        await self._adapters.loading.pause()
 
     def resume(self) -> None:
-        self._adapters.resume()
+        self._adapters.loading.resume()
 
     def states(self) -> tuple[AdapterState, ...]:
         return self._adapters.states()
