@@ -1,4 +1,5 @@
-"""Which models there are: those that live workers announce, and those the registry remembers.
+"""Which models there are: those that live workers announce, those the registry remembers, and what operators
+declare of them.
 
 The registry (KV `models`, kept by the scheduler) lets a model whose workers are all gone keep its
 queue: its requests wait instead of failing as unknown.
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Self
 
-from broker import base, errors, fleet, registry, subjects
-from broker.messages import ModelCard
+from broker import base, entries, errors, fleet, registry, subjects
+from broker.entries import ModelEntry
+from broker.messages import Heartbeat, ModelCard
 
 _LOST_AFTER = 5.0
 """Seconds: lenient, since an unknown model costs a caller more than a wait in the queue."""
@@ -25,6 +28,7 @@ class Catalogue:
         self._fleet = fleet.Fleet(_LOST_AFTER)
         self._registry = registry.Registry(broker)
         self._pool_at = -math.inf  # when an instance pool was last heard
+        self.entries = entries.Entries(broker)
         self._subscriptions: list[base.Subscription] = []
 
     async def __aenter__(self) -> Self:
@@ -32,6 +36,7 @@ class Catalogue:
             await self._broker.subscribe(subjects.ALL_HEARTBEATS, self._on_heartbeat),
             await self._broker.subscribe(subjects.ALL_POOLS, self._on_pool),
             await self._registry.watch(),
+            await self.entries.watch(),
         ]
         return self
 
@@ -62,6 +67,14 @@ class Catalogue:
             beat.state == "serving" and any(card.id == model for card in beat.models)
             for beat in self._fleet.live(time.monotonic())
         )
+
+    @property
+    def declared(self) -> Mapping[str, ModelEntry]:
+        return self.entries.entries
+
+    def beats(self) -> list[Heartbeat]:
+        """The newest of each live worker."""
+        return list(self._fleet.live(time.monotonic()))
 
     def cards(self) -> dict[str, ModelCard]:
         registered = {name: entry.card for name, entry in self._registry.entries.items()}
