@@ -181,8 +181,11 @@ async def test_the_catalogue_changes_while_an_ingress_serves(nats_server: NatsSe
         assert (await http.get("/v1/models/help", headers=other)).json()["kind"] == "alias"
 
         assert "auto, help lead to support" in await refused(url, "adapters", "remove", "support")
+        await done(url, "models", "alias", "helper", "help")
+        assert "helper need help" in await refused(url, "models", "remove", "help")
+        await done(url, "models", "remove", "helper")
         await done(url, "models", "remove", "help")
-        assert "there is no such name" in await refused(url, "models", "remove", "help")
+        assert "nothing is declared of 'help'" in await refused(url, "models", "remove", "help")
         assert (await done(url, "models", "remove", "llama")).endswith("its workers serve it as before\n")
         names = [line.split()[0] for line in (await done(url, "models", "list")).splitlines()[1:4]]
         assert names == ["llama", "support", "auto"]
@@ -212,6 +215,17 @@ async def test_a_mistake_is_told_in_one_line(nats_url: str, arguments: list[str]
         told = await refused(nats_url, *arguments)
     assert says in told
     assert told.count("\n") == 1
+
+
+async def test_an_entry_that_can_not_be_read_is_told_and_can_be_removed(nats_url: str) -> None:
+    async with await client.connect(BrokerConfig(url=nats_url), "newer release") as broker:
+        await broker.put(subjects.KV_CATALOGUE, "odd", b'{"kind":"new"}')
+        told = await headrace(nats_url, "models", "list")
+        assert told == (0, "", "headrace models: entries that can't be read: odd\n")
+        assert "nothing was removed" in await refused(nats_url, "adapters", "sweep")
+        assert "--force removes it" in await refused(nats_url, "models", "remove", "odd")
+        assert await done(nats_url, "models", "remove", "odd", "--force") == "odd: removed\n"
+        assert await entries.read_all(broker) == ({}, [])
 
 
 async def test_a_server_without_a_fleet_is_told(nats_url: str) -> None:
