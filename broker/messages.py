@@ -256,7 +256,7 @@ class Heartbeat(_Wire):
     models: tuple[ModelCard, ...]
     started_ms: int
     seq: int
-    state: Literal["serving", "draining", "gone"]
+    state: Literal["serving", "draining", "asleep", "gone"]
     credit: Credit
     metrics_url: str = ""
     inbox: str = Field("", description="where what it pulls is delivered")
@@ -289,6 +289,7 @@ class Instance(_Wire):
     state: Literal["cold", "starting", "warm", "waking", "hot", "draining", "failed"]
     worker: str = ""
     memory: int = Field(0, description="bytes that it takes in this state")
+    resident: int = Field(0, description="bytes of the machine's memory that its processes take, measured")
     reason: str = ""
 
 

@@ -7,6 +7,7 @@ queue: its requests wait instead of failing as unknown.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Self
@@ -26,12 +27,14 @@ class Catalogue:
         self._broker = broker
         self._fleet = fleet.Fleet(_LOST_AFTER)
         self._registry = registry.Registry(broker)
+        self._pool_at = -math.inf  # when an instance pool was last heard
         self.entries = entries.Entries(broker)
         self._subscriptions: list[base.Subscription] = []
 
     async def __aenter__(self) -> Self:
         self._subscriptions = [
             await self._broker.subscribe(subjects.ALL_HEARTBEATS, self._on_heartbeat),
+            await self._broker.subscribe(subjects.ALL_POOLS, self._on_pool),
             await self._registry.watch(),
             await self.entries.watch(),
         ]
@@ -47,10 +50,16 @@ class Catalogue:
         if beat is not None and beat.seq % 100 == 0:
             self._fleet.expire(now)  # now and then, so that names of workers long gone are let go
 
+    def _on_pool(self, message: base.Message) -> None:
+        self._pool_at = time.monotonic()
+
     @property
     def serving(self) -> bool:
-        """Whether at least one live worker takes requests."""
-        return any(beat.state == "serving" for beat in self._fleet.live(time.monotonic()))
+        """Whether a live worker takes requests, or a live pool starts one for them."""
+        now = time.monotonic()
+        return now - self._pool_at <= _LOST_AFTER or any(
+            beat.state == "serving" for beat in self._fleet.live(now)
+        )
 
     def served(self, model: str) -> bool:
         """Whether a live worker takes requests for `model`; else they wait for one."""

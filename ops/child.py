@@ -69,7 +69,7 @@ class Child:
         delay = BACKOFF
         while not self._stop.is_set():
             began = time.monotonic()
-            status = await self._run_once()
+            status = await self.run()
             if self._stop.is_set():
                 return
             if time.monotonic() - began > STEADY:
@@ -95,7 +95,8 @@ class Child:
             status = await processes.end(self._process, grace)
             logger.info("%s ended", self.name, extra={"status": status})
 
-    async def _run_once(self) -> int:
+    async def run(self) -> int:
+        """Run it once, to its end or until `stop`; its exit status."""
         read, write = os.pipe()
         with self.log.open("ab") as log, os.fdopen(write, "wb"):
             self._process = await asyncio.create_subprocess_exec(
@@ -112,6 +113,8 @@ class Child:
                 preexec_fn=processes.bound_to_me(),
             )
         reading = asyncio.create_task(self._read_ready(read))
+        if self._stop.is_set():  # meanwhile
+            self._process.terminate()
         try:
             return await self._process.wait()
         except BaseException:

@@ -70,9 +70,24 @@ def _up(args: argparse.Namespace, settings: Settings, flags: dict[str, str]) -> 
         bounds = autoscale.Range(*args.autoscale)
         workers = bounds.within(workers)
     options = up.Options(
-        workers, args.ingresses, args.nats_host, args.nats_port, args.config, flags, autoscale=bounds
+        workers,
+        args.ingresses,
+        args.nats_host,
+        args.nats_port,
+        args.config,
+        flags,
+        autoscale=bounds,
+        pool=args.pool,
     )
     return up.run(settings, options)
+
+
+def _worker(args: argparse.Namespace, settings: Settings, flags: dict[str, str]) -> int:
+    if args.pool is None:
+        return _service(args, settings, flags)
+    from ops import pool, service
+
+    return service.run("pool", settings, pool.part(args.pool, args.config, flags), args.ready_fd)
 
 
 def _service(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
@@ -121,7 +136,7 @@ def _adapters(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -
 _COMMANDS = {
     "up": _up,
     "ingress": _service,
-    "worker": _service,
+    "worker": _worker,
     "scheduler": _service,
     "sim-engine": _service,
     "demo-model": _demo_model,
@@ -162,18 +177,21 @@ def parser() -> argparse.ArgumentParser:
         help="address of the nats-server; 0.0.0.0 lets other machines join. It asks for no password",
     )
     up.add_argument("--nats-port", type=_port, default=4222, metavar="PORT", help="0 = a free one")
-    up.add_argument(
+    scaled = up.add_mutually_exclusive_group()
+    scaled.add_argument(
         "--autoscale",
         type=_range,
         metavar="MIN:MAX",
         help="so many workers as the load asks for, within these; it begins with --workers",
     )
+    _add_pool(scaled, "in place of the workers")
     up.add_argument("--with-parent", action="store_true", help="drain when the parent process ends")
 
     ingress = commands.add_parser("ingress", parents=[common, joins], help="serve HTTP for a fleet")
     _add(ingress, "nats", "host", "port")
     worker = commands.add_parser("worker", parents=[common, joins], help="run an engine for a fleet")
     _add(worker, "nats", "engine", "model", "url", "data")
+    _add_pool(worker, "in place of one engine")
     scheduler = commands.add_parser("scheduler", parents=[common, joins], help="look after a fleet")
     _add(scheduler, "nats")
     sim = commands.add_parser("sim-engine", parents=[common, joins], help="the sim engine alone, over HTTP")
@@ -221,6 +239,12 @@ def _add(to: argparse.ArgumentParser, *flags: str) -> None:
     for flag in flags:
         key, text = _FLAGS[flag]
         to.add_argument(f"--{flag}", metavar=flag.upper(), help=f"{text} [{key}]")
+
+
+def _add_pool(to: argparse._ActionsContainer, what: str) -> None:
+    to.add_argument(
+        "--pool", type=Path, metavar="FILE", help=f"an instance pool {what}: several bases that take turns"
+    )
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from broker import addresses
 from broker.server import NatsServer
-from ops import autoscale, logs, parts, ports, service, targets
+from ops import autoscale, logs, parts, pool_file, ports, service, targets
 from ops.child import BACKOFF, Child, Facts
 from ops.errors import StartFailed
 from ops.settings import Settings
@@ -48,6 +48,7 @@ class Options:
         config: the settings file, handed on to every part.
         flags: dotted key -> text, likewise.
         autoscale: bounds of the workers, whose number then follows the load.
+        pool: file of an instance pool that stands in place of the workers.
     """
 
     workers: int = 1
@@ -57,6 +58,7 @@ class Options:
     config: Path | None = None
     flags: Mapping[str, str] | None = None
     autoscale: autoscale.Range | None = None
+    pool: Path | None = None
 
 
 def run(settings: Settings, options: Options) -> int:
@@ -66,8 +68,12 @@ def run(settings: Settings, options: Options) -> int:
     """
     logs.configure(settings.log_level, part="up", pid=os.getpid())
     try:
-        _check_engine(settings)
-        settings = parts.with_model(settings, progress=True)
+        if options.pool is None:
+            _check_engine(settings)
+            settings = parts.with_model(settings, progress=True)
+        else:
+            # What is wrong with it is told here, and not in the log of a part.
+            pool_file.bases(pool_file.load(options.pool), options.config, options.flags or {})
         asyncio.run(_Fleet(settings, options).run())
     except KeyboardInterrupt:
         return 130
@@ -83,7 +89,7 @@ class _Fleet:
         self._logs = settings.data / "logs"
         self._metrics: dict[str, str] = {}  # the URL of each part that was ready, by its name
         self._flags = dict(options.flags or {})
-        if settings.vllm.model:
+        if settings.vllm.model and options.pool is None:
             self._flags["vllm.model"] = settings.vllm.model
 
     async def run(self) -> None:
@@ -108,7 +114,10 @@ class _Fleet:
         config, options = self._settings, self._options
         free = _ports(config.ingress.host, config.ingress.port, options.ingresses)
         ingresses = [self._ingress(number, port, nats.url) for number, port in enumerate(free)]
-        workers = [self._worker(number, nats.url) for number in range(options.workers)]
+        if options.pool is None:
+            workers = [self._worker(number, nats.url) for number in range(options.workers)]
+        else:
+            workers = [self._child("pool", nats.url)]
         scheduler = self._child("scheduler", nats.url, 0, **self._bounds())
         keepers = [group.create_task(_keep_nats(nats))]
         for child in (*workers, *ingresses, scheduler):  # workers first: they take longest
@@ -119,7 +128,10 @@ class _Fleet:
         await _first(stop.wait(), *self._scaling(workers, group, nats.url))
         for children, drain in (
             (ingresses, config.ingress.drain_timeout),
-            (workers, config.worker.drain_timeout),
+            (
+                workers,
+                config.worker.drain_timeout + (_GRACE if options.pool else 0.0),
+            ),  # it ends its own first
             ([scheduler], 0.0),
         ):
             await asyncio.gather(*(child.stop(drain + _GRACE) for child in children))
@@ -146,7 +158,8 @@ class _Fleet:
 
     async def _announce(self, ingresses: list[Child], workers: list[Child], nats: NatsServer) -> None:
         """Say that the fleet is ready once every ingress answers so."""
-        print(f"starting  {self._settings.worker.engine}, logs in {self._logs}", file=sys.stderr, flush=True)
+        what = "a pool" if self._options.pool else self._settings.worker.engine
+        print(f"starting  {what}, logs in {self._logs}", file=sys.stderr, flush=True)
         # A worker first: until one is there, asking would only take processor time from its engine's start.
         await asyncio.wait([child.ready for child in workers], return_when=asyncio.FIRST_COMPLETED)
         urls = [(await child.ready)["url"] for child in ingresses]
@@ -169,6 +182,8 @@ class _Fleet:
     def _child(self, part: str, nats: str, number: int = 0, **own: str) -> Child:
         name = f"{part}-{number + 1}" if number else part
         arguments = [part, "--nats", nats]
+        if part == "pool":
+            arguments = ["worker", "--nats", nats, "--pool", str(self._options.pool)]
         if self._options.config:
             arguments += ["--config", str(self._options.config)]
         for key, text in (self._flags | own).items():

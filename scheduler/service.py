@@ -179,7 +179,7 @@ class Scheduler:
         now = time.monotonic()
         await self._forget(now)
         known = {entry.card.base for entry in self._registry.entries.values()}
-        served = {beat.base for beat in self._fleet.live(now)}
+        served = {beat.base for beat in self._fleet.live(now) if beat.state != "asleep"}
         orphans: dict[str, float] = {}
         queued: Counter[tuple[str, str]] = Counter()
         for subject, count in counts.items():

@@ -17,7 +17,7 @@ from broker import base, bodies, replies, subjects
 from broker.messages import TERMINAL, Frame, FrameKind, ModelCard, Request, ServiceClass, UsageEvent
 from tests.waiting import until
 from workers.config import SimConfig, WorkerConfig
-from workers.engines.base import ASGIApp, Engine, EngineStats, NoAdapters, Receive, Scope, Send
+from workers.engines.base import ASGIApp, Engine, EngineStats, NoAdapters, NoSleep, Receive, Scope, Send
 from workers.engines.sim import expected_tokens, tokenize
 from workers.runner import Worker
 
@@ -224,7 +224,7 @@ def idle(engine: Engine) -> bool:
     return not stats.running and not stats.waiting and stats.kv_tokens_free == stats.kv_tokens_total
 
 
-class WaxEngine(NoAdapters):
+class WaxEngine(NoAdapters, NoSleep):
     """An engine whose app, figures and death a test shapes. `seen` holds the bodies it was called with."""
 
     name = "wax"

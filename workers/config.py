@@ -59,6 +59,10 @@ class VllmConfig(BaseModel):
     )
     block_size: int = Field(0, ge=0, description="0 = 32 on CPU, vLLM's choice on a GPU")
     enforce_eager: bool | Literal["auto"] = Field("auto", description="auto = on CPU only")
+    sleep: bool = Field(
+        False,
+        description="on a GPU: the engine can give its memory free, and keep the weights in the machine's",
+    )
     adapter_slots: int = Field(
         0, ge=0, description="adapters in one step, vLLM's max_loras; 0 = no adapters are served"
     )
@@ -102,6 +106,8 @@ class SimConfig(BaseModel):
     load_ms: float = Field(0.0, ge=0, description="ms that it takes to load an adapter")
     ttft_ms: float = Field(0.0, ge=0, description="with itl_ms: each request on its own clock, no step model")
     itl_ms: float = Field(0.0, ge=0, description="ms between two tokens of a request, likewise")
+    sleep: bool = Field(False, description="it can sleep, as vLLM can on a GPU")
+    wake_ms: float = Field(100.0, ge=0, description="ms that it takes to wake")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

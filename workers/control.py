@@ -33,16 +33,24 @@ _CANNOT = 8
 
 
 class Control:
-    """See the module. Owned by the worker's event loop. `drain` has the worker end, after its requests."""
+    """See the module. Owned by the worker's event loop. `drain` has the worker end, after its requests, and
+    `rest` takes the commands `sleep` and `wake`."""
 
     def __init__(
-        self, name: str, config: WorkerConfig, broker: base.Broker, engine: Engine, drain: Callable[[], None]
+        self,
+        name: str,
+        config: WorkerConfig,
+        broker: base.Broker,
+        engine: Engine,
+        drain: Callable[[], None],
+        rest: Callable[[Command], Answer],
     ) -> None:
         self._name = name
         self._config = config
         self._broker = broker
         self._engine = engine
         self._drain = drain
+        self._rest = rest
         self._placements = placement.Placements(broker)
         self._catalogue = entries.Entries(broker)
         self._adapters = Adapters(broker, engine, Loading(broker, engine, self._catalogue, self._open_disk))
@@ -94,6 +102,13 @@ class Control:
         """Requests that wait for their adapters go to other workers at once."""
         self._turns.hand_back()
 
+    async def pause(self) -> None:
+        """Leave the engine alone until `resume`: it is about to sleep."""
+        await self._adapters.loading.pause()
+
+    def resume(self) -> None:
+        self._adapters.loading.resume()
+
     def states(self) -> tuple[AdapterState, ...]:
         return self._adapters.states()
 
@@ -143,8 +158,13 @@ class Control:
                 return Answer(ok=True, message=f"{model} goes once its requests have ended")
             case "unload":
                 return Answer(ok=True, message=f"{model!r} is not loaded")
+            case "sleep" | "wake":
+                return self._rest(command)
             case _:
-                return Answer(ok=False, message=f"a worker can't {command.do}: it loads, unloads and drains")
+                return Answer(
+                    ok=False,
+                    message=f"no worker can {command.do}: it loads, unloads, drains, sleeps, wakes",
+                )
 
     def _open_disk(self) -> disk.Disk:
         root = self._config.adapter_cache

@@ -49,6 +49,13 @@ class Loading:
         self._checked: set[str] = set()  # keys whose files were written or verified in this life
         self._turn = asyncio.Lock()
 
+    async def pause(self) -> None:
+        """Have the engine neither load nor unload anything until `resume`; what is under way ends first."""
+        await self._turn.acquire()
+
+    def resume(self) -> None:
+        self._turn.release()
+
     def version(self, model: str) -> entries.Version | None:
         found = self.catalogue.adapter(model) if entries.split(model)[1] else None
         return found[1] if found is not None and found[0].base == self._engine.base else None

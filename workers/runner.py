@@ -25,6 +25,7 @@ from workers.control import Control
 from workers.engines.base import Engine
 from workers.job import HandBack, Job, Share, Touch
 from workers.quarantine import Quarantine
+from workers.rest import Rest
 from workers.turns import before_stop
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Worker:
         self._config = config
         self._broker = broker
         self._engine = engine
-        self._state: Literal["serving", "draining", "gone"] = "serving"
+        self._state: Literal["serving", "draining", "asleep", "gone"] = "serving"
         self._started_ms = replies.now_ms()
         self._held = held.Held(broker, self.name, self._started_ms)
         self._jobs: dict[str, Job] = {}
@@ -56,7 +57,10 @@ class Worker:
         self._quarantine = Quarantine(config.max_failures)
         self._trial = asyncio.Lock()
         self._told_to_drain = asyncio.Event()
-        self._control = Control(self.name, config, broker, engine, self._told_to_drain.set)
+        self._sleeper = Rest(engine, self.name, self._rest, self._rise)
+        self._control = Control(
+            self.name, config, broker, engine, self._told_to_drain.set, self._sleeper.obey
+        )
         self._mean_prompt = 256.0
         self._mean_output = 128.0
         self._starved = False
@@ -83,11 +87,7 @@ class Worker:
             await self._broker.subscribe(subjects.roster(self.name), self._on_roster),
         ]
         await self._control.open()
-        for number, service_class in enumerate(ServiceClass):
-            receive = self._receiver(number)
-            self._pullers.append(
-                await self._broker.pull(self._engine.base, service_class, receive, self._top_up)
-            )
+        await self._open()
         self._engine.on_change = self._on_step
         died: asyncio.Future[None] = asyncio.shield(self._engine.died)
         sides: list[Coroutine[Any, Any, Any]] = [
@@ -95,6 +95,7 @@ class Worker:
             self._told_to_drain.wait(),
             self._beat(),
             self._hold(),
+            self._sleeper.run(),
         ]
         ends: list[asyncio.Future[Any]] = [died, *map(asyncio.create_task, sides)]
         try:
@@ -102,9 +103,10 @@ class Worker:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if died.done():
                 _log.error("the engine died: its requests go to other workers", extra={"worker": self.name})
+            ends[-1].cancel()  # one that is about to sleep, or to wake, drains no less
             await self._drain(0.0 if died.done() else self._config.drain_timeout)
             for end in ends:
-                if end.done():
+                if end.done() and not end.cancelled():
                     end.result()  # the engine's death or a broken side task ends the worker, loudly
         finally:
             self._state = "gone"
@@ -119,6 +121,30 @@ class Worker:
             await self._announce()
             await asyncio.to_thread(server.shutdown)  # it answers its poll, up to half a second later
             server.server_close()
+
+    async def _open(self) -> None:
+        """Open the queues; nothing is asked for yet."""
+        self._queues = [intake.Queue() for _ in ServiceClass]
+        self._pullers = [
+            await self._broker.pull(self._engine.base, each, self._receiver(number), self._top_up)
+            for number, each in enumerate(ServiceClass)
+        ]
+
+    async def _rest(self) -> None:
+        """Take nothing more, let what runs finish, and have the engine sleep."""
+        await self._drain(self._config.drain_timeout)
+        await self._control.pause()
+        await self._engine.sleep()
+        self._state = "asleep"
+        await self._announce()
+
+    async def _rise(self) -> None:
+        await self._engine.wake()
+        self._control.resume()
+        await self._open()
+        self._state = "serving"
+        await self._announce()
+        self._top_up()
 
     # Taking requests
 

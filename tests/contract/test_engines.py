@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 import pytest
 
+from broker import errors
 from tests import asgi
 from tests.waiting import until
 from workers.config import HttpConfig, SimConfig
@@ -246,6 +247,27 @@ async def test_errors_have_openai_s_shape(engine: base.Engine, status: int, path
     assert answer["error"]["message"]
     assert {"type", "code"} <= answer["error"].keys()
     assert idle(engine)
+
+
+async def test_one_that_can_not_sleep_says_so_and_serves_on(engine: base.Engine) -> None:
+    assert not engine.can_sleep
+    with pytest.raises(errors.EngineFailed, match="sleep"):
+        await engine.sleep()
+    assert (await asgi.ask(engine.app, CHAT, chat(engine)))["choices"]
+
+
+async def test_the_simulated_one_answers_after_it_slept() -> None:
+    engine = await sim.start(FAST.model_copy(update={"sleep": True, "wake_ms": 1}))
+    try:
+        assert engine.can_sleep
+        await engine.sleep()
+        async with asgi.request(engine.app, CHAT, chat(engine)) as call:
+            await call.ended()
+            assert call.status == 503
+        await engine.wake()
+        assert (await asgi.ask(engine.app, CHAT, chat(engine)))["choices"]
+    finally:
+        await engine.close()
 
 
 async def test_close_is_idempotent() -> None:

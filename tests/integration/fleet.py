@@ -81,7 +81,11 @@ class Fleet:
             settings = {"worker__engine": "sim"} | settings
         if self._cluster is not None and part != "sim-engine":
             settings = {"broker__replicas": len(self._cluster.nodes)} | settings
+        if "pool" in settings:
+            command += ["--pool", str(settings["pool"])]
         for key, value in settings.items():
+            if key == "pool":
+                continue
             command += ["--set", f"{key.replace('__', '.')}={value}"]
         read, write = os.pipe()
         with log.open("xb") as output, os.fdopen(write, "wb"):

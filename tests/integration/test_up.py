@@ -284,6 +284,49 @@ def test_every_part_says_where_its_metrics_are(tmp_path: Path) -> None:
             assert b"headrace_running" in answer.read()
 
 
+POOL = """
+[pool]
+name = "p"
+memory = 1
+idle_least = 600
+lost_after = 0.3
+turn_factor = 0
+[[base]]
+name = "one"
+engine = "sim"
+hot_bytes = 1
+[[base]]
+name = "two"
+engine = "sim"
+hot_bytes = 1
+"""
+
+
+def test_a_pool_in_place_of_the_workers(tmp_path: Path) -> None:
+    (tmp_path / "pool.toml").write_text(POOL)
+    with running(tmp_path / "data", "--pool", str(tmp_path / "pool.toml")) as up:
+        assert up.model == "one"
+        assert "worker.name=p-one" not in " ".join(word for p in up.tree() for word in p.cmdline())
+        for model in ("one", "two", "one"):
+            assert complete(up.urls[0], model)["model"] == model
+        targets = json.loads((tmp_path / "data/metrics.json").read_text())
+        assert {group["labels"]["part"] for group in targets} == {"ingress", "pool", "scheduler"}
+        engines = json.loads((tmp_path / "data/metrics-p.json").read_text())
+        assert [group["labels"]["part"] for group in engines] == ["p-one"]
+        up.process.send_signal(signal.SIGTERM)
+        assert up.process.wait(LIMIT) == 0
+
+
+def test_a_pool_file_with_a_mistake_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "pool.toml"
+    file.write_text(POOL.replace("hot_bytes = 1", "hot_bytes = 2", 1))
+    made = subprocess.run(
+        command(tmp_path / "data", "--pool", str(file)), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert made.returncode == 2
+    assert "base one: it takes 2 bytes, and pool.memory = 1" in made.stderr
+
+
 def test_the_logs_of_the_last_run_are_kept_and_no_others(tmp_path: Path) -> None:
     logs = tmp_path / "data/logs"
     runs = []

@@ -114,6 +114,7 @@ class Engine(Protocol):
         adapter_slots: adapters that one step may hold; 0 = it serves none.
         adapters_in_memory: adapters that may be loaded at once, at least as many.
         max_rank: the largest rank of an adapter that it takes.
+        can_sleep: whether it takes `sleep` and `wake`.
         models: what it serves, the base first; each card lists the HTTP paths it answers.
         on_change: called, when set, after each step that changed `stats()`. Never blocks.
         died: done when the engine can serve no more, with the reason as its exception.
@@ -125,6 +126,7 @@ class Engine(Protocol):
     adapter_slots: int
     adapters_in_memory: int
     max_rank: int
+    can_sleep: bool
     app: ASGIApp
     models: tuple[ModelCard, ...]
     on_change: Callable[[], None] | None
@@ -145,6 +147,15 @@ class Engine(Protocol):
         """Serve `model` no more, and free its memory; one that is not loaded is fine. Nothing of it runs."""
         ...
 
+    async def sleep(self) -> None:
+        """Give the accelerator's memory free and keep the weights in the machine's. Nothing runs, and nothing
+        is asked of the app until `wake`. What it raises is the engine's end."""
+        ...
+
+    async def wake(self) -> None:
+        """Serve again as before; what it had cached of prompts is gone."""
+        ...
+
     async def close(self) -> None:
         """Stop the engine and every process it started. Idempotent."""
         ...
@@ -161,4 +172,16 @@ class NoAdapters:
         raise errors.AdapterFailed(f"this worker's engine takes no adapters, and so not {model}")
 
     async def unload_adapter(self, model: str) -> None:
+        return
+
+
+class NoSleep:
+    """For an engine that can't rest: whoever wants its memory stops its process."""
+
+    can_sleep = False
+
+    async def sleep(self) -> None:
+        raise errors.EngineFailed("this engine can't sleep")
+
+    async def wake(self) -> None:
         return

@@ -22,6 +22,7 @@ from workers.engines.base import (
     ASGIApp,
     EngineStats,
     NoAdapters,
+    NoSleep,
     Receive,
     Refused,
     Scope,
@@ -37,7 +38,7 @@ _TO_SERVER = (b"content-type", b"accept", b"authorization")
 _FROM_SERVER = ("content-type", "retry-after", "x-request-id")
 
 
-class HttpEngine(NoAdapters):
+class HttpEngine(NoAdapters, NoSleep):
     """See `workers.engines.base.Engine`; make one with `start`.
 
     A server that refuses a connection is given nothing more until it passes a health check.

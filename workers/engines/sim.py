@@ -57,11 +57,22 @@ class SimEngine:
         self._readers: set[Reader] = set()
         self._created = int(time.time())
         self._closed = False
+        self.can_sleep = config.sleep
+        self._asleep = False
         self._task = asyncio.create_task(self._pacer.run(), name="sim-engine")
         self._task.add_done_callback(self._ended)
 
     def stats(self) -> EngineStats:
         return self._pacer.stats()
+
+    async def sleep(self) -> None:
+        if not self.can_sleep:
+            raise errors.EngineFailed("the simulated engine sleeps with sim.sleep = true only")
+        self._asleep = True
+
+    async def wake(self) -> None:
+        await asyncio.sleep(self.config.wake_ms / 1000)
+        self._asleep = False
 
     async def load_adapter(self, model: str, path: Path, rank: int) -> None:
         await sim_adapter.check(path, self.max_rank)
@@ -127,6 +138,8 @@ class SimEngine:
         generation = sim_request.read(path, body, self.config, adapter)
         if self._closed:
             raise errors.EngineFailed("the simulated engine has closed")
+        if self._asleep:
+            raise Refused("The engine sleeps.", status=503)
         reader = Reader(current_tap.get())
         answer = Answer(generation, self.config, self._pacer, reader)
         shape = FORMATS[path](adapter or self.base, generation, [choice.prompt for choice in answer.choices])

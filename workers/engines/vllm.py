@@ -119,6 +119,8 @@ def _options(config: VllmConfig, model: Path, cpu: bool) -> dict[str, str | int 
         "disable-fastapi-docs": True,
         "logging-config": json.dumps({"formatter": "json"}),
     }
+    if config.sleep and not cpu:  # vLLM's CPU build only pauses, and frees nothing
+        options["enable-sleep-mode"] = True
     if config.tool_call_parser:
         options |= {"enable-auto-tool-choice": True, "tool-call-parser": config.tool_call_parser}
     if config.adapter_slots:

@@ -151,6 +151,7 @@ class VllmEngine:
         self.on_change: Callable[[], None] | None = None
         self.died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.died.add_done_callback(lambda died: died.cancelled() or died.exception())  # may go unread
+        self.can_sleep = bool(llm.model_config.enable_sleep_mode)
         self._closed = False
         self._processes: dict[int, BaseProcess] = {
             process.sentinel: process for process in llm.engine_core.resources.engine_manager.processes
@@ -185,6 +186,14 @@ class VllmEngine:
             status = await _post(self.app, path, {"model": self.base} | requests[path])
             if status != 200:
                 _log.warning("the warm-up request was refused", extra={"path": path, "status": status})
+
+    async def sleep(self) -> None:
+        if not self.can_sleep:
+            raise errors.EngineFailed("vLLM sleeps on a GPU alone, and with vllm.sleep = true")
+        await self._llm.sleep(level=1)
+
+    async def wake(self) -> None:
+        await self._llm.wake_up()
 
     async def close(self) -> None:
         if self._closed:

@@ -88,12 +88,12 @@ async def beat(broker: Broker, worker: str = "w1", **more: Any) -> None:
 
 
 @asynccontextmanager
-async def beating(broker: Broker) -> AsyncIterator[None]:
+async def beating(broker: Broker, **more: Any) -> AsyncIterator[None]:
     """A worker that lives."""
 
     async def live() -> None:
         while True:
-            await beat(broker)
+            await beat(broker, **more)
             await asyncio.sleep(0.005)
 
     task = asyncio.create_task(live())
@@ -345,6 +345,13 @@ async def test_a_served_base_is_left_to_its_workers(broker: Flaky, caller: Calle
         await caller.submit(deadline_ms=1)
         await sweeps(broker)
         assert await caller.queued() == 1
+
+
+async def test_an_expired_request_of_a_base_whose_workers_sleep_ends(broker: Flaky, caller: Caller) -> None:
+    async with scheduling(broker, lost_after=0.3), beating(caller.broker, state="asleep"):
+        await until(lambda: broker.hub.bucket(subjects.KV_MODELS))
+        late = await caller.submit(deadline_ms=1)
+        await late.fails("deadline_exceeded")
 
 
 @pytest.mark.parametrize("epoch", [0, 3])

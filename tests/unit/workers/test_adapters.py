@@ -420,6 +420,22 @@ async def test_commands_load_and_unload(broker: MemoryBroker, caller: Caller, be
         assert not garbage.ok
 
 
+async def test_a_load_that_is_told_to_one_that_sleeps_is_done_once_it_woke(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    config = FAST.model_copy(update={"sleep": True, "wake_ms": 1})
+    async with engine(config) as made, serving(broker, made):
+        await told(caller.broker, "sleep")
+        await until(lambda: beats.newest["w1"].state == "asleep")
+        assert (await told(caller.broker, "load", "ada@1")).ok
+        await until(lambda: beats.states() == {"ada@1": "on_disk"})
+        assert made.calls == []
+        await told(caller.broker, "wake")
+        await until(lambda: beats.states() == {"ada@1": "ready"})
+        await (await caller.submit(model="ada@1")).finishes()
+
+
 async def test_an_unload_waits_for_what_runs(broker: MemoryBroker, caller: Caller, beats: Beats) -> None:
     await push(caller.broker, "ada")
     async with engine(SLOW) as made, serving(broker, made):
