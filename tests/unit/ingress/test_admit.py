@@ -20,8 +20,8 @@ KEYS: dict[str, Any] = {"acme": "k-1", "other": "schlüssel"}
 
 def test_it_reads_model_stream_and_class() -> None:
     body = orjson.dumps({"model": "a b*ü", "stream": True, "service_tier": "flex", "else": [1]})
-    assert admit.read_body(body, None) == admit.Asked("a b*ü", True, ServiceClass.BATCH)
-    assert admit.read_body(b'{"model":"m"}', None) == admit.Asked("m", False, ServiceClass.STANDARD)
+    assert admit.read_body(body, None) == admit.Asked("a b*ü", True, ServiceClass.BATCH, orjson.loads(body))
+    assert admit.read_body(b'{"model":"m"}', None) == admit.Asked("m", False, None, {"model": "m"})
 
 
 def test_the_header_goes_before_the_tier() -> None:
