@@ -19,7 +19,7 @@ from functools import lru_cache
 from broker.routes import Learned
 from broker.routes import Table as Layout
 
-_HEAD, _TAIL = 1000, 500
+_HEAD, _TAIL = 700, 300
 """Characters that are looked at, from each end: what is asked stands before or after what it is asked of."""
 _PIECE = 16
 """Characters of a piece, at most."""
@@ -116,6 +116,7 @@ class Router:
         self._pieces = Table.read(learned.pieces, width, data[:at])
         self._words = Table.read(learned.words, width, data[at:])
         self._of_word = lru_cache(_CACHED)(self._sum)
+        self._of_feature = lru_cache(_CACHED)(self._known)
 
     def scores(self, text: str) -> list[float]:
         """By route, in the order of `learned.routes`: about 1 for what is meant, about -1 for what is not."""
@@ -134,8 +135,8 @@ class Router:
         features = words(text)
         share = 1 / math.sqrt(max(1, len(features)))
         for word in features:
-            if (row := self._words.row(word)) >= 0:
-                total = [a + share * b for a, b in zip(total, self._words.scores(row), strict=True)]
+            if (scores := self._of_feature(word)) is not None:
+                total = [a + share * b for a, b in zip(total, scores, strict=True)]
         return [a + b for a, b in zip(self.learned.bias, total, strict=True)]
 
     def ranked(self, text: str, name: str) -> list[tuple[str, str]]:
@@ -168,6 +169,10 @@ class Router:
             total = [a + b for a, b in zip(total, self._pieces.scores(row), strict=True)]
             count += 1
         return total, count, 1 if count < 2 else _PIECE * count
+
+    def _known(self, word: str) -> list[float] | None:
+        row = self._words.row(word)
+        return None if row < 0 else self._words.scores(row)
 
 
 def _lead(scores: Sequence[float], order: Sequence[int]) -> float:

@@ -93,9 +93,8 @@ class Needs:
     @functools.cached_property
     def question(self) -> str:
         """What the conversation began with: the same at each of its turns."""
-        role_texts = list(self._turns())
-        first = next((text for role, text in role_texts if role == "user"), "")
-        return cut(first or " ".join(text for _, text in role_texts))
+        turns = list(self._turns())
+        return cut(next((text for role, text in turns if role == "user"), turns[0][1] if turns else ""))
 
     @functools.cached_property
     def opening(self) -> str:

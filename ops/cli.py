@@ -92,6 +92,12 @@ def _dead(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> in
     return dead.run(args, settings.broker)
 
 
+def _routes(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
+    from ops import routes
+
+    return routes.run(args, settings.broker)
+
+
 _COMMANDS = {
     "up": _up,
     "ingress": _service,
@@ -101,6 +107,7 @@ _COMMANDS = {
     "demo-model": _demo_model,
     "config": _config,
     "dead": _dead,
+    "routes": _routes,
 }
 
 
@@ -148,7 +155,35 @@ def parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", parents=[common], help="check the settings and print them")
     config.add_argument("--markdown", action="store_true", help="print the reference of all settings instead")
     _add_dead(commands.add_parser("dead", help="requests that failed for good: look, put back, drop"), common)
+    _add_routes(
+        commands.add_parser("routes", help="what `model: auto` and routers go by: learn, try"), common
+    )
     return top
+
+
+def _add_routes(routes: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    actions = routes.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    learn = actions.add_parser(
+        "learn", parents=[common], help="learn a router from examples; it serves at once"
+    )
+    learn.add_argument("file", type=Path, metavar="FILE", help="TOML, as examples/routes.toml")
+    learn.add_argument("--eval", action="store_true", help="say how good it would be, and store nothing")
+    learn.add_argument(
+        "--held-out", type=Path, metavar="JSONL", help="try it on these: route and text a line"
+    )
+    learn.add_argument("--no-embeddings", action="store_true", help="go by the examples' words alone")
+    listing = actions.add_parser("list", parents=[common], help="the routers")
+    show = actions.add_parser("show", parents=[common], help="a router's routes")
+    test = actions.add_parser("test", parents=[common], help="where a text would go, and why")
+    test.add_argument("text", metavar="TEXT")
+    remove = actions.add_parser("remove", parents=[common], help="forget a router")
+    for action in (learn, test):
+        action.add_argument("--router", type=_name, default="auto", metavar="NAME", help="default auto")
+    for action in (show, remove):
+        action.add_argument("router", type=_name, metavar="NAME")
+    for action in (learn, listing, show, test, remove):
+        _add(action, "nats")
 
 
 def _add_dead(dead: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:

@@ -53,11 +53,11 @@ class Embeddings(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """`accuracy`: share of the examples that a head learned from the others puts right."""
+    """`guesses`: for each example the route that a head learned from the others gives it."""
 
     learned: routes.Learned
     tables: bytes
-    accuracy: float
+    guesses: list[int]
 
 
 def installed() -> Path | None:
@@ -118,8 +118,10 @@ def train(
     targets = np.full((len(examples), width), -1.0)
     targets[np.arange(len(examples)), [each.route for each in examples]] = 1.0
     gram = features @ features.T
-    accuracy, ridge = max((_validated(gram, targets, ridge), -ridge) for ridge in _RIDGES)
-    head = features.T @ _solved(gram, targets, -ridge)
+    meant = [each.route for each in examples]
+    tried = [(_guessed(gram, targets, ridge), ridge) for ridge in _RIDGES]
+    guesses, ridge = max(tried, key=lambda one: sum(a == b for a, b in zip(one[0], meant, strict=True)))
+    head = features.T @ _solved(gram, targets, ridge)
     to_pieces, to_words, bias = head[: means.shape[1]], head[means.shape[1] : -1], head[-1]
     piece_scores, piece_hashes = np.zeros((0, width)), []
     if known is not None:
@@ -142,7 +144,7 @@ def train(
         examples=len(examples),
         embeddings="" if known is None else known.name,
     )
-    return Trained(learned, pieces_bytes + words_bytes, accuracy)
+    return Trained(learned, pieces_bytes + words_bytes, guesses)
 
 
 def _lookup(pieces: Sequence[str]) -> tuple[list[int], intent.Table]:
@@ -175,17 +177,17 @@ def _solved(gram: Matrix, targets: Matrix, ridge: float) -> Matrix:
     return np.asarray(np.linalg.solve(gram + ridge * np.eye(len(gram)), targets), dtype=np.float64)
 
 
-def _validated(gram: Matrix, targets: Matrix, ridge: float) -> float:
+def _guessed(gram: Matrix, targets: Matrix, ridge: float) -> list[int]:
+    """By cross-validation."""
     import numpy as np
 
     numbers = np.arange(len(gram))
-    right = 0
+    guesses = np.zeros(len(gram), dtype=int)
     for fold in range(_FOLDS):
         out, rest = numbers[numbers % _FOLDS == fold], numbers[numbers % _FOLDS != fold]
         solved = _solved(gram[np.ix_(rest, rest)], targets[rest], ridge)
-        guessed = (gram[np.ix_(out, rest)] @ solved).argmax(1)
-        right += int((guessed == targets[out].argmax(1)).sum())
-    return right / len(gram)
+        guesses[out] = (gram[np.ix_(out, rest)] @ solved).argmax(1)
+    return [int(each) for each in guesses]
 
 
 def _table(hashes: Sequence[int], scores: Matrix) -> tuple[routes.Table, bytes]:
