@@ -25,6 +25,7 @@ def write() -> Path:
             ("journal", _journal),
             ("vllm_throughput", _vllm),
             ("batching", _batching),
+            ("adapters", _adapters),
         )
         if (record := results.load(name)) is not None
     ]
@@ -213,6 +214,25 @@ def _memory(record: Record) -> str:
     return _section(_MEMORY.format_map(record), head, rows, record)
 
 
+_ADAPTERS = """\
+## Adapters
+
+Real vLLM on CPU with {count} adapters in memory and two slots, one request at a time: from the worker's
+taking a request to vLLM's first step with it. `swap`: its adapter is in memory and another has the slot.
+`cold`: it is in the object store only. `wanted`: likewise, but announced beforehand, as an ingress does
+while the request is queued. The engine with its worker takes {base:,.0f} MiB, with {count} adapters
+{with_adapters:,.0f}; an engine for each would take {an_engine_each:,.0f}.
+"""
+
+_ZIPF = """\
+
+The sim engine with {slots} slots; adapters drawn by Zipf's law, {tokens} tokens a request, for
+{seconds:g} s. "turns": workers hold back what has no slot, an adapter's turn being 2 s where others
+wait; "none": the engine is handed everything and passes over what has no slot. The last row's adapters
+have a slot each.
+"""
+
+
 def _journal(record: Record) -> str:
     speed = {f"saturated, {record['saturated']['streams']}": record["saturated"]}
     speed |= {f"paced, {streams}": found for streams, found in record["paced"]["streams"].items()}
@@ -320,6 +340,35 @@ def _batching(record: Record) -> str:
     ]
     text = _BATCHING.format(**record, least=batching.MIN_TOKENS, most=batching.MAX_TOKENS, wait=batching.WAIT)
     return _section(text, ["", "static", "continuous", "ratio"], rows, record)
+
+
+def _adapters(record: Record) -> str:
+    vllm, fit = record["vllm"], record["all_fit"]
+    targets = {"swap": 100.0, "wanted": 100.0}
+    waits = [
+        [
+            name,
+            str(found["count"]),
+            f"{found['p50']:.1f}",
+            f"{found['p99']:.1f}",
+            _against(found["p99"], targets.get(name)),
+        ]
+        for name, found in vllm["wait_ms"].items()
+    ]
+    runs = [
+        [
+            f"{found['adapters']}, {'turns' if found['turns'] else 'none'}",
+            f"{found['rate']:.0f}",
+            f"{found['swaps_per_minute']:.0f}" if found["turns"] else "not known",
+            f"{found['skipped']:,}",
+            *(f"{found[f'wait_{p}_ms']:.0f}" for p in ("p50", "p99", "max")),
+        ]
+        for found in [*record["zipf"], fit]
+    ]
+    head = ["adapters", "requests/s", "swaps a minute", "skipped", "wait p50, ms", "p99", "longest"]
+    text = _ADAPTERS.format(count=vllm["adapters"], **vllm["memory_mib"])
+    first = _table(["until the first step", "requests", "p50, ms", "p99, ms", "target"], waits)
+    return "\n".join([text, first, _ZIPF.format_map(record), _table(head, runs), _origin(record) + "\n"])
 
 
 def plot(latency: Record, throughput: Record | None) -> None:

@@ -140,6 +140,11 @@ class Broker(abc.ABC):
         """Core publish: no acknowledgement; subjects of a stream are captured by it."""
 
     @abc.abstractmethod
+    def heard(self, subject: str, data: bytes) -> None:
+        """Keep a reply frame that another process published, to publish it again when somebody asks on
+        `again.<tenant>.<request>`: who wrote it may be gone, and the journal may lack it."""
+
+    @abc.abstractmethod
     async def sync(self) -> None:
         """One round trip: what the broker sent here before it answered has been handled."""
 

@@ -54,6 +54,8 @@ _NO_ANSWER = 0.05
 _TAIL_SECONDS = 12.0
 _TAIL_BYTES = 32 * 2**20
 """Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
+_ELECTION = 10.0
+"""Seconds for which a process that ends waits for a journal without a leader."""
 _TRIES = 3
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
@@ -117,6 +119,7 @@ class NatsBroker(base.Broker):
         self._outage: set[str] = set()  # kinds of error logged since the connection was lost
         self._reconnecting: asyncio.Task[None] | None = None
         self._tail = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)
+        self._heard = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)  # others' frames
         self._repeats: set[asyncio.Task[None]] = set()
         self._repeating: set[str] = set()  # replies that are being published again
 
@@ -182,30 +185,35 @@ class NatsBroker(base.Broker):
         if subject.startswith("out."):
             self._tail.add(subject, data, asyncio.get_running_loop().time())
 
+    def heard(self, subject: str, data: bytes) -> None:
+        self._heard.add(subject, data, asyncio.get_running_loop().time())
+
     def _on_again(self, message: base.Message) -> None:
-        """A reader misses frames that the journal has not."""
+        """Somebody misses frames that the journal has not."""
         key = message.subject.partition(".")[2]
-        if self._tail.of(key) and key not in self._repeating:
-            self._repeat([key])
+        if (self._tail.of(key) or self._heard.of(key)) and key not in self._repeating:
+            self._repeat([key], self._tail, self._heard, answer=message.reply)
 
     def _on_journal_elected(self, _: base.Message) -> None:
         """What was published since the journal's last leader went is in no journal."""
-        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()), self._tail)
 
-    def _repeat(self, keys: list[str]) -> None:
+    def _repeat(self, keys: list[str], *tails: tail.Tail, answer: str = "") -> None:
         self._repeating.update(keys)
-        task = asyncio.create_task(self._publish_again(keys))
+        task = asyncio.create_task(self._publish_again(keys, tails, answer))
         self._repeats.add(task)
         task.add_done_callback(self._repeats.discard)
 
-    async def _publish_again(self, keys: list[str]) -> None:
+    async def _publish_again(self, keys: list[str], tails: tuple[tail.Tail, ...], answer: str) -> None:
         """One reply after the other, each without a pause: its newest frame has to be the journal's too."""
         try:
             for key in keys:
-                for subject, data in self._tail.of(key):
+                for subject, data in [frame for tail in tails for frame in tail.of(key)]:
                     await self._nc.publish(subject, data)
                 await asyncio.sleep(0)
                 self._repeating.discard(key)
+            if answer:
+                await self._nc.publish(answer, b"")  # behind the frames, on the same connection
         except nats.errors.Error as exc:
             _log.warning("frames were not published again: %s", _reason(exc))
         finally:
@@ -498,6 +506,7 @@ class NatsBroker(base.Broker):
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         if self._nc.is_connected:
+            await self._leave_frames()
             try:
                 await self._nc.flush(timeout=1)
             except (nats.errors.Error, TimeoutError) as exc:
@@ -510,6 +519,19 @@ class NatsBroker(base.Broker):
             self._nc._pending_data_size = 0
         if not self._nc.is_closed:
             await self._nc.close()
+
+    async def _leave_frames(self) -> None:
+        """See the journal have what was said lately, which is known to nobody once this process has gone."""
+        loop = asyncio.get_running_loop()
+        keys, end, without = self._tail.keys(loop.time()), loop.time() + _ELECTION, False
+        while keys and self._nc.is_connected and loop.time() < end:
+            try:
+                await self.last(subjects.REPLIES, "out.nobody", leader=True)
+                break
+            except errors.Unavailable:
+                without = True  # what it was not there for, its successor is told
+        if without:
+            await self._publish_again(keys, (self._tail,), "")
 
     async def _on_error(self, exc: Exception) -> None:
         kind = type(exc).__name__
@@ -536,7 +558,7 @@ class NatsBroker(base.Broker):
         self._reconnecting = asyncio.create_task(self._restore())
         self.reconnected()
         # What was on its way when the connection broke may have arrived or not.
-        self._repeat(self._tail.keys(asyncio.get_running_loop().time()))
+        self._repeat(self._tail.keys(asyncio.get_running_loop().time()), self._tail)
 
     async def _restore(self) -> None:
         """What a restarted server forgot: streams, consumers, standing pulls; what we missed: changes.

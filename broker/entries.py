@@ -77,6 +77,7 @@ class ModelEntry(_Entry):
     base: str = Field("", description="of an adapter: the base that it changes")
     versions: tuple[Version, ...] = Field((), description="of an adapter, oldest first")
     current: int = Field(0, description="the version that the bare name means; 0 = none")
+    last: int = Field(0, description="the largest number that a version of this name ever had")
     context_tokens: int = Field(0, ge=0)
     capabilities: tuple[Capability, ...] | None = Field(
         None, description="None = its base's, and of a base what its engine's paths tell"
@@ -93,6 +94,12 @@ class ModelEntry(_Entry):
 
     def version(self, number: int) -> Version | None:
         return next((version for version in self.versions if version.number == number), None)
+
+    @property
+    def vacant(self) -> bool:
+        """Whether it only keeps `last`: an adapter's number never comes again, since what workers and caches
+        know of `<name>@<version>` must stay true."""
+        return self.kind == "adapter" and not self.versions
 
 
 def versioned(name: str, number: int) -> str:
@@ -134,10 +141,11 @@ class Entries:
     def _changed(self, key: str, value: bytes | None) -> None:
         try:
             name = subjects.name(key)
-            if value is None:
+            entry = None if value is None else ModelEntry.model_validate_json(value)
+            if entry is None or entry.vacant:
                 self.entries.pop(name, None)
             else:
-                self.entries[name] = ModelEntry.model_validate_json(value)
+                self.entries[name] = entry
         except (ValidationError, UnicodeDecodeError):
             # A newer release's, or made by hand: what was known of the name stays.
             _log.warning("the catalogue's entry %s is unreadable", key)
@@ -151,12 +159,24 @@ async def read(broker: base.Broker, name: str) -> ModelEntry | None:
     return None if value.data is None else _parsed(name, value.data)
 
 
+async def read_all(broker: base.Broker) -> dict[str, ModelEntry]:
+    """Every entry by its name, vacant ones too.
+
+    Raises errors.Unavailable, and errors.MalformedMessage for an entry that can't be read: whoever decides by
+    what stands in none would decide wrong.
+    """
+    values: dict[str, bytes | None] = {}
+    await (await broker.watch(subjects.KV_CATALOGUE, values.__setitem__)).close()
+    found = {subjects.name(key): value for key, value in values.items() if value is not None}
+    return {name: _parsed(name, value) for name, value in found.items()}
+
+
 async def change(
     broker: base.Broker, name: str, new: Callable[[ModelEntry | None], ModelEntry | None]
 ) -> ModelEntry | None:
     """Set an entry to what `new` makes of the present one, with no other change in between; None removes it.
 
-    `new` may be called several times. What it raises ends this.
+    `new` may be called several times, and may be given a vacant entry. What it raises ends this.
     Raises errors.Unavailable, errors.MalformedMessage.
     """
     key = subjects.token(name)

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import logging
 import uuid
+from collections.abc import Collection
 
 from pydantic import BaseModel
 
@@ -116,16 +117,48 @@ async def remove(broker: base.Broker, bucket: str, name: str) -> None:
         await broker.purge(stream, subjects.object_meta(bucket, name))
 
 
+async def sweep(broker: base.Broker, bucket: str, keep: Collection[str], before_ms: float) -> list[str]:
+    """Remove the objects whose names are not in `keep`, and chunks without a description, which a crash left,
+    if they were stored before unix time `before_ms`. Their names, `chunks of <nuid>` for such chunks.
+
+    Raises errors.Unavailable.
+    """
+    stream = subjects.objects(bucket)
+    removed: list[str] = []
+    kept: set[str] = set()
+    # Descriptions first: whose is stored meanwhile has chunks younger than `before_ms`.
+    for subject in await broker.counts(stream, subjects.all_object_metas(bucket)):
+        record = await broker.last(stream, subject)
+        if record is None:
+            continue
+        meta, name = _parsed(record, bucket), subjects.object_name(subject)
+        if meta is not None and (name in keep or record.stored_ms >= before_ms):
+            kept.add(subjects.object_chunks(bucket, meta.nuid))
+        elif name not in keep and record.stored_ms < before_ms:
+            if meta is not None:
+                await broker.purge(stream, subjects.object_chunks(bucket, meta.nuid))
+            await broker.purge(stream, subject)
+            removed.append(name)
+    for subject in await broker.counts(stream, subjects.all_object_chunks(bucket)):
+        record = None if subject in kept else await broker.last(stream, subject)
+        if record is not None and record.stored_ms < before_ms:
+            await broker.purge(stream, subject)
+            removed.append(f"chunks of {subject.rpartition('.')[2]}")
+    return removed
+
+
 async def _meta(broker: base.Broker, bucket: str, name: str) -> _Meta | None:
     """None where the name was never used, or what describes it is no description."""
     record = await broker.last(subjects.objects(bucket), subjects.object_meta(bucket, name))
-    if record is None:
-        return None
+    return None if record is None else _parsed(record, bucket)
+
+
+def _parsed(record: base.Record, bucket: str) -> _Meta | None:
     try:
         meta = _Meta.model_validate_json(record.data)
         subjects.object_chunks(bucket, meta.nuid)
     except ValueError as exc:
-        _log.warning("object %r of %s has no readable description: %s", name, bucket, exc)
+        _log.warning("an object of %s has no readable description: %s", bucket, exc)
         return None
     return None if meta.deleted else meta
 

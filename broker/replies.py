@@ -157,11 +157,12 @@ def _stamp() -> float:
 
 
 async def last_frame(broker: base.Broker, reply_to: str, since_ms: float) -> Frame | None:
-    """The newest frame that the journal has for a request; None when nothing was said `since_ms`.
+    """The newest frame that the journal has for a request, as its leader knows it; None when nothing was
+    said `since_ms`.
 
     The journal outlives the dedup window: older frames may be an earlier request's of the same id.
     """
-    record = await broker.last(subjects.REPLIES, reply_to)
+    record = await broker.last(subjects.REPLIES, reply_to, leader=True)
     return None if record is None or record.stored_ms < since_ms else codec.decode(record.data)
 
 
@@ -211,6 +212,9 @@ class Stream:
         self._looked: tuple[int, int] | None = None  # the journal's end and our epoch at the last look
         self._read_end = 0  # sequence of the last frame that the journal gave us
         self._doubted = False  # frames may have passed us by: our connection was broken
+        self._noted: dict[
+            int, int
+        ] = {}  # of each epoch, the last frame that was kept for who asks for it again
 
     @property
     def finished(self) -> bool:
@@ -267,7 +271,7 @@ class Stream:
         while self._waiting and not self._behind:
             data = self._waiting.popleft()
             self._unread -= len(data)
-            self._feed(data, ready)
+            self._feed(data, ready, live=True)
         try:
             if self._behind:
                 ready += await self._checked(*await self._again())
@@ -282,9 +286,13 @@ class Stream:
             _log.warning("the journal can't be read now: %s", exc.message)
         return ready
 
-    def _feed(self, data: bytes, ready: list[Frame]) -> None:
+    def _feed(self, data: bytes, ready: list[Frame], live: bool = False) -> None:
+        frame = codec.decode(data)
+        if live and frame.seq > self._noted.get(frame.epoch, -1):
+            self._noted[frame.epoch] = frame.seq
+            self._broker.heard(self.subject, data)
         try:
-            ready += self._assembler.feed(codec.decode(data))
+            ready += self._assembler.feed(frame)
         except errors.FramesLost:
             self._behind = True  # an earlier attempt's last frames may only have passed us by
 

@@ -22,7 +22,7 @@ _ROOM = 1024
 """Bytes of a message that are not its chunk's."""
 _MOST_CHUNKS = 64
 """Of one router, and chunks without a description that are kept."""
-_MARK = "="
+_MARK = "/"
 """What a chunk's key begins with: no name's token does."""
 
 

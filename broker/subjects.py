@@ -248,6 +248,23 @@ def object_meta(bucket: str, name: str) -> str:
     return f"$O.{bucket}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
 
 
+def all_object_metas(bucket: str) -> str:
+    return f"$O.{bucket}.M.*"
+
+
+def all_object_chunks(bucket: str) -> str:
+    return f"$O.{bucket}.C.*"
+
+
+def object_name(meta: str) -> str:
+    """The inverse of `object_meta`; of what is no such subject, its last token."""
+    token = meta.rpartition(".")[2]
+    try:
+        return base64.urlsafe_b64decode(token).decode()
+    except ValueError:
+        return token
+
+
 def object_chunks(bucket: str, nuid: str) -> str:
     """Where an object's bytes are stored. Raises ValueError for a `nuid` that is no token of plain letters:
     descriptions are anybody's, and a wildcard in one would name other objects' bytes."""

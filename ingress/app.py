@@ -52,7 +52,7 @@ class Ingress:
         self._catalogue = catalogue
         self._tenants = admit.Tenants(config)
         self._steering = steering.Steering(config, catalogue)
-        self._pages = pages.app(broker, catalogue)
+        self._pages = pages.app(broker, catalogue, self._tenants)
         self._large = asyncio.Semaphore(config.max_large)
         self._afterwards: set[asyncio.Task[None]] = set()
         self._readers = 0  # those that read on, and those with a key: their streams are in no mailbox

@@ -17,11 +17,12 @@ _WORDS: dict[Capability, str] = {
     "vision": "vision",
     "reasoning": "reasoning",
 }
-_SHOWN: dict[str, Capability] = {
+SHOWN: dict[str, Capability] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
     "/v1/embeddings": "embeddings",
 }
+"""Capabilities that an engine's paths tell, where none are declared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def profile(entry: ModelEntry | None, base: ModelEntry | None, card: ModelCard) 
         languages = base.languages
     return Profile(
         None if declared is None else frozenset(declared),
-        frozenset(_SHOWN[path] for path in card.paths if path in _SHOWN),
+        frozenset(SHOWN[path] for path in card.paths if path in SHOWN),
         context[0] if context else card.context_tokens,
         frozenset(languages),
     )

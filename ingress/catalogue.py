@@ -1,4 +1,5 @@
-"""Which models there are: those that live workers announce, and those the registry remembers.
+"""Which models there are: those that live workers announce, those the registry remembers, and what operators
+declare of them.
 
 The registry (KV `models`, kept by the scheduler) lets a model whose workers are all gone keep its
 queue: its requests wait instead of failing as unknown.
@@ -12,7 +13,8 @@ from collections.abc import Mapping
 from typing import Self
 
 from broker import base, entries, errors, fleet, registry, routes, subjects
-from broker.messages import ModelCard
+from broker.entries import ModelEntry
+from broker.messages import Heartbeat, ModelCard
 from ingress.intent import Router
 from ingress.load import Load
 
@@ -92,10 +94,6 @@ class Catalogue:
         ]
         return bool(serving) and all(self._load.full(worker, now) for worker in serving)
 
-    @property
-    def declared(self) -> Mapping[str, entries.ModelEntry]:
-        return self.entries.entries
-
     def card(self, model: str) -> ModelCard | None:
         """Of a model that a worker serves, or that the fleet remembers."""
         live = self._fleet.card(model, time.monotonic())
@@ -103,6 +101,14 @@ class Catalogue:
             return live
         entry = self._registry.entries.get(model)
         return None if entry is None else entry.card
+
+    @property
+    def declared(self) -> Mapping[str, ModelEntry]:
+        return self.entries.entries
+
+    def beats(self) -> list[Heartbeat]:
+        """The newest of each live worker."""
+        return list(self._fleet.live(time.monotonic()))
 
     def cards(self) -> dict[str, ModelCard]:
         registered = {name: entry.card for name, entry in self._registry.entries.items()}

@@ -135,8 +135,8 @@ class Router:
         features = words(text)
         share = 1 / math.sqrt(max(1, len(features)))
         for word in features:
-            if (scores := self._of_feature(word)) is not None:
-                total = [a + share * b for a, b in zip(total, scores, strict=True)]
+            if (known := self._of_feature(word)) is not None:
+                total = [a + share * b for a, b in zip(total, known, strict=True)]
         return [a + b for a, b in zip(self.learned.bias, total, strict=True)]
 
     def ranked(self, text: str, name: str) -> list[tuple[str, str]]:

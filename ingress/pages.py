@@ -11,19 +11,31 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from broker import base, errors
-from broker.messages import ModelCard
 from ingress import admit
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
+from ingress.listing import Listing
+
+_MOST = 100
+"""Names in an error message."""
 
 
-def app(broker: base.Broker, catalogue: Catalogue) -> Starlette:
-    async def models(_: Request) -> Response:
-        cards = sorted(catalogue.cards().values(), key=lambda card: card.id)
-        return _json(200, {"object": "list", "data": [_model(card, catalogue) for card in cards]})
+def app(broker: base.Broker, catalogue: Catalogue, tenants: admit.Tenants) -> Starlette:
+    def seen(request: Request) -> Listing:
+        return Listing.of(catalogue, tenants.of(dict(request.scope["headers"])))
+
+    async def models(request: Request) -> Response:
+        return _json(200, {"object": "list", "data": seen(request).all()})
 
     async def model(request: Request) -> Response:
-        return _json(200, _model(catalogue.find(request.path_params["model"]), catalogue))
+        listing, name = seen(request), request.path_params["model"]
+        found = listing.one(name)
+        if found is None:
+            known = ", ".join(listing.names()[:_MOST]) or "none yet: no worker has announced itself"
+            raise errors.UnknownModel(
+                f"there is no model {name[:200]!r}; known models: {known}", param="model"
+            )
+        return _json(200, found)
 
     async def live(_: Request) -> Response:
         return _json(200, {"status": "live"})
@@ -51,21 +63,6 @@ def app(broker: base.Broker, catalogue: Catalogue) -> Starlette:
 
 def _json(status: int, value: object) -> Response:
     return Response(orjson.dumps(value), status, media_type="application/json")
-
-
-def _model(card: ModelCard, catalogue: Catalogue) -> dict[str, object]:
-    """OpenAI's model object, and what Headrace knows beyond it. `serving` is false while no worker
-    takes requests for it: they wait in the queue."""
-    return {
-        "id": card.id,
-        "object": "model",
-        "created": 0,
-        "owned_by": "headrace",
-        "parent": None if card.id == card.base else card.base,
-        "max_model_len": card.context_tokens,
-        "paths": list(card.paths),
-        "serving": catalogue.served(card.id),
-    }
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:

@@ -265,11 +265,15 @@ class _Search:
         else:
             ways = [f"{name} lacks {_joined(missing)}" for name, missing in self._lacking.items()]
             text = f"no model behind {asked[:200]!r} can serve this: {'; '.join(ways[:8])}"
-        able = [name for name in self._usable() if self._options(name)]
-        return errors.Incapable(
-            f"{text}; {'these have it: ' + ', '.join(able) if able else 'no model here has it'}",
-            param="model",
-        )
+        able = {name: found[0].suits for name in self._usable() if (found := self._options(name))}
+        sure = [name for name, suits in able.items() if suits == 2]
+        if sure:
+            hint = f"these have it: {', '.join(sure)}"
+        elif able:
+            hint = f"it is not known of these whether they have it: {', '.join(able)}"
+        else:
+            hint = "no model here has it"
+        return errors.Incapable(f"{text}; {hint}", param="model")
 
     def _usable(self) -> list[str]:
         """Names that this caller may use."""

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ops.flags import add_adapters, add_models, add_routes, name, whole
+
 if TYPE_CHECKING:
     from ops.settings import Settings
 
@@ -98,6 +100,18 @@ def _routes(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> 
     return routes.run(args, settings.broker)
 
 
+def _models(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
+    from ops import models
+
+    return models.run(args, settings.broker)
+
+
+def _adapters(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
+    from ops import adapters
+
+    return adapters.run(args, settings.broker)
+
+
 _COMMANDS = {
     "up": _up,
     "ingress": _service,
@@ -108,6 +122,8 @@ _COMMANDS = {
     "config": _config,
     "dead": _dead,
     "routes": _routes,
+    "models": _models,
+    "adapters": _adapters,
 }
 
 
@@ -155,55 +171,35 @@ def parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", parents=[common], help="check the settings and print them")
     config.add_argument("--markdown", action="store_true", help="print the reference of all settings instead")
     _add_dead(commands.add_parser("dead", help="requests that failed for good: look, put back, drop"), common)
-    _add_routes(
-        commands.add_parser("routes", help="what `model: auto` and routers go by: learn, try"), common
-    )
+    nats = argparse.ArgumentParser(add_help=False)
+    _add(nats, "nats")
+    models = commands.add_parser("models", help="the catalogue: bases, adapters, aliases, routers")
+    add_models(models, [common, nats])
+    adapters = commands.add_parser("adapters", help="LoRA adapters: push, list, roll back, remove")
+    add_adapters(adapters, [common, nats])
+    routes = commands.add_parser("routes", help="what `model: auto` and routers go by: learn, try")
+    add_routes(routes, [common, nats])
     return top
-
-
-def _add_routes(routes: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
-    actions = routes.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    learn = actions.add_parser(
-        "learn", parents=[common], help="learn a router from examples; it serves at once"
-    )
-    learn.add_argument("file", type=Path, metavar="FILE", help="TOML, as examples/routes.toml")
-    learn.add_argument("--eval", action="store_true", help="say how good it would be, and store nothing")
-    learn.add_argument(
-        "--held-out", type=Path, metavar="JSONL", help="try it on these: route and text a line"
-    )
-    learn.add_argument("--no-embeddings", action="store_true", help="go by the examples' words alone")
-    listing = actions.add_parser("list", parents=[common], help="the routers")
-    show = actions.add_parser("show", parents=[common], help="a router's routes")
-    test = actions.add_parser("test", parents=[common], help="where a text would go, and why")
-    test.add_argument("text", metavar="TEXT")
-    remove = actions.add_parser("remove", parents=[common], help="forget a router")
-    for action in (learn, test):
-        action.add_argument("--router", type=_name, default="auto", metavar="NAME", help="default auto")
-    for action in (show, remove):
-        action.add_argument("router", type=_name, metavar="NAME")
-    for action in (learn, listing, show, test, remove):
-        _add(action, "nats")
 
 
 def _add_dead(dead: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
     actions = dead.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     listing = actions.add_parser("list", parents=[common], help="the newest dead letters, newest last")
-    listing.add_argument("--reason", type=_name, metavar="R", help="an error code, as in `dead.<reason>`")
+    listing.add_argument("--reason", type=name, metavar="R", help="an error code, as in `dead.<reason>`")
     listing.add_argument("--tenant", metavar="T")
-    listing.add_argument("--limit", type=_whole, default=100, metavar="N", help="default 100")
+    listing.add_argument("--limit", type=whole, default=100, metavar="N", help="default 100")
     listing.add_argument("--json", action="store_true", help="one JSON object a line")
     show = actions.add_parser("show", parents=[common], help="everything that is known of one")
-    show.add_argument("seq", type=_whole, metavar="SEQ")
+    show.add_argument("seq", type=whole, metavar="SEQ")
     show.add_argument("--body", action="store_true", help="the request's body too")
     replay = actions.add_parser("replay", parents=[common], help="put requests back into the queue")
     drop = actions.add_parser("drop", parents=[common], help="delete letters")
     drop.add_argument("--yes", action="store_true", help="don't ask")
     for action in (replay, drop):
         which = action.add_mutually_exclusive_group(required=True)
-        which.add_argument("seqs", type=_whole, nargs="*", default=[], metavar="SEQ")
-        which.add_argument("--reason", type=_name, metavar="R", help="all that died of it")
+        which.add_argument("seqs", type=whole, nargs="*", default=[], metavar="SEQ")
+        which.add_argument("--reason", type=name, metavar="R", help="all that died of it")
         which.add_argument("--all", action="store_true")
     for action in (listing, show, replay, drop):
         _add(action, "nats")
@@ -225,18 +221,6 @@ def _pair(text: str) -> tuple[str, str]:
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
-
-
-def _name(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("it must not be empty")
-    return text
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or len(text) > 18 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 

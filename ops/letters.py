@@ -92,12 +92,12 @@ def summary(letter: Letter) -> Row:
     reason = letter.record.subject.partition(".")[2]
     if content is None:
         told = f"no letter: {letter.record.data[:60]!r}"
-        return Row(letter.seq, _when(letter.record.stored_ms), _plain(reason), "", "", "", told)
+        return Row(letter.seq, when(letter.record.stored_ms), plain(reason), "", "", "", told)
     tenant = model = ""
     with contextlib.suppress(ValueError):  # it may have died of that
         _, _, tenant, model = subjects.parse_request(content.subject)
     names = (content.reason, tenant, model, _request_id(content), content.message)
-    return Row(letter.seq, _when(content.failed_ms), *map(_plain, names))
+    return Row(letter.seq, when(content.failed_ms), *map(plain, names))
 
 
 def _request_id(content: DeadLetter) -> str:
@@ -117,11 +117,11 @@ def describe(letter: Letter, with_body: bool) -> str:
     facts = list(summary(letter)._asdict().items())
     parts = [_body(letter, with_body)]
     if content is not None:
-        facts.append(("subject", _plain(content.subject)))
+        facts.append(("subject", plain(content.subject)))
         if content.history:
-            tries = [(a.epoch, _plain(a.worker), _when(a.at_ms), _plain(a.what)) for a in content.history]
+            tries = [(a.epoch, plain(a.worker), when(a.at_ms), plain(a.what)) for a in content.history]
             parts.insert(0, table(("EPOCH", "WORKER", "WHEN", "WHAT"), tries))
-        headers = [(_plain(name), _plain(value)) for name, value in content.headers.items()]
+        headers = [(plain(name), plain(value)) for name, value in content.headers.items()]
         parts.insert(0, table(("HEADER", "VALUE"), headers))
     return "\n\n".join([table((), facts), *parts])
 
@@ -137,7 +137,7 @@ def _body(letter: Letter, whole: bool) -> str:
         text = orjson.dumps(orjson.loads(body), option=orjson.OPT_INDENT_2).decode()
     except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # the latter: nested too deep
         text = body.decode("utf-8", "backslashreplace")
-    return "\n".join(map(_plain, text.split("\n")))
+    return "\n".join(map(plain, text.split("\n")))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -152,12 +152,12 @@ def _cut(cell: str) -> str:
     return cell if len(cell) <= _COLUMN else cell[: _COLUMN - 1] + "…"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """What others wrote, with nothing in it that a terminal would obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _when(unix_ms: float) -> str:
+def when(unix_ms: float) -> str:
     try:
         return datetime.fromtimestamp(unix_ms / 1000).astimezone().isoformat(timespec="seconds")
     except (ValueError, OverflowError, OSError):

@@ -31,6 +31,8 @@ async def worker(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:
     from workers.runner import Worker
 
     config = settings.worker
+    if not config.adapter_cache:
+        config = config.model_copy(update={"adapter_cache": str(settings.data / "adapters")})
     ports.free(config.metrics_host, config.metrics_port, "worker.metrics_port")
     # The engine first: while it starts it may hold the event loop longer than the broker waits for a pong.
     engine = await _start_engine(settings)

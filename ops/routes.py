@@ -140,7 +140,7 @@ async def _list(broker: base.Broker, _: argparse.Namespace) -> int:
 
 
 async def _show(broker: base.Broker, args: argparse.Namespace) -> int:
-    learned, _ = await _named(broker, args.router)
+    learned, _ = await _named(broker, args.name)
     print(f"{learned.name}, version {learned.version}, of {learned.examples} examples")
     print(f"embeddings  {learned.embeddings or 'none, words alone'}")
     print(f"default     {learned.default}, where no route leads by {learned.margin:g}")
@@ -156,13 +156,13 @@ async def _test(broker: base.Broker, args: argparse.Namespace) -> int:
 
 
 async def _remove(broker: base.Broker, args: argparse.Namespace) -> int:
-    gone = await routes.remove(broker, args.router)
+    gone = await routes.remove(broker, args.name)
     if not gone:
-        raise errors.NotFound(f"no router is called {args.router!r}")
-    entry = await entries.read(broker, args.router)
+        raise errors.NotFound(f"no router is called {args.name!r}")
+    entry = await entries.read(broker, args.name)
     if entry is not None and entry.kind == "router":
-        await entries.change(broker, args.router, lambda _: None)
-    print(f"removed {args.router}")
+        await entries.change(broker, args.name, lambda _: None)
+    print(f"removed {args.name}")
     return 0
 
 

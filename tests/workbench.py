@@ -76,7 +76,9 @@ class Call:
         """The end frame, with every token of the answer seen once and in order before it."""
         frame = await self.end()
         assert frame.kind is FrameKind.END, frame
-        assert self.ids == expected_tokens(tokenize(self.prompt), self.tokens)
+        model = self.request.subject.model
+        adapter = "" if model == self.request.subject.base else model
+        assert self.ids == expected_tokens(tokenize(self.prompt), self.tokens, adapter=adapter)
         return frame
 
     @property

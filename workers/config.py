@@ -31,6 +31,15 @@ class WorkerConfig(BaseModel):
     max_failures: int = Field(
         5, ge=1, description="requests in a row on which the engine may fail before the worker takes a pause"
     )
+    adapter_cache: str = Field(
+        "", description="directory of the adapters' files; empty = adapters in the data directory"
+    )
+    adapter_bytes: int = Field(
+        10 * 2**30, ge=2**20, description="that they may take; the least recently used ones go"
+    )
+    adapter_turn: float = Field(
+        2.0, gt=0, description="time after which an adapter gives its slot up to others that wait"
+    )
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus; 0 picks a free one")
     metrics_host: str = Field("127.0.0.1", description="address that Prometheus is answered on")
 
@@ -50,6 +59,15 @@ class VllmConfig(BaseModel):
     )
     block_size: int = Field(0, ge=0, description="0 = 32 on CPU, vLLM's choice on a GPU")
     enforce_eager: bool | Literal["auto"] = Field("auto", description="auto = on CPU only")
+    adapter_slots: int = Field(
+        0, ge=0, description="adapters in one step, vLLM's max_loras; 0 = no adapters are served"
+    )
+    adapters_in_memory: int = Field(
+        32, ge=0, description="adapters loaded at once; as many as adapter_slots, at least"
+    )
+    max_rank: int = Field(
+        16, ge=1, le=512, description="largest rank of an adapter, rounded up to one that vLLM knows"
+    )
     tool_call_parser: str = Field("hermes", description="empty = no automatic tool choice")
     extra: dict[str, str | int | float | bool] = Field(default={}, description="more vLLM arguments, by name")
 
@@ -75,6 +93,13 @@ class SimConfig(BaseModel):
     beta2: float = Field(4.21e-7, ge=0, description="ms a prompt token and token of its context")
     beta3: float = Field(0.0, ge=0, description="ms a KV token that a decode reads")
     beta4: float = Field(0.0, ge=0, description="ms a request in the step")
+    kappa: float = Field(0.0, ge=0, description="share by which each adapter in a step makes it longer")
+    adapter_slots: int = Field(8, ge=0, description="adapters in one step; 0 = it takes none")
+    adapters_in_memory: int = Field(
+        32, ge=0, description="adapters loaded at once; as many as adapter_slots, at least"
+    )
+    max_rank: int = Field(64, ge=1, description="largest rank of an adapter")
+    load_ms: float = Field(0.0, ge=0, description="ms that it takes to load an adapter")
     ttft_ms: float = Field(0.0, ge=0, description="with itl_ms: each request on its own clock, no step model")
     itl_ms: float = Field(0.0, ge=0, description="ms between two tokens of a request, likewise")
 

@@ -145,10 +145,12 @@ class Job:
         self._status = 0
         self._streams = False  # what was said of the answer has been passed on: see `Assembler`
         self._complete = False
-        served = any(card.id == request.subject.model for card in engine.models)
-        labels = request.subject.model if served else metrics.OTHER, request.subject.service_class
-        self._itl = metrics.ITL.labels(*labels)
-        self._labels = labels
+        self.label(request.subject.model if any(c.id == request.subject.model for c in engine.models) else "")
+
+    def label(self, model: str) -> None:
+        """What its metrics call its model; "" = one that is not served."""
+        self._labels = model or metrics.OTHER, self.request.subject.service_class
+        self._itl = metrics.ITL.labels(*self._labels)
 
     @property
     def epoch(self) -> int:

@@ -10,6 +10,8 @@ from workers.engines.base import EngineStats
 _FAST = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _LABELS = ["model", "class"]
 
+_FIGURES = ("running", "waiting", "kv_tokens_free", "kv_tokens_total", "preemptions", "steps", "skipped")
+
 OTHER = "other"
 """Label of every model that the worker doesn't serve: a publisher may name as many as it likes."""
 
@@ -38,16 +40,29 @@ FRAMES = Counter("headrace_frames_total", "Reply frames published")
 RETURNED = Counter("headrace_returned_total", "Deliveries handed back, by reason", ["reason"])
 DEAD = Counter("headrace_dead_letters_total", "Messages nobody could be told about")
 QUARANTINES = Counter("headrace_quarantines_total", "Pauses that failure after failure brought")
+ADAPTER_SECONDS = Histogram(
+    "headrace_adapter_seconds", "Time to bring an adapter here, by step: fetch, load", ["step"], buckets=_FAST
+)
+ADAPTER_WAIT = Histogram(
+    "headrace_adapter_wait_seconds", "Time that a request waits for its adapter and a slot", buckets=_FAST
+)
+ADAPTER_LOADS = Counter("headrace_adapter_loads_total", "Adapters loaded, unloaded, failed", ["outcome"])
+ADAPTER_SWAPS = Counter("headrace_adapter_swaps_total", "Adapters that left a slot to another")
+ADAPTER_SLOTS = Gauge("headrace_adapter_slots", "Adapters of which requests run")
+ADAPTER_WAITING = Gauge("headrace_adapter_waiting", "Requests that wait for their adapter, or for a slot")
+SKIPPED = Counter(
+    "headrace_engine_skipped_total", "Requests that a step of the engine passed over, as for want of a slot"
+)
 RUNNING = Gauge("headrace_running", "Requests this worker runs")
 CREDIT = Gauge("headrace_credit_requests", "Requests this worker could take now")
 ENGINE = Gauge(
     "headrace_engine",
-    "The engine's own figures: running, waiting, kv_tokens_free, kv_tokens_total, preemptions, steps",
+    f"The engine's own figures: {', '.join(_FIGURES)}",
     ["figure"],
 )
 
 
 def observe_engine(stats: EngineStats, credit: Credit) -> None:
     CREDIT.set(credit.requests)
-    for figure in ("running", "waiting", "kv_tokens_free", "kv_tokens_total", "preemptions", "steps"):
+    for figure in _FIGURES:
         ENGINE.labels(figure).set(getattr(stats, figure))

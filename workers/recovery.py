@@ -17,12 +17,20 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from broker import base, errors, replies
+from broker import base, errors, replies, subjects
 from broker.assembler import Assembler
 from broker.messages import QUEUED_EPOCH, TERMINAL, Attempt, Frame, FrameKind, Request
 
 _FENCE_LIMIT = 3.0
 """Seconds until the journal must show the frame that was just written to it."""
+
+_ELECTION = 10.0
+"""Seconds that the journal is given to have a leader: a cluster takes up to 9 to elect one."""
+
+_HEARD = 0.05
+"""Seconds in which whoever has frames of a reply publishes them again; it takes a millisecond or two."""
+
+_POLL = 0.1
 
 _END = b"\n\n"
 
@@ -59,18 +67,20 @@ async def fence(
     """Take the request over from its earlier attempts, and say how far they came.
 
     The first frame under the new epoch shuts them out: of what they still say, readers take only what the
-    journal has before it. So the journal is read up to there.
+    journal has before it. So the journal is read up to there; before that, who heard what it lacks publishes
+    it again: the journal was without a leader perhaps, and the reader has tokens that nobody else knows.
 
     Raises errors.FramesLost when it lacks frames, errors.Unavailable, and errors.MalformedMessage when
     someone else wrote there.
     """
-    newest = await replies.last_frame(broker, request.reply_to, delivery.enqueued_ms)
+    newest = await _newest(broker, request, delivery)
     if newest is not None and newest.kind in TERMINAL:
         # It may be of an attempt that was given up, whose end readers do not take.
         with contextlib.suppress(errors.FramesLost):
             told = past(await replies.journal(broker, request.reply_to, delivery.enqueued_ms))
             if told.ended:
                 return told
+    await _fill(broker, request, delivery)
     await writer.beat(worker)
     try:
         return past(await _before(broker, request, delivery, writer.epoch))
@@ -78,6 +88,31 @@ async def fence(
         with contextlib.suppress(errors.HeadraceError):
             await writer.beat(worker, left=exc.message)  # else it counts as a death
         raise
+
+
+async def _newest(broker: base.Broker, request: Request, delivery: base.Delivery) -> Frame | None:
+    """The journal's newest frame, once it has a leader. Raises errors.Unavailable."""
+    deadline = asyncio.get_running_loop().time() + _ELECTION
+    while True:
+        try:
+            return await replies.last_frame(broker, request.reply_to, delivery.enqueued_ms)
+        except errors.Unavailable:
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+        await asyncio.sleep(_POLL)
+
+
+async def _fill(broker: base.Broker, request: Request, delivery: base.Delivery) -> None:
+    """Have the journal get the frames that others have heard and it has not. What stays lost nobody has."""
+    for pause in (0.0, _POLL, _POLL):
+        await asyncio.sleep(pause)
+        with contextlib.suppress(errors.Unavailable):  # nobody has any
+            await broker.ask(subjects.again(request.reply_to), b"{}", _HEARD)
+        assembler = Assembler()
+        with contextlib.suppress(errors.FramesLost):
+            assembler.feed_all(await replies.journal(broker, request.reply_to, delivery.enqueued_ms))
+            if not assembler.gap:
+                return
 
 
 async def _before(
@@ -97,13 +132,14 @@ async def _before(
 
 
 def past(frames: Sequence[Frame]) -> Past:
-    """Raises errors.FramesLost when `frames`, in the journal's order, lack some that a reader may have."""
+    """What `frames`, in the journal's order, come to: up to the first that is missing. No reader has passed
+    on what stands behind that. Raises errors.FramesLost when the first of all is missing."""
     assembler = Assembler()
     said = assembler.feed_all(frames)
     if assembler.finished:
         return Past(ended=True)
-    if assembler.gap:
-        raise errors.FramesLost("the journal lacks frames of the answer so far")
+    if assembler.gap and not said:
+        raise errors.FramesLost("the journal lacks the beginning of the answer")
     said = [frame for frame in said if frame.kind is not FrameKind.BEAT]
     ids: dict[int, list[int]] = {}
     rest = b""

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Literal
 
@@ -22,9 +21,11 @@ from broker.messages import Credit, Heartbeat, Request, ServiceClass, parse_requ
 from kvstate import budget
 from workers import held, intake, metrics, screening
 from workers.config import WorkerConfig
+from workers.control import Control
 from workers.engines.base import Engine
 from workers.job import HandBack, Job, Share, Touch
 from workers.quarantine import Quarantine
+from workers.turns import before_stop
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Worker:
         self._touch = Touch(config.heartbeat)
         self._quarantine = Quarantine(config.max_failures)
         self._trial = asyncio.Lock()
+        self._told_to_drain = asyncio.Event()
+        self._control = Control(self.name, config, broker, engine, self._told_to_drain.set)
         self._mean_prompt = 256.0
         self._mean_output = 128.0
         self._starved = False
@@ -79,6 +82,7 @@ class Worker:
             await self._broker.subscribe(subjects.ALL_TAKEN, self._on_taken),
             await self._broker.subscribe(subjects.roster(self.name), self._on_roster),
         ]
+        await self._control.open()
         for number, service_class in enumerate(ServiceClass):
             receive = self._receiver(number)
             self._pullers.append(
@@ -86,7 +90,12 @@ class Worker:
             )
         self._engine.on_change = self._on_step
         died: asyncio.Future[None] = asyncio.shield(self._engine.died)
-        sides: list[Coroutine[Any, Any, Any]] = [stop.wait(), self._beat(), self._hold()]
+        sides: list[Coroutine[Any, Any, Any]] = [
+            stop.wait(),
+            self._told_to_drain.wait(),
+            self._beat(),
+            self._hold(),
+        ]
         ends: list[asyncio.Future[Any]] = [died, *map(asyncio.create_task, sides)]
         try:
             self._top_up()
@@ -104,6 +113,7 @@ class Worker:
                 end.cancel()
             for puller in self._pullers:
                 await puller.close()
+            await self._control.close()
             for subscription in subscriptions:
                 await subscription.close()
             await self._announce()
@@ -151,11 +161,14 @@ class Worker:
         job.tap.on_first_token = lambda: self._prefilled(job)
         self._jobs[request.key] = job
         self._held.take(delivery)
-        self._prefilling[job] = job.prompt_estimate
-        self._prefill_held += job.prompt_estimate
+        self._prefills(job)
         metrics.RUNNING.set(len(self._jobs))
         self._idle.clear()
         self._spawn(self._run(job))
+
+    def _prefills(self, job: Job) -> None:
+        self._prefilling[job] = job.prompt_estimate
+        self._prefill_held += job.prompt_estimate
 
     def _prefilled(self, job: Job) -> None:
         self._prefill_held -= self._prefilling.pop(job, 0)
@@ -198,6 +211,8 @@ class Worker:
             )
 
     def _on_step(self) -> None:
+        if skipped := self._engine.stats().skipped:
+            metrics.SKIPPED.inc(skipped)
         if self._starved:  # else what ends a request or its prefill has asked already
             self._top_up()
 
@@ -238,6 +253,10 @@ class Worker:
         """Run it, alone among those under which workers died: else these would bury what ran beside them."""
         try:
             await self._held.tell()  # from here on it is handed on if we die
+            if self._control.elsewhere(job):
+                metrics.RETURNED.labels("elsewhere").inc()
+                await job.delivery.nak()
+                return
             # The last death that it may cause: whatever died beside a killer has no more deaths than it.
             suspect = max(1, self._config.max_deaths - 1)
             if job.delivery.attempt > suspect and await job.deaths() >= suspect:
@@ -264,14 +283,7 @@ class Worker:
     @contextlib.asynccontextmanager
     async def _turn(self, job: Job) -> AsyncIterator[None]:
         """Alone on trial; or at once when `job` is stopped or its deadline passes, since it runs no more."""
-        waits = [asyncio.ensure_future(self._trial.acquire()), asyncio.ensure_future(job.stopped.wait())]
-        left = job.request.deadline_ms / 1000 - time.time() if job.request.deadline_ms else None
-        await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        had = waits[0].done()
-        if not had and not job.stopped.is_set():
-            job.stop(errors.DeadlineExceeded("the request's deadline passed while it waited to run alone"))
-        for wait in waits:
-            wait.cancel()
+        had = await before_stop(job, asyncio.ensure_future(self._trial.acquire()), "to run alone")
         try:
             yield
         finally:
@@ -279,7 +291,10 @@ class Worker:
                 self._trial.release()
 
     async def _run_on(self, job: Job) -> None:
-        verdict = screening.screen(job.request, self._engine)
+        adapter = await self._control.serves(job)
+        if adapter:
+            job.label(job.request.subject.model)
+        verdict = screening.screen(job.request, self._engine, adapter)
         if verdict is None and job.request.body_object:
             verdict = await self._fetch_body(job)
         if job.delivery.attempt > 1 or self._touch.lost:
@@ -292,7 +307,15 @@ class Worker:
                 verdict = await screening.bury(self._broker, job.delivery, job.past.died)
         if self._tombstones.pop(job.request.key, job.delivery.enqueued_ms):
             verdict = errors.Cancelled("the caller went away")
-        await job.run(verdict)
+        if verdict is None:
+            job.request = screening.named(job.request, self._engine)
+        if adapter and verdict is None:
+            self._prefilled(job)  # the engine has nothing of it while it waits
+            async with self._control.turn(job) as fault:
+                self._prefills(job)
+                await job.run(fault)
+        else:
+            await job.run(verdict)
         self._judge(job)
         # Not before the ack: a redelivery must find it. A dead letter needs it still.
         if job.acked and not isinstance(verdict, errors.Poisoned):
@@ -347,6 +370,7 @@ class Worker:
         self._state = "draining"
         for puller in self._pullers:
             await puller.close()
+        self._control.hand_back()
         await self._announce()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
@@ -411,6 +435,10 @@ class Worker:
             metrics_url=self._metrics_url,
             inbox=self._broker.inbox,
             told=self._held.number,
+            host=socket.gethostname(),
+            adapters=self._control.states(),
+            slots=self._engine.adapter_slots,
+            max_rank=self._engine.max_rank,
         )
         self._beats += 1
         metrics.observe_engine(stats, credit)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections import OrderedDict
+from typing import Any
 
 import orjson
 
@@ -12,6 +15,9 @@ from broker.assembler import Assembler
 from broker.messages import Attempt, FrameKind, Request, UsageEvent
 from workers import metrics
 from workers.engines.base import Engine
+
+_AT = (b"@", b"\\u0040")
+"""How JSON may write what every adapter version's name holds."""
 
 _CLOCKS_APART = 60_000
 """Milliseconds that a worker's clock and the broker's may differ."""
@@ -47,22 +53,55 @@ def cancelled_at(message: base.Message) -> int:
         return replies.now_ms()
 
 
-def screen(request: Request, engine: Engine) -> errors.HeadraceError | None:
-    """None when the request may run, else why not."""
+def screen(request: Request, engine: Engine, adapter: bool = False) -> errors.HeadraceError | None:
+    """None when the request may run, else why not. `adapter`: it asks for an adapter of the engine's base."""
     if request.deadline_ms and request.deadline_ms <= time.time() * 1000:
         return errors.DeadlineExceeded("the request's deadline passed in the queue")
     cards = {card.id: card for card in engine.models}
-    card = cards.get(request.subject.model)
+    card = engine.models[0] if adapter else cards.get(request.subject.model)
     if card is None:
+        adapters = ", and the adapter versions of it, <name>@<version>" if engine.adapter_slots else ""
         return errors.UnknownModel(
             f"the workers of {request.subject.base!r} do not serve {request.subject.model!r}; "
-            f"they serve {', '.join(sorted(cards))}"
+            f"they serve {', '.join(sorted(cards))}{adapters}"
         )
     if request.path not in card.paths:
         return errors.InvalidRequest(
-            f"model {card.id!r} does not serve {request.path}; it serves {', '.join(card.paths)}"
+            f"{request.subject.model!r} does not serve {request.path}; it serves {', '.join(card.paths)}"
         )
     return None
+
+
+def named(request: Request, engine: Engine) -> Request:
+    """`request` with the subject's model in its body, which alone says who answers: the caller named another,
+    or an adapter's bare name. A body in which no adapter's version can stand is not parsed."""
+    model = request.subject.model
+    adapters = engine.adapter_slots and any(sign in request.body for sign in _AT)
+    if not (adapters or request.asked or model != engine.base):
+        return request
+    body = _parsed(request.body)
+    if not isinstance(body, dict) or body.get("model") == model:
+        return request  # what is no JSON object is the engine's to refuse
+    body["model"] = model
+    return dataclasses.replace(request, body=_written(body))
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        # An engine may read what orjson does not: NaN, or a number of more than 64 bits.
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+
+
+def _written(body: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except TypeError:
+        return json.dumps(body).encode()
 
 
 async def settle(broker: base.Broker, request: Request, delivery: base.Delivery) -> None:

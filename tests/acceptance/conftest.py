@@ -27,6 +27,7 @@ from tests.waiting import LIMIT, until
 ROOT = Path(__file__).parents[2]
 MODEL = demo_model.NAME
 SLOTS = 4
+ADAPTER_SLOTS = 2
 START_LIMIT = 120.0
 
 
@@ -84,8 +85,15 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet
     metrics_port = ports.free("127.0.0.1", 0, "worker.metrics_port")
     command = [sys.executable, "-P", "-m", "ops", "up", "--engine", "vllm", "--port", "0", "--nats-port", "0"]
     command += ["--data", str(data), "--model", str(model)]
-    for setting in (f"worker.metrics_port={metrics_port}", f"vllm.max_num_seqs={SLOTS}"):
-        command += ["--set", setting]
+    settings = {
+        "worker.metrics_port": metrics_port,
+        "worker.adapter_turn": 0.5,
+        "vllm.max_num_seqs": SLOTS,
+        "vllm.adapter_slots": ADAPTER_SLOTS,
+        "vllm.adapters_in_memory": ADAPTER_SLOTS + 1,
+    }
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
     process = await asyncio.create_subprocess_exec(
         *command,
         stdout=asyncio.subprocess.PIPE,

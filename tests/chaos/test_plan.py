@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.chaos.plan import SPARED, Fault, Kind, plan
+from tests.chaos.plan import ELECTION, SPARED, Fault, Kind, plan
 from tests.chaos.stage import SIZES
 
 
@@ -41,3 +41,11 @@ def _under_way(other: Fault, fault: Fault) -> bool:
 
 def _clash(other: Fault, fault: Fault) -> bool:
     return _under_way(other, fault) and other.slot == fault.slot
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_worker_and_ingress_are_both_struck_while_the_journal_may_elect(seed: int) -> None:
+    faults = plan(seed, 600, SIZES)
+    for node in (fault for fault in faults if fault.kind is Kind.KILL_NATS):
+        struck = {f.kind.part for f in faults if node.at < f.at < node.at + ELECTION}
+        assert not {"worker", "ingress"} <= struck

@@ -114,6 +114,9 @@ def test_addresses_are_the_subjects_that_the_code_builds() -> None:
     assert _address("fleet", "a.b") == subjects.heartbeat("a.b")
     assert _address("held", "a.b") == subjects.held("a.b")
     assert _address("roster", "a.b") == subjects.roster("a.b")
+    assert _address("commands", "a.b") == subjects.ctl("a.b")
+    assert _address("wants", *names[:2]) == subjects.want(*names[:2])
+    assert _address("pools", "a.b") == subjects.pool("a.b")
     assert _address("usage", *names[:2]) == subjects.usage(*names[:2])
     assert _address("dead", "a.b") == subjects.dead("a.b")
 
@@ -149,7 +152,16 @@ def _tree(root: type[errors.HeadraceError]) -> Iterator[type[errors.HeadraceErro
 
 
 @pytest.mark.parametrize(
-    "model", [messages.Heartbeat, messages.Held, messages.UsageEvent, messages.DeadLetter]
+    "model",
+    [
+        messages.Heartbeat,
+        messages.Held,
+        messages.UsageEvent,
+        messages.DeadLetter,
+        messages.Command,
+        messages.Answer,
+        messages.PoolBeat,
+    ],
 )
 def test_payload_schemas_are_the_models_own(model: type[BaseModel]) -> None:
     own = _untitled(
@@ -176,9 +188,10 @@ def test_the_request_headers_are_those_that_are_read() -> None:
         subjects.DEADLINE,
         subjects.TRACEPARENT,
         subjects.BODY_OBJECT,
+        subjects.ASKED,
     }
     for left_out in documented["properties"]:
-        rest = {"Request-Id": "r1", "Body-Object": "acme.r1"}
+        rest = {"Request-Id": "r1", "Body-Object": "acme.r1", "Asked-Model": "sim"}
         head = _headers("r1", Deadline="1", traceparent="00", Tenant="acme", **rest)
         del head[left_out]
         if left_out in documented["required"]:
@@ -365,7 +378,12 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
     heard = requests + [msg for msg in wire.heard if not msg.subject.startswith("req.")]
     for message in heard:
         check_message(_name_of(message), message.data, message.headers)
-    assert {_name_of(message) for message in heard} == set(MESSAGES) - {"Acknowledgement"}
+    assert {_name_of(message) for message in heard} == set(MESSAGES) - {
+        "Acknowledgement",
+        "Command",
+        "Answer",
+        "PoolBeat",
+    }
     assert any(frame.choices for frame in wire.frames("several"))
     for ack in acks:
         check_message("Acknowledgement", ack.data)

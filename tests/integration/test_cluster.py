@@ -26,6 +26,7 @@ from tests.chaos.check import Ask, Transcript, check
 from tests.chaos.clients import Manner, Request
 from tests.integration import serving
 from tests.integration.cluster import NatsCluster
+from tests.integration.fleet import Fleet
 from tests.waiting import LIMIT, until
 
 # nats-py leaves the socket of a server that dies while it greets to the garbage collector.
@@ -125,6 +126,29 @@ async def test_no_stream_breaks_when_a_node_dies(
             assert silence < SILENCE
             await cluster.nodes[number].start()
             await until(lambda: cluster.healthy())
+
+
+async def test_a_worker_that_dies_while_the_journal_has_no_leader_takes_nothing_with_it(
+    http: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    """What it said meanwhile is in no journal: who reads the streams has it, and tells."""
+    cluster = NatsCluster(tmp_path / "nats")
+    async with Fleet(tmp_path, cluster) as processes:
+        await processes.start("scheduler")
+        pace = {"sim__ttft_ms": 2, "sim__itl_ms": PACE * 1000}
+        dying, _ = [await processes.start("worker", worker__name=f"w{n}", **pace) for n in range(2)]
+        urls = [(await processes.start("ingress")).url]
+        await until(lambda: ready(http, urls[0]))
+        streams = await asked(http, urls, STREAMS)
+        leader = await cluster.leader(subjects.REPLIES)
+        assert leader is not None
+        await cluster.kill(leader)
+        before = [len(seen.tokens) for seen in streams.seen]
+        await until(lambda: all(len(s.tokens) > n + 5 for s, n in zip(streams.seen, before, strict=True)))
+        await dying.kill()
+        seen = await streams.ended()
+        assert "w0" in {one.worker for one in seen}
+        assert [problem for one in seen for problem in check(one)] == []
 
 
 async def test_with_no_node_left_the_ingress_says_so_and_recovers_by_itself(
@@ -250,3 +274,23 @@ async def asked_anew_in_vain(http: httpx.AsyncClient, urls: list[str]) -> None:
 def holds_together(seen: Transcript) -> bool:
     """Whether what came is a beginning of the answer without a hole."""
     return {problem.kind for problem in check(seen)} == {"interrupted"}
+
+
+async def test_a_process_that_ends_while_the_journal_has_no_leader_leaves_it_its_frames(
+    cluster: NatsCluster,
+) -> None:
+    subject = subjects.reply("acme", "box", "last words")
+    async with await client.connect(cluster.config, "reader") as reader:
+        async with await client.connect(cluster.config, "worker") as worker:
+            leader = await cluster.leader(subjects.REPLIES)
+            assert leader is not None
+            await cluster.kill(leader)
+            await until(lambda: worker.connected and reader.connected)
+            await worker.publish(subject, b"the end")
+
+        async def kept() -> bool:
+            with contextlib.suppress(errors.Unavailable):
+                return b"the end" in {r.data for r in await reader.read(subjects.REPLIES, subject)}
+            return False
+
+        await until(kept)

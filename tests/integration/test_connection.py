@@ -196,3 +196,20 @@ async def test_a_restart_under_load_raises_nowhere_and_keeps_the_order(
     await until(lambda: heard[-1] == published - 1)
     assert heard == sorted(set(heard))
     assert raised == []
+
+
+async def test_what_a_reader_heard_is_published_again_for_who_asks(
+    broker: NatsBroker, reader: NatsBroker
+) -> None:
+    """Its writer may be gone, and the journal may lack it."""
+    subject = subjects.reply("acme", "box", "r1")
+    with pytest.raises(errors.Unavailable):
+        await broker.ask(subjects.again(subject), timeout=0.05)
+    reader.heard(subject, b"1")
+    reader.heard(subject, b"2")
+    await broker.ask(subjects.again(subject))
+
+    async def stored() -> bool:
+        return [record.data for record in await broker.read(subjects.REPLIES, subject)] == [b"1", b"2"]
+
+    await until(stored)

@@ -79,9 +79,10 @@ class Client(MemoryBroker):
         self._sending = False
         self._arrives = 0.0
         self._tail = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)
+        self._heard = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)
 
     async def start(self) -> None:
-        await self.subscribe(subjects.ALL_AGAIN, lambda message: self._repeat(message.subject[6:]))
+        await self.subscribe(subjects.ALL_AGAIN, self._on_again)
         await self.subscribe(_ELECTED, lambda _: self._repeat_all())
 
     # The line
@@ -134,13 +135,23 @@ class Client(MemoryBroker):
         if subjects.is_reply(subject):
             self._tail.add(subject, data, asyncio.get_running_loop().time())
 
-    def _repeat(self, key: str) -> None:
-        for subject, data in self._tail.of(key):
+    def heard(self, subject: str, data: bytes) -> None:
+        self._heard.add(subject, data, asyncio.get_running_loop().time())
+
+    def _on_again(self, message: Message) -> None:
+        key = message.subject[6:]
+        frames = self._tail.of(key) + self._heard.of(key)
+        self._repeat(frames)
+        if frames and message.reply:
+            self.send(self.server.publish, Message(message.reply, b""))
+
+    def _repeat(self, frames: list[tuple[str, bytes]]) -> None:
+        for subject, data in frames:
             self.send(self.server.publish, Message(subject, data))
 
     def _repeat_all(self) -> None:
         for key in self._tail.keys(asyncio.get_running_loop().time()):
-            self._repeat(key)
+            self._repeat(self._tail.of(key))
 
     # What befalls it
 
@@ -194,6 +205,9 @@ def _arrived(future: asyncio.Future[None]) -> None:
 def _there_and_back(name: str) -> Callable[..., Awaitable[Any]]:
     async def ask(self: Client, *args: Any, **kwargs: Any) -> Any:
         await self.trip(self.send)
+        if kwargs.get("leader") and args[0] == subjects.REPLIES and self.server.leaderless:
+            await asyncio.sleep(_TIMEOUT)
+            raise errors.Unavailable("the journal has no leader")
         answer = await getattr(MemoryBroker, name)(self, *args, **kwargs)
         await self.trip(self.hand)
         return answer

@@ -40,6 +40,7 @@ class EngineStats:
         kv_tokens_total, kv_tokens_free: KV-cache room in tokens; 0 total = unknown or unlimited.
         preemptions: running sequences thrown back for want of KV room, ever.
         steps: steps done, ever.
+        skipped: waiting sequences that the last step passed over, as for want of an adapter slot.
     """
 
     running: int
@@ -50,6 +51,7 @@ class EngineStats:
     kv_tokens_free: int
     preemptions: int = 0
     steps: int = 0
+    skipped: int = 0
 
 
 @dataclass(slots=True)
@@ -110,6 +112,7 @@ class Engine(Protocol):
             KV blocks; the app then returns without sending more.
         continues: whether it takes a `Tap.replay`.
         adapter_slots: adapters that one step may hold; 0 = it serves none.
+        adapters_in_memory: adapters that may be loaded at once, at least as many.
         max_rank: the largest rank of an adapter that it takes.
         models: what it serves, the base first; each card lists the HTTP paths it answers.
         on_change: called, when set, after each step that changed `stats()`. Never blocks.
@@ -120,6 +123,7 @@ class Engine(Protocol):
     base: str
     continues: bool
     adapter_slots: int
+    adapters_in_memory: int
     max_rank: int
     app: ASGIApp
     models: tuple[ModelCard, ...]
@@ -131,7 +135,9 @@ class Engine(Protocol):
     async def load_adapter(self, model: str, path: Path, rank: int) -> None:
         """Serve the adapter in directory `path` (PEFT's files) as `model` from now on.
 
-        Raises errors.AdapterFailed, and then every other model is served as before.
+        One call at a time; `path` is absolute, another one for each version, and stays until it is unloaded.
+        Raises errors.AdapterFailed, and then every other model is served as before; errors.EngineFailed when
+        the engine is dead.
         """
         ...
 
@@ -148,6 +154,7 @@ class NoAdapters:
     """For an engine that serves its base alone."""
 
     adapter_slots = 0
+    adapters_in_memory = 0
     max_rank = 0
 
     async def load_adapter(self, model: str, path: Path, rank: int) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import orjson
 import uvicorn
@@ -18,8 +19,8 @@ import uvicorn
 from broker import errors
 from broker.messages import ModelCard
 from workers.config import SimConfig
-from workers.engines import asgi, sim_request
-from workers.engines.base import ASGIApp, EngineStats, NoAdapters, Receive, Scope, Send, current_tap
+from workers.engines import asgi, sim_adapter, sim_request
+from workers.engines.base import ASGIApp, EngineStats, Receive, Scope, Send, current_tap
 from workers.engines.sim_answer import Answer
 from workers.engines.sim_formats import FORMATS, Format
 from workers.engines.sim_pace import ClockPacer, Pacer, Reader, StepPacer
@@ -31,7 +32,7 @@ __all__ = ["SimEngine", "chat_prompt", "expected_tokens", "serve", "start", "tex
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
-class SimEngine(NoAdapters):
+class SimEngine:
     """See `workers.engines.base.Engine`; make one with `start`."""
 
     name = "sim"
@@ -40,6 +41,10 @@ class SimEngine(NoAdapters):
     def __init__(self, config: SimConfig) -> None:
         self.config = config
         self.base = config.model
+        self.adapter_slots = config.adapter_slots
+        self.adapters_in_memory = max(config.adapter_slots, config.adapters_in_memory)
+        self.max_rank = config.max_rank if config.adapter_slots else 0
+        self.adapters: set[str] = set()
         self.app: ASGIApp = self._app
         paths = (*FORMATS, "/tokenize")
         self.models: tuple[ModelCard, ...] = (
@@ -57,6 +62,17 @@ class SimEngine(NoAdapters):
 
     def stats(self) -> EngineStats:
         return self._pacer.stats()
+
+    async def load_adapter(self, model: str, path: Path, rank: int) -> None:
+        await sim_adapter.check(path, self.max_rank)
+        if self.config.load_ms:
+            await asyncio.sleep(self.config.load_ms / 1000)
+        if len(self.adapters | {model}) > self.adapters_in_memory:
+            raise errors.AdapterFailed(f"{self.adapters_in_memory} adapters are loaded: unload one")
+        self.adapters.add(model)
+
+    async def unload_adapter(self, model: str) -> None:
+        self.adapters.discard(model)
 
     async def close(self) -> None:
         self._task.cancel()
@@ -106,12 +122,14 @@ class SimEngine(NoAdapters):
                 await self._generate(path, body, receive, send)
 
     async def _generate(self, path: str, body: dict[str, object], receive: Receive, send: Send) -> None:
-        generation = sim_request.read(path, body, self.config)
+        model = body.get("model") or self.base
+        adapter = str(model) if model in self.adapters else ""
+        generation = sim_request.read(path, body, self.config, adapter)
         if self._closed:
             raise errors.EngineFailed("the simulated engine has closed")
         reader = Reader(current_tap.get())
         answer = Answer(generation, self.config, self._pacer, reader)
-        shape = FORMATS[path](self.config.model, generation, [choice.prompt for choice in answer.choices])
+        shape = FORMATS[path](adapter or self.base, generation, [choice.prompt for choice in answer.choices])
         self._readers.add(reader)
         watch = asyncio.create_task(_watch(receive, reader))
         try:
@@ -129,17 +147,20 @@ class SimEngine(NoAdapters):
             return
         if not isinstance(name, str):
             raise Refused("`model` must be a string.", "model")
+        if name in self.adapters:
+            return
         raise Refused(f"The model `{name}` does not exist.", "model", status=404)
 
     def _model_list(self) -> bytes:
         card = {
-            "id": self.config.model,
             "object": "model",
             "created": self._created,
             "owned_by": "headrace",
             "max_model_len": self.config.context_tokens,
         }
-        return orjson.dumps({"object": "list", "data": [card]})
+        cards = [{"id": self.base} | card]
+        cards += [{"id": model, "parent": self.base} | card for model in sorted(self.adapters)]
+        return orjson.dumps({"object": "list", "data": cards})
 
     def _tokenized(self, body: dict[str, object]) -> bytes:
         ids = sim_request.tokenized(body)

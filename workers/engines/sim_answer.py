@@ -79,8 +79,9 @@ class Answer:
                 # Prompt and past output, given as a prompt, go on as the whole would have.
                 given = prompt + past
                 hashes = block_hashes(given, config.block_size, generation.salt)
-                output = Output(len(given), limit - len(past), hashes, reader=reader)
-                tokens = Continuation(given) if past else Continuation(prompt, number)
+                adapter = generation.adapter
+                output = Output(len(given), limit - len(past), hashes, adapter, reader=reader)
+                tokens = Continuation(given, 0 if past else number, adapter)
                 lane = _Lane(len(self._all), limit, output, tokens, Choice(prompt), past)
                 if generation.stops:
                     lane.scan = StopScan(generation.stops, generation.min_tokens)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.config import SimConfig
 from workers.engines.base import EngineStats, Tap
-from workers.engines.step_model import Sequence, State, StepModel
+from workers.engines.step_model import Sequence, State, StepModel, fits
 
 
 class Reader:
@@ -103,6 +103,7 @@ class StepPacer:
             kv_tokens_free=model.pool.available * config.block_size,
             preemptions=model.preemptions,
             steps=model.steps,
+            skipped=model.skipped,
         )
 
     async def run(self) -> None:
@@ -129,7 +130,8 @@ class StepPacer:
 
 
 class ClockPacer:
-    """Each request on its own clock; at most `max_num_seqs` run, the others wait in order."""
+    """Each request on its own clock; at most `max_num_seqs` run, of `adapter_slots` adapters, the others
+    wait in order."""
 
     def __init__(self, config: SimConfig, changed: Callable[[], None]) -> None:
         self._config = config
@@ -137,7 +139,9 @@ class ClockPacer:
         self._ttft, self._itl = config.ttft_ms / 1000, config.itl_ms / 1000
         self._loop = asyncio.get_running_loop()
         self._running = 0
+        self._adapters: Counter[str] = Counter()  # running outputs of each
         self._waiting: deque[Output] = deque()
+        self._skipped = 0
 
     def add(self, output: Output) -> None:
         output.state = State.WAITING
@@ -165,18 +169,28 @@ class ClockPacer:
             step_tokens=self._config.max_num_batched_tokens,
             kv_tokens_total=0,
             kv_tokens_free=0,
+            skipped=self._skipped,
         )
 
     async def run(self) -> None:
         await self._loop.create_future()
 
     def _admit(self) -> None:
+        passed: list[Output] = []
+        active = set(self._adapters)
         while self._waiting and self._running < self._config.max_num_seqs:
             output = self._waiting.popleft()
+            if not fits(output.adapter, active, self._config.adapter_slots):
+                passed.append(output)
+                continue
             output.state, output.cached = State.RUNNING, 0
             output.reader.scheduled()
             self._running += 1
+            if output.adapter:
+                self._adapters[output.adapter] += 1
             self._at(self._loop.time() + self._ttft, output)
+        self._waiting.extendleft(reversed(passed))
+        self._skipped = len(passed)
 
     def _at(self, when: float, output: Output) -> None:
         output.timer = self._loop.call_at(when, self._tick, when, output)
@@ -195,6 +209,10 @@ class ClockPacer:
     def _end(self, output: Output, state: State) -> None:
         output.state, output.timer = state, None
         self._running -= 1
+        if output.adapter:
+            self._adapters[output.adapter] -= 1
+            if not self._adapters[output.adapter]:
+                del self._adapters[output.adapter]
         self._admit()
 
 

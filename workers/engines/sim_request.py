@@ -64,7 +64,8 @@ class Generation:
         ends: whether the model ends by itself at output token `CHAT_TOKENS`.
         n: choices for each prompt; choice c of prompt p has index `p * n + c`.
         min_tokens: output tokens before which no stop string counts.
-        salt: keeps the prefix cache of one `cache_salt` from any other.
+        salt: keeps the prefix cache of one `cache_salt`, and of one adapter, from any other.
+        adapter: the name of the adapter that answers; "" = the base does.
     """
 
     prompts: list[list[int]]
@@ -77,6 +78,7 @@ class Generation:
     usage: bool
     return_ids: bool
     salt: int
+    adapter: str = ""
 
 
 def load(body: bytes) -> dict[str, Any]:
@@ -89,8 +91,8 @@ def load(body: bytes) -> dict[str, Any]:
     return value
 
 
-def read(path: str, body: dict[str, Any], config: SimConfig) -> Generation:
-    """The body of one of the generating endpoints."""
+def read(path: str, body: dict[str, Any], config: SimConfig, adapter: str = "") -> Generation:
+    """The body of one of the generating endpoints, for the base or an adapter of it."""
     for name in _NOT_SIMULATED:
         if body.get(name):
             raise Refused(f"`{name}` is not simulated by this engine.", name)
@@ -112,7 +114,8 @@ def read(path: str, body: dict[str, Any], config: SimConfig) -> Generation:
         stream=_typed(body, "stream", bool, False),
         usage=_typed(options, "include_usage", bool, False),
         return_ids=_typed(body, "return_token_ids", bool, False),
-        salt=zlib.crc32(salt.encode("utf-8")) if salt else 0,
+        salt=(zlib.crc32(salt.encode("utf-8")) if salt else 0) ^ sim_tokens.salt_of(adapter),
+        adapter=adapter,
     )
 
 

@@ -2,7 +2,8 @@
 
 A token is a function of all token ids before it (their CRC-32), so whoever holds the prompt can say
 what the model must answer, a token lost, doubled or out of place shows, and prompt plus output, given
-as a new prompt, goes on with the very same stream. An output token also carries its own number:
+as a new prompt, goes on with the very same stream. An adapter's tokens differ from its base's by its name. An
+output token also carries its own number:
 
     bit 30: 1 = output | bits 12-29: its number from 0, modulo 2**18 | bits 0-11: the hash
 
@@ -50,18 +51,18 @@ def text_of_token(token: int) -> str:
 
 
 class Continuation:
-    """What follows a sequence of token ids, for one of `n` choices.
+    """What follows a sequence of token ids, for one of `n` choices, as `adapter` says it; "" = the base.
 
     Raises ValueError when `token_ids` is empty or holds what is no token.
     """
 
     __slots__ = ("_choice", "_crc", "_number")
 
-    def __init__(self, token_ids: list[int], choice: int = 0) -> None:
+    def __init__(self, token_ids: list[int], choice: int = 0, adapter: str = "") -> None:
         if not token_ids:
             raise ValueError("there is no token to go on from")
         try:
-            self._crc = zlib.crc32(struct.pack(f"<{len(token_ids)}I", *token_ids))
+            self._crc = zlib.crc32(struct.pack(f"<{len(token_ids)}I", *token_ids), salt_of(adapter))
         except struct.error as exc:
             raise ValueError(f"not a list of token ids: {exc}") from exc
         last = token_ids[-1]
@@ -87,6 +88,11 @@ class Continuation:
         return ids
 
 
-def expected_tokens(prompt_ids: list[int], n: int, choice: int = 0) -> list[int]:
-    """The first `n` tokens of the answer to `prompt_ids`."""
-    return Continuation(prompt_ids, choice).take(n)
+def salt_of(adapter: str) -> int:
+    """What sets an adapter's tokens and KV blocks apart from the base's and from any other's."""
+    return zlib.crc32(adapter.encode("utf-8", "surrogatepass")) if adapter else 0
+
+
+def expected_tokens(prompt_ids: list[int], n: int, choice: int = 0, adapter: str = "") -> list[int]:
+    """The first `n` tokens of the answer to `prompt_ids`; `adapter` as it is served, `<name>@<version>`."""
+    return Continuation(prompt_ids, choice, adapter).take(n)

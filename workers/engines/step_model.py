@@ -21,6 +21,16 @@ from typing import Generic, TypeVar
 from workers.config import SimConfig
 
 
+def fits(adapter: str, active: set[str], slots: int) -> bool:
+    """Whether a sequence may run beside those of the adapters in `active`, which it joins then."""
+    if not adapter or adapter in active:
+        return True
+    if len(active) >= slots:
+        return False
+    active.add(adapter)
+    return True
+
+
 class IntegrityError(Exception):
     """The accounts of the KV blocks don't balance: a defect of this module."""
 
@@ -48,12 +58,13 @@ class State(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One sequence. The caller sets the first three fields, `StepModel` writes all others.
+    """One sequence. The caller sets the first four fields, `StepModel` writes all others.
 
     Attributes:
         prompt_tokens: at least 1.
         max_tokens: output tokens after which it is finished; at least 1.
         hashes: `block_hashes` of the prompt, for the prefix cache; () = never shared.
+        adapter: the adapter that it runs with; "" = none.
         generated: output tokens so far.
         computed: tokens whose keys and values lie in blocks.
         cached: prompt tokens that the prefix cache held when it was first admitted; None before.
@@ -64,6 +75,7 @@ class Sequence:
     prompt_tokens: int
     max_tokens: int
     hashes: tuple[int, ...] = ()
+    adapter: str = ""
     generated: int = 0
     computed: int = 0
     cached: int | None = None
@@ -188,6 +200,7 @@ class StepModel(Generic[S]):
         self.waiting: deque[S] = deque()
         self.steps = 0
         self.preemptions = 0
+        self.skipped = 0  # waiting sequences that the last step passed over, for want of an adapter slot
         self._batch: list[S] = []
 
     def add(self, seq: S) -> None:
@@ -226,14 +239,21 @@ class StepModel(Generic[S]):
             budget -= seq.chunk
             batch.append(seq)
         admitted: list[S] = []
+        passed: list[S] = []
+        active = {seq.adapter for seq in self.running} - {""}
         while self.waiting and budget and not preempted and len(self.running) < self.config.max_num_seqs:
             seq = self.waiting[0]
+            if not fits(seq.adapter, active, self.config.adapter_slots):
+                passed.append(self.waiting.popleft())
+                continue
             if not self._admit(seq, budget):
                 break
             self.waiting.popleft()
             self.running.append(seq)
             budget -= seq.chunk
             admitted.append(seq)
+        self.waiting.extendleft(reversed(passed))
+        self.skipped = len(passed)
         self._batch = batch + admitted
         if not self._batch:
             return None
@@ -333,4 +353,7 @@ class StepModel(Generic[S]):
                 prefill += seq.chunk
                 attention += seq.chunk * (seq.computed + seq.chunk)
         c = self.config
-        return c.beta0 + c.beta1 * prefill + c.beta2 * attention + c.beta3 * decode_kv + c.beta4 * len(batch)
+        base = c.beta0 + c.beta1 * prefill + c.beta2 * attention + c.beta3 * decode_kv + c.beta4 * len(batch)
+        if not c.kappa:
+            return base
+        return base * (1 + c.kappa * len({seq.adapter for seq in batch} - {""}))

@@ -44,6 +44,9 @@ _EAGER_CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as max_lora_rank."""
+
 _CPU_CONTEXT = 2048
 _CPU_OPTIONS: dict[str, str | int | float | bool] = {
     # What vLLM would take is meant for GPUs, or for a machine that does nothing else.
@@ -118,6 +121,13 @@ def _options(config: VllmConfig, model: Path, cpu: bool) -> dict[str, str | int 
     }
     if config.tool_call_parser:
         options |= {"enable-auto-tool-choice": True, "tool-call-parser": config.tool_call_parser}
+    if config.adapter_slots:
+        options |= {
+            "enable-lora": True,
+            "max-loras": config.adapter_slots,
+            "max-cpu-loras": max(config.adapter_slots, config.adapters_in_memory),
+            "max-lora-rank": next(rank for rank in _RANKS if rank >= config.max_rank),
+        }
     if cpu:
         options |= _CPU_OPTIONS
         own = json.loads((model / "config.json").read_bytes()).get("max_position_embeddings")

@@ -11,6 +11,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -28,7 +29,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from broker import errors
 from broker.messages import PATHS, ModelCard
 from workers.engines import vllm_core, vllm_replay
-from workers.engines.base import ASGIApp, ASGIMessage, EngineStats, NoAdapters, Receive, Scope, Send
+from workers.engines.base import ASGIApp, ASGIMessage, EngineStats, Receive, Scope, Send
+from workers.engines.vllm_adapters import Loras
 from workers.engines.vllm_tap import Steps, TappedLLM
 
 _log = logging.getLogger(__name__)
@@ -110,7 +112,7 @@ def _adopt_logs() -> None:
     logging.setLogRecordFactory(logging.LogRecord)
 
 
-class VllmEngine(NoAdapters):
+class VllmEngine:
     """See `workers.engines.base.Engine`."""
 
     name = "vllm"
@@ -122,6 +124,11 @@ class VllmEngine(NoAdapters):
         config = llm.vllm_config
         self._kv_blocks = max(0, (config.cache_config.num_gpu_blocks or 0) - 1)  # one is vLLM's null block
         self._block_tokens = int(config.cache_config.block_size)
+        lora = config.lora_config
+        self.adapter_slots = int(lora.max_loras) if lora else 0
+        self.adapters_in_memory = int(lora.max_cpu_loras) if lora else 0
+        self.max_rank = int(lora.max_lora_rank) if lora else 0
+        self._loras = Loras(llm, app.state.openai_serving_models.lora_requests)
         scheduler = config.scheduler_config
         self._stats = EngineStats(
             running=0,
@@ -154,6 +161,14 @@ class VllmEngine(NoAdapters):
 
     def stats(self) -> EngineStats:
         return self._stats
+
+    async def load_adapter(self, model: str, path: Path, rank: int) -> None:
+        if not self.adapter_slots:
+            raise errors.AdapterFailed("vllm.adapter_slots = 0: this engine takes no adapters")
+        await self._loras.load(model, path)
+
+    async def unload_adapter(self, model: str) -> None:
+        await self._loras.unload(model)
 
     async def warm_up(self) -> None:
         """Run what the first request of each kind would otherwise wait for."""
@@ -197,6 +212,7 @@ class VllmEngine(NoAdapters):
             kv_tokens_free=round((1 - scheduler.kv_cache_usage) * self._kv_blocks) * self._block_tokens,
             preemptions=old.preemptions + (iteration.num_preempted_reqs if iteration is not None else 0),
             steps=old.steps + 1,
+            skipped=scheduler.num_skipped_waiting_reqs,
         )
         if self.on_change is not None:
             self.on_change()

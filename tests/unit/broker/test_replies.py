@@ -18,6 +18,7 @@ from broker.memory import MemoryBroker
 from broker.messages import Frame, FrameKind
 from broker.replies import Mailbox, Stream, Writer
 from tests.unit.broker.frames import SSE, tokens_of
+from tests.waiting import until
 
 SUBJECT = "out.acme.box.r1"
 
@@ -34,6 +35,10 @@ class Deafening(MemoryBroker):
         self.refused: list[str] = []
         self.asked = 0
         self.kept: list[bytes] = []  # what the writer publishes once more when asked
+        self.noted: list[bytes] = []  # what readers had kept
+
+    def heard(self, subject: str, data: bytes) -> None:
+        self.noted.append(data)
 
     async def publish(
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
@@ -107,6 +112,19 @@ async def test_frames_as_the_writer_numbers_them(broker: Deafening, stream: Stre
     assert (second.off, second.ids, second.payload) == (3, [], b"c")
     assert (end.kind, end.off, end.extra["usage"]) == (FrameKind.END, 3, {"completion_tokens": 6})
     assert writer.frames == 5
+
+
+async def test_a_reader_keeps_what_it_hears_once(broker: Deafening, stream: Stream) -> None:
+    """For who goes on with the reply after its writer: what comes again must not make it grow."""
+    frames: list[bytes] = []
+    await broker.subscribe(SUBJECT, lambda message: frames.append(message.data))
+    await write(broker, end=False)
+    await until(lambda: len(frames) == 6)
+    end = codec.encode(Frame(1, 6, FrameKind.END, 4))
+    for frame in (*list(frames), end):
+        await broker.publish(SUBJECT, frame)
+    await read(stream)
+    assert broker.noted == [*frames[:6], end]
 
 
 async def test_an_error_frame_tells_all_that_the_error_knows(broker: Deafening, stream: Stream) -> None:

@@ -136,7 +136,7 @@ class TestWire:
         await broker.watch(subjects.KV_ROUTES, changed)
         for _ in range(3):
             stored = await routes.put(broker, trained.learned, trained.tables)
-        await until(lambda: len(keys) == 1 + stored.chunks and f"={stored.store}=0" in keys)
+        await until(lambda: len(keys) == 1 + stored.chunks and f"/{stored.store}/0" in keys)
         await routes.remove(broker, "auto")
         await until(lambda: not keys)
 
@@ -146,7 +146,7 @@ class TestWire:
             stored = await routes.put(broker, trained.learned, trained.tables)
             await until(lambda: "auto" in catalogue.learned)
             broken = stored.model_copy(update={"store": "other", "version": 2, "chunks": 1})
-            await broker.put(subjects.KV_ROUTES, "=other=0", random.Random(0).randbytes(99))
+            await broker.put(subjects.KV_ROUTES, "/other/0", random.Random(0).randbytes(99))
             await broker.put(subjects.KV_ROUTES, "auto", broken.model_dump_json().encode())
             await broker.put(subjects.KV_ROUTES, "junk", b"{}")
             await routes.put(broker, trained.learned.model_copy(update={"name": "last"}), trained.tables)

@@ -8,8 +8,9 @@ import pytest
 from broker import subjects
 from broker.memory import MemoryBroker
 from broker.messages import ModelCard
-from ingress import pages
+from ingress import admit, pages
 from ingress.catalogue import Catalogue
+from ingress.config import IngressConfig
 
 
 async def get(path: str, broker: MemoryBroker | None = None, method: str = "GET") -> httpx.Response:
@@ -18,7 +19,7 @@ async def get(path: str, broker: MemoryBroker | None = None, method: str = "GET"
         card = ModelCard(id=name, base="b", context_tokens=9, paths=("/v1/completions",))
         await broker.put(subjects.KV_MODELS, subjects.token(name), card.model_dump_json().encode())
     async with Catalogue(broker) as catalogue:
-        transport = httpx.ASGITransport(app=pages.app(broker, catalogue))
+        transport = httpx.ASGITransport(app=pages.app(broker, catalogue, admit.Tenants(IngressConfig())))
         async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as http:
             return await http.request(method, path, headers={"X-Request-Id": "mine"})
 

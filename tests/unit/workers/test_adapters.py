@@ -1,0 +1,522 @@
+"""A worker's adapters over the fake broker: from the catalogue to the engine, and how bad ones end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import orjson
+import pytest
+
+from broker import artifacts, base, errors, objects, placement, subjects
+from broker.config import BrokerConfig
+from broker.memory import MemoryBroker
+from broker.messages import AdapterState, Answer, Command, FrameKind, Heartbeat
+from tests import asgi
+from tests.pushing import drop, files, push
+from tests.waiting import until
+from tests.workbench import FAST, Caller, calling, idle, metric, serving, soon
+from workers import adapters
+from workers.config import SimConfig
+from workers.engines import sim
+from workers.engines.sim import SimEngine
+
+pytestmark = pytest.mark.anyio
+
+SLOW = SimConfig(ttft_ms=5, itl_ms=20, max_num_seqs=16, context_tokens=2048, kv_blocks=256)
+
+
+@pytest.fixture
+def broker(anyio_backend: object) -> MemoryBroker:
+    return MemoryBroker(BrokerConfig())
+
+
+@pytest.fixture
+async def caller(broker: MemoryBroker) -> AsyncIterator[Caller]:
+    async with calling(broker.client()) as made:
+        yield made
+
+
+class Watched(SimEngine):
+    """Notes what is loaded and unloaded; loads wait for `gate`."""
+
+    def __init__(self, config: SimConfig) -> None:
+        super().__init__(config)
+        self.calls: list[str] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.most_skipped = 0
+
+    async def load_adapter(self, model: str, path: Path, rank: int) -> None:
+        self.calls.append(f"load {model}")
+        await self.gate.wait()
+        await super().load_adapter(model, path, rank)
+
+    async def unload_adapter(self, model: str) -> None:
+        self.calls.append(f"unload {model}")
+        await super().unload_adapter(model)
+
+    def _changed(self) -> None:
+        self.most_skipped = max(self.most_skipped, self.stats().skipped)
+        super()._changed()
+
+
+@asynccontextmanager
+async def engine(config: SimConfig = FAST) -> AsyncIterator[Watched]:
+    made = Watched(config)
+    yield made
+    await made.close()
+
+
+class Beats:
+    """The newest heartbeat of each worker."""
+
+    def __init__(self) -> None:
+        self.newest: dict[str, Heartbeat] = {}
+
+    def on_beat(self, message: base.Message) -> None:
+        beat = Heartbeat.model_validate_json(message.data)
+        self.newest[beat.worker] = beat
+
+    def states(self, worker: str = "w1") -> dict[str, str]:
+        beat = self.newest.get(worker)
+        return {} if beat is None else {each.model: each.state for each in beat.adapters}
+
+    def of(self, model: str, worker: str = "w1") -> AdapterState:
+        return next(each for each in self.newest[worker].adapters if each.model == model)
+
+
+@pytest.fixture
+async def beats(broker: MemoryBroker) -> Beats:
+    made = Beats()
+    await broker.client().subscribe(subjects.ALL_HEARTBEATS, made.on_beat)
+    return made
+
+
+async def told(broker: base.Broker, do: str, model: str = "", worker: str = "w1") -> Answer:
+    command = Command.model_validate({"do": do, "model": model})
+    return Answer.model_validate_json(
+        await broker.ask(subjects.ctl(worker), command.model_dump_json().encode())
+    )
+
+
+async def test_an_adapter_answers_in_its_own_words(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    async with engine() as made, serving(broker, made):
+        call = await caller.submit(20, model="ada@1")
+        await call.finishes()
+        await (await caller.submit(20)).finishes()
+        await until(lambda: beats.states() == {"ada@1": "ready"})
+        beat = beats.newest["w1"]
+        assert (beat.slots, beat.max_rank) == (FAST.adapter_slots, FAST.max_rank)
+        assert beat.host
+        assert [card.id for card in beat.models] == ["sim"]
+        assert beats.of("ada@1").size > 0
+        assert idle(made)
+        assert made.calls == ["load ada@1"]
+        event = (await caller.usage(2))[0]
+    assert b'"model":"ada@1"' in call.payload
+    assert (event.model, event.base, event.outcome) == ("ada@1", "sim", "finished")
+
+
+async def test_the_subject_alone_says_which_model_answers(broker: MemoryBroker, caller: Caller) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "eve")
+    body = {"prompt": "x", "max_tokens": 3, "stream": True}
+    async with engine() as made, serving(broker, made):
+        for asked in ({"model": "ada"}, {"model": "eve@1"}, {}, {"model": 3}):
+            call = await caller.submit(3, model="ada@1", prompt="x", body=orjson.dumps(body | asked))
+            await call.finishes()
+        await (await caller.submit(3, model="eve@1")).finishes()
+        # Nor can a request for the base borrow an adapter: its slot and its tenants' rights are others.
+        for text in (
+            b'{"model": "eve@1", "prompt": "x", "max_tokens": 3, "stream": true}',
+            b'{"model": "eve\\u00401", "prompt": "x", "max_tokens": 3, "stream": true}',
+        ):
+            call = await caller.submit(3, prompt="x", body=text)
+            await call.finishes()
+
+
+@pytest.mark.parametrize("model", ["ada", "ada@2", "eve@1", "ada@x", "@1", "ada@1@1"])
+async def test_what_is_no_version_of_an_adapter_is_unknown(
+    broker: MemoryBroker, caller: Caller, model: str
+) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "other", base_model="another base")
+    async with engine() as made, serving(broker, made):
+        frame = await (await caller.submit(3, model=model)).fails("model_not_found")
+        assert b"ada" in frame.payload or b"eve" in frame.payload or b"@" in frame.payload
+        await (await caller.submit(3, model="other@1")).fails("model_not_found")
+        assert not made.calls
+
+
+async def test_a_path_that_the_base_lacks_its_adapters_lack_too(broker: MemoryBroker, caller: Caller) -> None:
+    await push(caller.broker, "ada")
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3, model="ada@1", path="/v1/embeddings")).fails("invalid_request")
+
+
+async def test_a_new_version_is_served_at_once_while_the_old_goes_on(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    async with engine(SLOW) as made, serving(broker, made):
+        old = await caller.submit(60, model="ada@1")
+        await old.reach(FrameKind.HEAD)
+        await push(caller.broker, "ada", files(seed=2))
+        new = await caller.submit(5, model="ada@2")
+        await new.finishes()
+        assert beats.of("ada@1").running == 1
+        await old.finishes()
+        await (await caller.submit(5, model="ada@1")).finishes()  # rolled back
+        await until(lambda: beats.states() == {"ada@1": "ready", "ada@2": "ready"})
+
+
+async def test_a_version_that_is_gone_from_the_catalogue_goes_when_its_requests_end(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "ada", files(seed=2))
+    async with engine(SLOW) as made, serving(broker, made):
+        running = await caller.submit(40, model="ada@1")
+        await running.reach(FrameKind.HEAD)
+        await drop(caller.broker, "ada", 1)
+        await until(lambda: beats.states() == {"ada@1": "draining"})
+        await (await caller.submit(3, model="ada@1")).fails("model_not_found")
+        await running.finishes()
+        await until(lambda: not beats.states() and not made.adapters)
+
+
+# What is bad
+
+
+def corrupt(content: dict[str, bytes]) -> dict[str, bytes]:
+    return content | {artifacts.WEIGHTS: b"\xff" * 100}
+
+
+def cut(content: dict[str, bytes]) -> dict[str, bytes]:
+    return content | {artifacts.WEIGHTS: content[artifacts.WEIGHTS][:40]}
+
+
+def no_json(content: dict[str, bytes]) -> dict[str, bytes]:
+    return content | {artifacts.CONFIG: b"\x80\x04."}
+
+
+@pytest.mark.parametrize("spoil", [corrupt, cut, no_json])
+async def test_what_the_engine_does_not_take_fails_alone(
+    broker: MemoryBroker, caller: Caller, beats: Beats, spoil: Callable[[dict[str, bytes]], dict[str, bytes]]
+) -> None:
+    await push(caller.broker, "bad", spoil(files()))
+    await push(caller.broker, "good")
+    async with engine() as made, serving(broker, made):
+        call = await caller.submit(3, model="bad@1")
+        frame = await call.fails("adapter_failed")
+        assert frame.extra["status"] == 422
+        assert b"bad@1" in frame.payload
+        await (await caller.submit(3, model="bad@1")).fails("adapter_failed")
+        assert made.calls == ["load bad@1"]  # not tried again at once
+        await (await caller.submit(9, model="good@1")).finishes()
+        await (await caller.submit(9)).finishes()
+        await until(lambda: beats.states() == {"bad@1": "failed", "good@1": "ready"})
+        assert beats.of("bad@1").reason
+
+
+async def test_missing_and_damaged_objects_fail_alone_and_heal_with_the_entry(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    lost, other = await push(caller.broker, "lost"), await push(caller.broker, "other")
+    for file in lost.files:
+        await objects.remove(caller.broker, subjects.ARTIFACTS, file.object)
+    weights = next(file for file in other.files if file.name == artifacts.WEIGHTS)
+    await objects.put(caller.broker, subjects.ARTIFACTS, weights.object, b"y" * weights.size)
+    async with engine() as made, serving(broker, made):
+        assert b"missing" in (await (await caller.submit(3, model="lost@1")).fails("adapter_failed")).payload
+        assert b"corrupt" in (await (await caller.submit(3, model="other@1")).fails("adapter_failed")).payload
+        await (await caller.submit(3)).finishes()
+        await objects.put(caller.broker, subjects.ARTIFACTS, weights.object, files()[artifacts.WEIGHTS])
+        await (await caller.submit(3, model="other@1")).fails("adapter_failed")  # still in its pause
+        await push(caller.broker, "other", files(seed=3))
+        await until(lambda: "other@1" not in beats.states())  # the entry changed: no pause any more
+        await (await caller.submit(3, model="other@1")).finishes()
+
+
+async def test_a_failed_adapter_is_tried_again_after_its_pause(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "FIRST", 0.0)
+    version = await push(caller.broker, "ada")
+    weights = next(file for file in version.files if file.name == artifacts.WEIGHTS)
+    await objects.remove(caller.broker, subjects.ARTIFACTS, weights.object)
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3, model="ada@1")).fails("adapter_failed")
+        await objects.put(caller.broker, subjects.ARTIFACTS, weights.object, files()[artifacts.WEIGHTS])
+        await (await caller.submit(3, model="ada@1")).finishes()
+
+
+async def test_a_rank_above_the_engines_is_refused_before_it_is_fetched(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    await push(caller.broker, "wide", rank=128)
+    async with engine() as made, serving(broker, made):
+        assert (
+            b"rank is 128" in (await (await caller.submit(3, model="wide@1")).fails("adapter_failed")).payload
+        )
+        assert not made.calls
+
+
+async def test_one_that_is_larger_than_the_disk_s_bound_fails(broker: MemoryBroker, caller: Caller) -> None:
+    await push(caller.broker, "big", files() | {artifacts.WEIGHTS: b"x" * 2**21})
+    async with engine() as made, serving(broker, made, adapter_bytes=2**20):
+        frame = await (await caller.submit(3, model="big@1")).fails("adapter_failed")
+        assert b"worker.adapter_bytes" in frame.payload
+
+
+def stored(cache: Path) -> list[Path]:
+    return list(cache.rglob(artifacts.WEIGHTS))
+
+
+async def test_files_damaged_on_disk_between_two_lives_are_fetched_anew(
+    broker: MemoryBroker, caller: Caller, tmp_path: Path
+) -> None:
+    await push(caller.broker, "ada")
+    async with engine() as made, serving(broker, made, adapter_cache=str(tmp_path)):
+        await (await caller.submit(3, model="ada@1")).finishes()
+    (weights,) = stored(tmp_path)
+    weights.write_bytes(b"half")
+    async with engine() as made, serving(broker, made, adapter_cache=str(tmp_path)):
+        await (await caller.submit(3, model="ada@1")).finishes()
+    assert weights.read_bytes() == files()[artifacts.WEIGHTS]
+
+
+async def test_what_lies_on_disk_is_not_fetched_again(
+    broker: MemoryBroker, caller: Caller, tmp_path: Path
+) -> None:
+    version = await push(caller.broker, "ada")
+    async with engine() as made, serving(broker, made, adapter_cache=str(tmp_path)):
+        await (await caller.submit(3, model="ada@1")).finishes()
+    await artifacts.remove(caller.broker, version.files)
+    async with engine() as made, serving(broker, made, adapter_cache=str(tmp_path)):
+        await (await caller.submit(3, model="ada@1")).finishes()
+
+
+async def test_no_store_is_no_fault_of_the_adapter(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await push(caller.broker, "ada")
+
+    async def away(*_: object) -> None:
+        raise errors.Unavailable("the store is away")
+
+    async with engine() as made, serving(broker, made):
+        with monkeypatch.context() as patch:
+            patch.setattr(artifacts, "fetch", away)
+            before = metric("headrace_returned_total", reason="handed_back")
+            await (await caller.submit(3, model="ada@1")).fails("unavailable")
+            assert metric("headrace_returned_total", reason="handed_back") == before + 3
+        await (await caller.submit(3, model="ada@1")).finishes()
+
+
+# Slots and memory
+
+
+async def test_more_adapters_than_slots_take_turns_and_the_engine_skips_none(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    config = FAST.model_copy(update={"adapter_slots": 2, "adapters_in_memory": 3, "max_num_seqs": 32})
+    for number in range(6):
+        await push(caller.broker, f"a{number}", files(seed=number))
+    async with engine(config) as made, serving(broker, made, adapter_turn=0.05):
+        calls = [await caller.submit(20, model=f"a{number % 6}@1") for number in range(48)]
+        calls += [await caller.submit(20) for _ in range(6)]
+        for call in calls:
+            await call.finishes()
+        await until(lambda: idle(made))
+        assert not made.most_skipped
+        assert len(made.adapters) <= 3
+
+
+async def test_where_all_fit_each_is_loaded_once_and_none_swapped(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    for number in range(4):
+        await push(caller.broker, f"a{number}", files(seed=number))
+    swaps = metric("headrace_adapter_swaps_total")
+    async with engine(FAST.model_copy(update={"adapter_slots": 4})) as made, serving(broker, made):
+        for _ in range(3):
+            calls = [await caller.submit(5, model=f"a{number}@1") for number in range(4)]
+            for call in calls:
+                await call.finishes()
+        assert sorted(made.calls) == [f"load a{number}@1" for number in range(4)]
+    assert metric("headrace_adapter_swaps_total") == swaps
+
+
+async def test_the_least_recently_used_makes_room_in_memory(broker: MemoryBroker, caller: Caller) -> None:
+    for name in "abc":
+        await push(caller.broker, name)
+    config = FAST.model_copy(update={"adapter_slots": 2, "adapters_in_memory": 2})
+    async with engine(config) as made, serving(broker, made):
+        for name in "abac":
+            await (await caller.submit(3, model=f"{name}@1")).finishes()
+        assert made.calls == ["load a@1", "load b@1", "unload b@1", "load c@1"]
+
+
+async def test_a_cancel_and_a_deadline_reach_a_request_that_waits(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    await push(caller.broker, "ada")
+    async with engine() as made, serving(broker, made):
+        made.gate.clear()
+        first = await caller.submit(3, model="ada@1")
+        await until(lambda: made.calls)
+        late = await caller.submit(3, model="ada@1", deadline_ms=soon(0.3))
+        await first.cancel()
+        await first.fails("cancelled")
+        await late.fails("deadline_exceeded")
+        made.gate.set()
+        await (await caller.submit(3, model="ada@1")).finishes()
+
+
+async def test_requests_that_wait_are_handed_back_at_once_on_a_drain(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    await push(caller.broker, "ada")
+    async with (
+        engine(SLOW) as first,
+        engine(SLOW) as second,
+        serving(broker, first, "w1", drain_timeout=60.0),
+    ):
+        first.gate.clear()
+        call = await caller.submit(3, model="ada@1")
+        await until(lambda: first.calls)
+        assert (await told(caller.broker, "drain")).ok
+        async with serving(broker, second, "w2"):
+            await call.finishes()
+            assert call.frames[0].extra["worker"] == "w2"
+
+
+# Commands, wants and placement
+
+
+async def test_commands_load_and_unload(broker: MemoryBroker, caller: Caller, beats: Beats) -> None:
+    await push(caller.broker, "ada")
+    async with engine() as made, serving(broker, made):
+        answer = await told(caller.broker, "load", "ada@1")
+        assert answer.ok, answer
+        await until(lambda: beats.states() == {"ada@1": "ready"})
+        assert (await told(caller.broker, "load", "ada@1")).ok
+        assert (await told(caller.broker, "unload", "ada@1")).ok
+        await until(lambda: beats.states() == {"ada@1": "on_disk"})
+        assert made.calls == ["load ada@1", "unload ada@1"]
+        assert (await told(caller.broker, "unload", "ada@1")).ok
+        for do, model in (("load", "eve@1"), ("load", ""), ("sleep", "sim")):
+            answer = await told(caller.broker, do, model)
+            assert not answer.ok
+            assert answer.message
+        garbage = Answer.model_validate_json(await caller.broker.ask(subjects.ctl("w1"), b"\xff"))
+        assert not garbage.ok
+
+
+async def test_an_unload_waits_for_what_runs(broker: MemoryBroker, caller: Caller, beats: Beats) -> None:
+    await push(caller.broker, "ada")
+    async with engine(SLOW) as made, serving(broker, made):
+        call = await caller.submit(30, model="ada@1")
+        await call.reach(FrameKind.HEAD)
+        assert (await told(caller.broker, "unload", "ada@1")).ok
+        await until(lambda: beats.states() == {"ada@1": "draining"})
+        assert made.adapters == {"ada@1"}
+        await call.finishes()
+        await until(lambda: beats.states() == {"ada@1": "on_disk"})
+
+
+async def test_what_is_wanted_is_here_before_its_request(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    async with engine() as made, serving(broker, made):
+        for model in ("ada@1", "eve@1", "ada", "ada@7"):
+            await caller.broker.publish(subjects.want("sim", model))
+        await until(lambda: beats.states() == {"ada@1": "ready"})
+        assert made.calls == ["load ada@1"]
+
+
+async def test_what_is_only_wanted_pushes_nothing_out_that_was_just_used(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "eve")
+    config = FAST.model_copy(update={"adapter_slots": 1, "adapters_in_memory": 1})
+    async with engine(config) as made, serving(broker, made):
+        await (await caller.submit(3, model="ada@1")).finishes()
+        await caller.broker.publish(subjects.want("sim", "eve@1"))
+        await until(lambda: beats.states() == {"ada@1": "ready", "eve@1": "on_disk"})
+        assert (await told(caller.broker, "load", "eve@1")).ok  # a command does
+        await until(lambda: beats.states() == {"ada@1": "on_disk", "eve@1": "ready"})
+
+
+async def test_a_request_goes_to_the_worker_that_shall_have_its_adapter(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    plan = placement.Assignment(model="ada@1", workers=("w2",))
+    await placement.Placements(caller.broker).put(placement.Placement(base="sim", assignments=(plan,)))
+    async with engine() as first, engine() as second:
+        async with serving(broker, first, "w1"):
+            await caller.broker.publish(subjects.want("sim", "ada@1"))
+            # Nobody else is there: after two tries it is served where it is.
+            call = await caller.submit(3, model="ada@1")
+            await call.finishes()
+            assert {frame.epoch for frame in call.frames} == {3}
+            assert first.calls == ["load ada@1"]
+        async with serving(broker, second, "w2"):
+            call = await caller.submit(3, model="ada@1")
+            await call.finishes()
+            assert second.calls == ["load ada@1"]
+
+
+async def test_a_request_that_is_quicker_than_the_catalogue_s_news_is_served(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("broker.entries.Entries._changed", lambda *_: None)  # the news never come
+    await push(caller.broker, "ada")
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3, model="ada@1")).finishes()
+
+
+async def test_a_broken_stream_of_an_adapter_goes_on_at_another_worker(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    await push(caller.broker, "ada")
+    async with engine(SLOW) as first, engine(FAST) as second:
+        async with serving(broker, first, "w1", drain_timeout=0.0):
+            call = await caller.submit(100, model="ada@1")
+            await call.reach(FrameKind.DATA)
+            await push(caller.broker, "ada", files(seed=5))
+        async with serving(broker, second, "w2"):
+            await call.finishes()
+            assert second.calls == ["load ada@1"]
+
+
+async def test_an_engine_without_slots_serves_no_adapter(broker: MemoryBroker, caller: Caller) -> None:
+    await push(caller.broker, "ada")
+    async with engine(FAST.model_copy(update={"adapter_slots": 0})) as made, serving(broker, made):
+        await (await caller.submit(3, model="ada@1")).fails("model_not_found")
+        assert not (await told(caller.broker, "load", "ada@1")).ok
+
+
+async def test_the_sim_engine_counts_what_it_skips() -> None:
+    """What workers never let come to it: more adapters than slots."""
+    made = Watched(FAST.model_copy(update={"adapter_slots": 1}))
+    made.adapters |= {"a@1", "b@1"}
+    body = {"prompt": "x", "max_tokens": 30}
+    answers = await asyncio.gather(
+        *(asgi.ask(made.app, "/v1/completions", body | {"model": model}) for model in ("a@1", "b@1", "sim"))
+    )
+    assert made.most_skipped == 1
+    texts = [answer["choices"][0]["text"] for answer in answers]
+    for text, adapter in zip(texts, ("a@1", "b@1", ""), strict=True):
+        assert text == sim.text_of(sim.expected_tokens(sim.tokenize("x"), 30, adapter=adapter))
+    await made.close()

@@ -1,0 +1,36 @@
+"""What the journal has of a request whose worker was lost."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from broker import errors
+from broker.messages import FrameKind
+from tests.unit.broker.frames import attempt, sizes, tokens_of
+from workers import recovery
+
+
+@given(sizes=sizes)
+def test_all_tokens_of_a_whole_journal_count(sizes: list[int]) -> None:
+    frames = attempt(1, sizes, ending=None)
+    assert recovery.past(frames).ids.get(0, []) == tokens_of(frames)
+
+
+@given(sizes=sizes, data=st.data())
+def test_what_stands_behind_a_hole_counts_for_nothing(sizes: list[int], data: st.DataObject) -> None:
+    """No reader passes on what comes behind a gap: who had the missing frames has published them again."""
+    frames = attempt(1, sizes, ending=None)
+    missing = data.draw(st.integers(1, len(frames) - 1))
+    past = recovery.past(frames[:missing] + frames[missing + 1 :])
+    assert past.ids.get(0, []) == tokens_of(frames[:missing])
+
+
+def test_without_its_first_frame_a_reply_is_lost() -> None:
+    with pytest.raises(errors.FramesLost):
+        recovery.past(attempt(1, [2, 2], ending=None)[1:])
+
+
+def test_an_answer_with_its_end_needs_nothing() -> None:
+    assert recovery.past(attempt(1, [2, 2], ending=FrameKind.END)).ended
