@@ -12,7 +12,7 @@ import sys
 from benchmarks import report, results
 from broker import processes
 
-NAMES = ("overhead", "forward", "memory", "journal", "vllm_throughput", "batching", "adapters")
+NAMES = ("overhead", "forward", "memory", "journal", "vllm_throughput", "batching", "adapters", "routing")
 
 
 def main() -> int:

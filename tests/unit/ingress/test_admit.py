@@ -139,3 +139,20 @@ class TestTenants:
     def test_no_key_no_entry(self, headers: dict[bytes, bytes]) -> None:
         with pytest.raises(errors.Unauthorized):
             admit.Tenants(IngressConfig(api_keys=KEYS)).of(headers)
+
+
+def test_a_fallback_is_taken_unless_the_request_or_its_tenants_setting_says_no() -> None:
+    config = IngressConfig(no_fallback=("strict",))
+    assert admit.fallback({}, "acme", config)
+    assert admit.fallback({b"x-headrace-fallback": b" ON "}, "acme", config)
+    assert not admit.fallback({b"x-headrace-fallback": b"off"}, "acme", config)
+    assert not admit.fallback({b"x-headrace-fallback": b"on"}, "strict", config)
+    with pytest.raises(errors.InvalidType, match="on or off"):
+        admit.fallback({b"x-headrace-fallback": b"maybe"}, "acme", config)
+
+
+def test_a_language_is_its_primary_subtag() -> None:
+    assert admit.language({}) == ""
+    assert admit.language({b"x-headrace-language": b"pt-BR"}) == "pt"
+    with pytest.raises(errors.InvalidType, match="language tag"):
+        admit.language({b"x-headrace-language": b"german?"})
