@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
-from broker import errors, subjects
+from broker import errors
 from broker.messages import PATHS, ServiceClass
 from ingress import admit, routing, sticky
 from ingress.admit import Asked
@@ -104,7 +105,7 @@ def dry_path(query: bytes) -> str:
     if not query:
         return "/v1/chat/completions"
     name, _, value = query.decode("latin-1").partition("=")
-    path = subjects.name(value)
+    path = urllib.parse.unquote(value)
     if name != "path" or path not in PATHS:
         raise errors.InvalidRequest(f"the query must be path=<one of {', '.join(PATHS)}>")
     return path
