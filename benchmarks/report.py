@@ -26,6 +26,7 @@ def write() -> Path:
             ("vllm_throughput", _vllm),
             ("batching", _batching),
             ("adapters", _adapters),
+            ("planner", _planner),
             ("routing", _routing),
         )
         if (record := results.load(name)) is not None
@@ -249,6 +250,14 @@ have a slot each.
 """
 
 
+_PLANNER = """\
+## Planner
+
+One plan for {workers:,} workers of {slots} slots each and {adapters} adapters, with {replicas} replicas
+placed; {rounds} rounds.
+"""
+
+
 def _journal(record: Record) -> str:
     speed = {f"saturated, {record['saturated']['streams']}": record["saturated"]}
     speed |= {f"paced, {streams}": found for streams, found in record["paced"]["streams"].items()}
@@ -356,6 +365,23 @@ def _batching(record: Record) -> str:
     ]
     text = _BATCHING.format(**record, least=batching.MIN_TOKENS, most=batching.MAX_TOKENS, wait=batching.WAIT)
     return _section(text, ["", "static", "continuous", "ratio"], rows, record)
+
+
+def _planner(record: Record) -> str:
+    rows = [
+        [
+            name,
+            f"{record[key]['p50_ms']:.1f}",
+            f"{record[key]['p99_ms']:.1f}",
+            _against(record[key]["p50_ms"], 50.0),
+        ]
+        for name, key in (
+            ("from nothing", "from_nothing"),
+            ("nothing changed", "nothing_changed"),
+            ("a worker left", "a_worker_left"),
+        )
+    ]
+    return _section(_PLANNER.format(**record), ["plan", "p50, ms", "p99, ms", "target"], rows, record)
 
 
 def _adapters(record: Record) -> str:

@@ -8,6 +8,7 @@ a journal in one round trip (`DIRECT.GET` with `batch`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
@@ -57,6 +58,8 @@ _TAIL_BYTES = 32 * 2**20
 _ELECTION = 10.0
 """Seconds for which a process that ends waits for a journal without a leader."""
 _TRIES = 3
+_STORED_BY = 1.0
+"""Seconds by which a change that was on its way is stored."""
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
@@ -505,6 +508,8 @@ class NatsBroker(base.Broker):
         self._closing = True
         if self._reconnecting is not None:
             self._reconnecting.cancel()
+        for watch in list(self._watches):
+            watch.stop()
         if self._nc.is_connected:
             await self._leave_frames()
             try:
@@ -619,25 +624,54 @@ class _Subscription:
 
 
 class _Watch:
-    """One KV watch: live changes by core subscription, the state by reading the stream."""
+    """One KV watch: live changes by core subscription, the state by reading the stream.
+
+    A change that the server has taken and not stored when it is subscribed and read is in neither, since a
+    stream stores behind the subscribers' backs: so it is read once more a moment later.
+    """
 
     def __init__(self, broker: NatsBroker, bucket: str, handler: Callable[[str, bytes | None], None]) -> None:
         self._broker = broker
         self._bucket = bucket
         self._prefix = len(f"$KV.{bucket}.")
         self._handler = handler
+        self._heard: set[str] = set()  # subjects that changed while the state is read: it may be older
+        self._again: asyncio.Task[None] | None = None
         self.subscription: base.Subscription | None = None
 
-    def on_message(self, msg: base.Message | base.Record) -> None:
+    def on_message(self, msg: base.Message) -> None:
+        self._heard.add(msg.subject)
+        self._tell(msg)
+
+    def _tell(self, msg: base.Message | base.Record) -> None:
         key = msg.subject[self._prefix :].replace("=", "%")
         removed = (msg.headers or {}).get("KV-Operation") in ("DEL", "PURGE")
         self._handler(key, None if removed else msg.data)
 
     async def replay(self) -> None:
-        for record in await self._broker.read(f"KV_{self._bucket}", f"$KV.{self._bucket}.>", limit=100_000):
-            self.on_message(record)
+        """All there is; and once more, soon."""
+        self.stop()
+        await self._read()
+        self._again = asyncio.create_task(self._read_again())
+
+    async def _read(self) -> None:
+        self._heard.clear()
+        records = await self._broker.read(f"KV_{self._bucket}", f"$KV.{self._bucket}.>", limit=100_000)
+        for record in records:
+            if record.subject not in self._heard:
+                self._tell(record)
+
+    async def _read_again(self) -> None:
+        await asyncio.sleep(_STORED_BY)
+        with contextlib.suppress(errors.Unavailable):  # a reconnect reads it all again
+            await self._read()
+
+    def stop(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
 
     async def close(self) -> None:
+        self.stop()
         self._broker._watches.discard(self)
         if self.subscription is not None:
             await self.subscription.close()

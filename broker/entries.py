@@ -159,16 +159,22 @@ async def read(broker: base.Broker, name: str) -> ModelEntry | None:
     return None if value.data is None else _parsed(name, value.data)
 
 
-async def read_all(broker: base.Broker) -> dict[str, ModelEntry]:
-    """Every entry by its name, vacant ones too.
-
-    Raises errors.Unavailable, and errors.MalformedMessage for an entry that can't be read: whoever decides by
-    what stands in none would decide wrong.
-    """
+async def read_all(broker: base.Broker) -> tuple[dict[str, ModelEntry], list[str]]:
+    """Every entry by its name, vacant ones too, and the names of those that can't be read: whoever decides by
+    what stands in no entry must not overlook them. Raises errors.Unavailable."""
     values: dict[str, bytes | None] = {}
     await (await broker.watch(subjects.KV_CATALOGUE, values.__setitem__)).close()
-    found = {subjects.name(key): value for key, value in values.items() if value is not None}
-    return {name: _parsed(name, value) for name, value in found.items()}
+    found: dict[str, ModelEntry] = {}
+    unreadable: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        name = subjects.name(key)
+        try:
+            found[name] = _parsed(name, value)
+        except errors.MalformedMessage:
+            unreadable.append(name)
+    return found, unreadable
 
 
 async def change(
@@ -197,4 +203,6 @@ def _parsed(name: str, data: bytes) -> ModelEntry:
     try:
         return ModelEntry.model_validate_json(data)
     except ValidationError as exc:
-        raise errors.MalformedMessage(f"the catalogue's entry {name!r} is unreadable: {exc}") from exc
+        raise errors.MalformedMessage(
+            f"the catalogue's entry {name!r} is unreadable: {exc.errors()[0]['msg']}"
+        ) from exc

@@ -58,6 +58,7 @@ ALL_CANCELS = "cancel.*.*"
 ALL_TAKEN = "taken.*.*"
 ALL_HELD = "held.*"
 ALL_POOLS = "pool.*"
+ALL_WANTS = "want.*.*"
 
 LEADER = "leader"
 """Key in `KV_LEASES`: the scheduler that leads."""

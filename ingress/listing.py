@@ -96,7 +96,8 @@ class Listing:
         base = self.declared.get(entry.base)
         shown = _object(model, "adapter", card, entry, base, serving=serving, parent=entry.base, root=root)
         more = {"version": version.number, "rank": version.rank, "digest": version.digest}
-        return {**shown, **more, "created": version.pushed_ms // 1000}
+        source = version.source or entry.source
+        return {**shown, **more, "source": source, "created": version.pushed_ms // 1000}
 
     def _leading(self, entry: ModelEntry) -> Shown:
         """An alias or a router: of its targets those that this tenant may use."""
@@ -171,5 +172,6 @@ def _object(
         "price": price.model_dump() if price is not None else None,
         "latency_class": str(entry.latency_class) if entry.latency_class is not None else None,
         "fallbacks": list(entry.fallbacks),
+        "source": entry.source,
         "serving": serving,
     }

@@ -56,7 +56,12 @@ async def _remove(broker: base.Broker, args: argparse.Namespace) -> None:
 
 
 async def _sweep(broker: base.Broker, args: argparse.Namespace) -> None:
-    declared = await entries.read_all(broker)
+    declared, unreadable = await entries.read_all(broker)
+    if unreadable:
+        raise errors.MalformedMessage(
+            f"the catalogue's entries {', '.join(unreadable)} can't be read, and may name any of the files: "
+            "nothing was removed"
+        )
     removed = await artifacts.sweep(broker, declared.values(), (time.time() - args.age) * 1000)
     for name in removed:
         print(name)

@@ -31,6 +31,8 @@ class Catalogue:
     entries: Mapping[str, ModelEntry] = field(default_factory=dict)
     remembered: Mapping[str, ModelCard] = field(default_factory=dict)
     beats: tuple[Heartbeat, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    """Names whose entries can't be read: a newer release's, or made by hand."""
 
     @property
     def cards(self) -> dict[str, ModelCard]:
@@ -146,14 +148,14 @@ def now_ms() -> int:
 
 
 async def look(broker: base.Broker, listen: float = _LISTEN) -> Catalogue:
-    """Raises errors.Unavailable, and errors.MalformedMessage where an entry can't be read."""
+    """Raises errors.Unavailable."""
     heard = fleet.Fleet(listen + 1)
     now = time.monotonic()
     hearing = await broker.subscribe(subjects.ALL_HEARTBEATS, lambda message: _hear(heard, message, now))
     try:
         known = registry.Registry(broker)
         await (await known.watch()).close()
-        declared = await entries.read_all(broker)
+        declared, unreadable = await entries.read_all(broker)
         await asyncio.sleep(listen)
     finally:
         await hearing.close()
@@ -161,6 +163,7 @@ async def look(broker: base.Broker, listen: float = _LISTEN) -> Catalogue:
         {name: entry for name, entry in declared.items() if not entry.vacant},
         {name: entry.card for name, entry in known.entries.items()},
         tuple(sorted(heard.live(now), key=lambda beat: beat.worker)),
+        tuple(unreadable),
     )
 
 

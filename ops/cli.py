@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ops.flags import add_adapters, add_models, add_routes, name, whole
+from ops.flags import add_adapters, add_models, add_placement, add_routes, name, whole
 
 if TYPE_CHECKING:
     from ops.settings import Settings
@@ -61,11 +61,17 @@ def flags_of(args: argparse.Namespace) -> dict[str, str]:
 
 def _up(args: argparse.Namespace, settings: Settings, flags: dict[str, str]) -> int:
     from broker import processes
-    from ops import up
+    from ops import autoscale, up
 
     if args.with_parent:
         processes.die_with_parent(signal.SIGTERM)
-    options = up.Options(args.workers, args.ingresses, args.nats_host, args.nats_port, args.config, flags)
+    workers, bounds = args.workers, None
+    if args.autoscale is not None:
+        bounds = autoscale.Range(*args.autoscale)
+        workers = bounds.within(workers)
+    options = up.Options(
+        workers, args.ingresses, args.nats_host, args.nats_port, args.config, flags, autoscale=bounds
+    )
     return up.run(settings, options)
 
 
@@ -92,6 +98,12 @@ def _dead(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> in
     from ops import dead
 
     return dead.run(args, settings.broker)
+
+
+def _placement(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
+    from ops import placement
+
+    return placement.run(args, settings.broker)
 
 
 def _routes(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
@@ -121,6 +133,7 @@ _COMMANDS = {
     "demo-model": _demo_model,
     "config": _config,
     "dead": _dead,
+    "placement": _placement,
     "routes": _routes,
     "models": _models,
     "adapters": _adapters,
@@ -156,6 +169,12 @@ def parser() -> argparse.ArgumentParser:
         help="address of the nats-server; 0.0.0.0 lets other machines join. It asks for no password",
     )
     up.add_argument("--nats-port", type=_port, default=4222, metavar="PORT", help="0 = a free one")
+    up.add_argument(
+        "--autoscale",
+        type=_range,
+        metavar="MIN:MAX",
+        help="so many workers as the load asks for, within these; it begins with --workers",
+    )
     up.add_argument("--with-parent", action="store_true", help="drain when the parent process ends")
 
     ingress = commands.add_parser("ingress", parents=[common, joins], help="serve HTTP for a fleet")
@@ -177,6 +196,8 @@ def parser() -> argparse.ArgumentParser:
     add_models(models, [common, nats])
     adapters = commands.add_parser("adapters", help="LoRA adapters: push, list, roll back, remove")
     add_adapters(adapters, [common, nats])
+    placement = commands.add_parser("placement", help="which worker holds which adapter, and why")
+    add_placement(placement, [common, nats])
     routes = commands.add_parser("routes", help="what `model: auto` and routers go by: learn, try")
     add_routes(routes, [common, nats])
     return top
@@ -222,6 +243,16 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
     return int(text)
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, colon, most = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MIN:MAX, e.g. 1:4")
+    bounds = _count(least), _count(most)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} has more workers at least than at most")
+    return bounds
 
 
 def _count(text: str) -> int:

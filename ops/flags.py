@@ -1,4 +1,5 @@
-"""The flags of `headrace models`, `adapters` and `routes`. Only the standard library, as in `ops.cli`."""
+"""The flags of `headrace models`, `adapters`, `placement` and `routes`. Only the standard library, as in
+`ops.cli`."""
 
 from __future__ import annotations
 
@@ -81,6 +82,15 @@ def add_adapters(adapters: argparse.ArgumentParser, parents: Parents) -> None:
     sweep.add_argument(
         "--age", type=number, default=3600, metavar="S", help="if older than so many seconds; default 3600"
     )
+
+
+def add_placement(placement: argparse.ArgumentParser, parents: Parents) -> None:
+    actions = _Actions(placement, parents)
+    actions.add("show", "the plan of each base, and how far the workers are", named=False, json=True)
+    explain = actions.add(
+        "explain", "why the plan is as it is, for all models or one", named=False, json=True
+    )
+    explain.add_argument("name", type=name, nargs="?", metavar="MODEL", help="a base, or an adapter")
 
 
 def add_routes(routes: argparse.ArgumentParser, parents: Parents) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from broker import base, entries, errors
+from broker import base, entries, errors, subjects
 from broker.config import BrokerConfig
 from broker.entries import Capability, ModelEntry, Price
 from broker.messages import ServiceClass
@@ -25,11 +25,13 @@ def run(args: argparse.Namespace, config: BrokerConfig) -> int:
 async def _list(broker: base.Broker, args: argparse.Namespace) -> None:
     known = await catalogue.look(broker)
     names = listings.names(known)
+    if known.unreadable:
+        catalogue.tell(args.command, f"entries that can't be read: {', '.join(known.unreadable)}")
     if args.json:
         print("\n".join(listings.as_json(known, name) for name in names))
     elif names:
         print(listings.models(known))
-    else:
+    elif not known.unreadable:
         catalogue.tell(args.command, "no models: no worker has announced itself, and nothing is declared")
 
 
@@ -74,20 +76,24 @@ async def _router(broker: base.Broker, args: argparse.Namespace) -> None:
 
 
 async def _remove(broker: base.Broker, args: argparse.Namespace) -> None:
-    known = await catalogue.look(broker)
-    entry = known.entries.get(args.name)
-    if entry is None:
-        there = "only its workers tell of it" if args.name in known.cards else "there is no such name"
-        raise errors.NotFound(f"nothing is declared of {args.name!r}: {there}")
-    if args.name not in known.cards and not args.force:
-        others = known.leading_to(args.name)
-        others += [each.name for each in known.entries.values() if each.base == args.name]
+    name, known = args.name, await catalogue.look(broker)
+    if not args.force:
+        _check_removable(name, known)
+    if name in known.unreadable:
+        await broker.remove(subjects.KV_CATALOGUE, subjects.token(name))
+    else:
+        await remove(broker, name)
+    print(f"{name}: removed" + (", its workers serve it as before" if name in known.cards else ""))
+
+
+def _check_removable(name: str, known: Catalogue) -> None:
+    """Raises errors.InvalidRequest for what others need, and for an entry that can't be read."""
+    if name in known.unreadable:
+        raise errors.InvalidRequest(f"the entry {name!r} can't be read: --force removes it")
+    if name in known.entries and name not in known.cards:
+        others = known.leading_to(name) + [e.name for e in known.entries.values() if e.base == name]
         if others:
-            raise errors.InvalidRequest(
-                f"{', '.join(others)} need {args.name}: change them first, or say --force"
-            )
-    await remove(broker, args.name)
-    print(f"{args.name}: removed" + (", its workers serve it as before" if args.name in known.cards else ""))
+            raise errors.InvalidRequest(f"{', '.join(others)} need {name}: change them first, or say --force")
 
 
 _ACTIONS: Mapping[str, Action] = {

@@ -15,14 +15,14 @@ import shutil
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 from broker import addresses
 from broker.server import NatsServer
-from ops import logs, parts, ports, service
+from ops import autoscale, logs, parts, ports, service, targets
 from ops.child import BACKOFF, Child, Facts
 from ops.errors import StartFailed
 from ops.settings import Settings
@@ -47,6 +47,7 @@ class Options:
         nats_port: 0 picks a free one.
         config: the settings file, handed on to every part.
         flags: dotted key -> text, likewise.
+        autoscale: bounds of the workers, whose number then follows the load.
     """
 
     workers: int = 1
@@ -55,6 +56,7 @@ class Options:
     nats_port: int = 4222
     config: Path | None = None
     flags: Mapping[str, str] | None = None
+    autoscale: autoscale.Range | None = None
 
 
 def run(settings: Settings, options: Options) -> int:
@@ -107,14 +109,14 @@ class _Fleet:
         free = _ports(config.ingress.host, config.ingress.port, options.ingresses)
         ingresses = [self._ingress(number, port, nats.url) for number, port in enumerate(free)]
         workers = [self._worker(number, nats.url) for number in range(options.workers)]
-        scheduler = self._child("scheduler", nats.url)
+        scheduler = self._child("scheduler", nats.url, 0, **self._bounds())
         keepers = [group.create_task(_keep_nats(nats))]
         for child in (*workers, *ingresses, scheduler):  # workers first: they take longest
             keepers.append(group.create_task(child.keep_alive()))
         await _first(stop.wait(), self._announce(ingresses, workers, nats))
         for child in (*workers, *ingresses, scheduler):
             child.settled = True
-        await stop.wait()
+        await _first(stop.wait(), *self._scaling(workers, group, nats.url))
         for children, drain in (
             (ingresses, config.ingress.drain_timeout),
             (workers, config.worker.drain_timeout),
@@ -123,6 +125,24 @@ class _Fleet:
             await asyncio.gather(*(child.stop(drain + _GRACE) for child in children))
         for keeper in keepers:
             keeper.cancel()
+
+    def _scaling(
+        self, workers: list[Child], group: asyncio.TaskGroup, nats: str
+    ) -> list[Coroutine[Any, Any, None]]:
+        """What keeps the number of workers, where it follows the load."""
+        if self._options.autoscale is None:
+            return []
+        grace = self._settings.worker.drain_timeout + _GRACE
+        scaled = autoscale.Workers(workers, lambda n: self._worker(n, nats), group, grace, self._untell)
+        config = self._settings.broker.model_copy(update={"url": nats})
+        return [autoscale.follow(scaled, self._options.autoscale, config)]
+
+    def _bounds(self) -> dict[str, str]:
+        """The scheduler asks for no more workers than may be."""
+        if self._options.autoscale is None:
+            return {}
+        least, most = self._options.autoscale
+        return {"scheduler.min_workers": str(least), "scheduler.max_workers": str(most)}
 
     async def _announce(self, ingresses: list[Child], workers: list[Child], nats: NatsServer) -> None:
         """Say that the fleet is ready once every ingress answers so."""
@@ -162,17 +182,11 @@ class _Fleet:
         """
         self._metrics[name] = url = facts["metrics"]
         logger.info("%s is ready", name, extra={"child": facts["pid"], "metrics": url})
-        groups = [
-            {"targets": [urlsplit(url).netloc], "labels": {"part": part}}
-            for part, url in sorted(self._metrics.items())
-        ]
-        file = self._settings.data / "metrics.json"
-        scratch = file.with_suffix(".tmp")
-        try:
-            scratch.write_text(json.dumps(groups, indent=1))
-            scratch.replace(file)  # a reader sees the old list or the new one, whole
-        except OSError as exc:  # a full disk must not take the fleet down
-            logger.warning("%s could not be written: %s", file, exc)
+        targets.write(self._settings.data / "metrics.json", self._metrics)
+
+    def _untell(self, name: str) -> None:
+        self._metrics.pop(name, None)
+        targets.write(self._settings.data / "metrics.json", self._metrics)
 
 
 async def _keep_nats(nats: NatsServer) -> None:

@@ -1,10 +1,10 @@
 """The scheduler process: the fleet's registry and health, and the last resort of queued requests.
 
-It is not on the path of a request: without it workers pull first come, first served. What only it
-does: it remembers models in the registry after their workers have gone, hands on at once what a lost worker
-held, ends requests that nobody will ever pull, and deletes what a direct publisher cancels while it is still
-queued. Of several schedulers one leads and does all that; the others know the fleet as well as it does, and
-one of them leads within moments of its end.
+It is not on the path of a request: without it workers pull first come, first served. What only it does:
+it remembers models in the registry after their workers have gone, hands on at once what a lost worker
+held, ends requests that nobody will ever pull, deletes what a direct publisher cancels while it is still
+queued, and plans which worker holds which adapter (`placing`). Of several schedulers one leads and does
+all that; the others know the fleet as well as it does, and one of them leads within moments of its end.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from scheduler import metrics
 from scheduler.config import SchedulerConfig
 from scheduler.guard import Guard
 from scheduler.leader import Leader
+from scheduler.placing import Placing
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ _SWEEP_PAGES = 8
 
 _STAMP = 3600.0
 """Seconds after which the registry is told again that a model is served."""
+
+_AGAIN = 1.0
+"""Seconds after which a side task that did not end is told to end once more."""
 
 _WORKER_FIRST = 0.5
 """Seconds that a cancelled request's worker has to end it, or to tell that it has it; ended by both, it would
@@ -55,6 +59,7 @@ class Scheduler:
         self._fleet = fleet.Fleet(config.lost_after)
         self._guard = Guard(config.lost_after, broker, self._leader, self._spawn)
         self._registry = registry.Registry(broker)
+        self._placing = Placing(config, broker, self._leader, self.name, self._registry, self._spawn)
         self._stamp_ms = min(_STAMP, config.forget_after / 4) * 1000
         self._orphans: dict[str, float] = {}  # subject -> when it was first seen with nobody to serve it
         self._reached: dict[str, int] = {}  # subject -> sequence from which the next sweep goes on
@@ -72,12 +77,14 @@ class Scheduler:
             await self._broker.subscribe(subjects.ALL_HELD, self._guard.on_held),
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._registry.watch(),
+            *await self._placing.watch(),
         ]
         host = addresses.elsewhere(self._config.metrics_host)
         metrics_url = addresses.url("http", host, server.server_port) + "/metrics"
         _log.info("serving", extra={"scheduler": self.name, "metrics_url": metrics_url})
         ready(metrics_url)
         sides: list[Coroutine[Any, Any, Any]] = [stop.wait(), self._guard.run(), self._look_after()]
+        sides.append(self._placing.run())
         ends: list[asyncio.Task[Any]] = [*map(asyncio.create_task, sides)]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -87,9 +94,7 @@ class Scheduler:
             while self._tasks:
                 await asyncio.wait(self._tasks)
         finally:
-            for end in ends:
-                end.cancel()
-            await asyncio.wait(ends)
+            await _cancel(ends)
             await self._leader.resign()
             for subscription in subscriptions:
                 await subscription.close()
@@ -118,6 +123,7 @@ class Scheduler:
             return
         if self._guard.on_heartbeat(beat, now):
             self._spawn(self._broker.publish(subjects.roster(beat.worker)))
+        self._placing.on_heartbeat(beat, now)
         if not self.leads:
             return
         now_ms = replies.now_ms()
@@ -269,6 +275,16 @@ class Scheduler:
             return
         if not self._guard.holds(seq):
             await self._end(found[0], errors.Cancelled("the caller cancelled it in the queue"), "cancelled")
+
+
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    """Until all have ended. Python 3.11's wait_for, in nats-py too, swallows a cancellation that comes
+    together with its result: who goes on for ever after that is told again."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_AGAIN)
 
 
 def _key(record: base.Record) -> str:

@@ -20,12 +20,16 @@ from workers.adapters import Adapters
 from workers.config import WorkerConfig
 from workers.engines.base import Engine
 from workers.job import Job
+from workers.loading import Loading
 from workers.turns import Turns
 
 _log = logging.getLogger(__name__)
 
 _SENT_ON = 2
 """Deliveries up to which a request goes back for a worker that shall have its adapter; then any loads it."""
+
+_CANNOT = 8
+"""Likewise at a worker that can't serve it, where another of the base may; then its caller is told."""
 
 
 class Control:
@@ -40,7 +44,8 @@ class Control:
         self._engine = engine
         self._drain = drain
         self._placements = placement.Placements(broker)
-        self._adapters = Adapters(broker, engine, entries.Entries(broker), self._open_disk)
+        self._catalogue = entries.Entries(broker)
+        self._adapters = Adapters(broker, engine, Loading(broker, engine, self._catalogue, self._open_disk))
         self._turns = Turns(self._adapters, engine.adapter_slots, config.adapter_turn)
         self._stack = contextlib.AsyncExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -49,8 +54,8 @@ class Control:
         """Raises errors.Unavailable."""
         await self._listen(await self._broker.subscribe(subjects.ctl(self._name), self._on_command))
         if self._engine.adapter_slots:
-            self._adapters.catalogue.on_change = self._adapters.changed
-            await self._listen(await self._adapters.catalogue.watch())
+            self._catalogue.on_change = self._adapters.changed
+            await self._listen(await self._catalogue.watch())
             await self._listen(await self._placements.watch())
             wants = subjects.wants(self._engine.base)
             await self._listen(await self._broker.subscribe(wants, self._on_want))
@@ -67,12 +72,19 @@ class Control:
         return await self._adapters.find(model)
 
     def elsewhere(self, job: Job) -> bool:
-        """Whether other workers shall have its adapter, and one of them may get it yet."""
-        model = job.request.subject.model
-        if job.delivery.attempt > _SENT_ON or model == self._engine.base or self._adapters.here(model):
+        """Whether another worker shall have its adapter, or may be able to serve it, and may get it yet."""
+        model, attempt = job.request.subject.model, job.delivery.attempt
+        if model == self._engine.base or not entries.split(model)[1] or attempt > _CANNOT:
             return False
+        if not self._engine.adapter_slots or self._adapters.too_wide(model):
+            return True
         planned = self._planned(model)
-        return bool(planned) and self._name not in planned
+        return (
+            attempt <= _SENT_ON
+            and bool(planned)
+            and self._name not in planned
+            and not self._adapters.here(model)
+        )
 
     def turn(self, job: Job) -> contextlib.AbstractAsyncContextManager[errors.HeadraceError | None]:
         """See `Turns.turn`."""
@@ -125,7 +137,8 @@ class Control:
             case "load" if self._adapters.want(model, evict=True):
                 return Answer(ok=True, message=f"{model} is being loaded")
             case "load":
-                return Answer(ok=False, message=f"{model!r} is no adapter version of {self._engine.base!r}")
+                reason = self._adapters.refusal(model) or "too many are wanted"
+                return Answer(ok=False, message=f"{model!r} can't be loaded: {reason}")
             case "unload" if self._adapters.unload(model):
                 return Answer(ok=True, message=f"{model} goes once its requests have ended")
             case "unload":

@@ -60,7 +60,11 @@ def screen(request: Request, engine: Engine, adapter: bool = False) -> errors.He
     cards = {card.id: card for card in engine.models}
     card = engine.models[0] if adapter else cards.get(request.subject.model)
     if card is None:
-        adapters = ", and the adapter versions of it, <name>@<version>" if engine.adapter_slots else ""
+        adapters = ", and its adapters' versions, <name>@<version>" if engine.adapter_slots else ""
+        if not engine.adapter_slots and "@" in request.subject.model:
+            adapters = (
+                f"; adapters need adapter_slots, in the section [{engine.name}] of the workers' settings"
+            )
         return errors.UnknownModel(
             f"the workers of {request.subject.base!r} do not serve {request.subject.model!r}; "
             f"they serve {', '.join(sorted(cards))}{adapters}"

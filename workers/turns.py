@@ -50,7 +50,7 @@ class Turns:
         self.adapters = adapters
         self._slots: Slots[_Ticket] = Slots(slots, turn)
         self._waiting: set[Job] = set()
-        adapters.on_unload = self._slots.forget
+        adapters.loading.on_unload = self._slots.forget
 
     @contextlib.asynccontextmanager
     async def turn(self, job: Job) -> AsyncIterator[errors.HeadraceError | None]:

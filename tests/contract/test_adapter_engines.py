@@ -134,6 +134,11 @@ async def test_requests_of_several_models_at_once_do_not_mix(
         nearest = max(models, key=lambda each: alike(alone[models.index(each)], text))
         assert nearest == model
     assert engine.name == "vllm" or together == alone * 2
+    # Also in the step after the prefill, beside one that is in the middle of its answer.
+    long = asyncio.create_task(said(engine, models[1], 60))
+    await until(lambda: engine.stats().running)
+    assert alike(await said(engine, engine.base), alone[0]) > alike(alone[1], alone[0])
+    await long
     for model in models[1:]:
         await engine.unload_adapter(model)
 

@@ -129,19 +129,20 @@ async def test_a_sweep_takes_what_no_version_names(broker: Broker, into: Path) -
     assert await broker.counts(STREAM, subjects.all_objects(subjects.ARTIFACTS)) == {}
 
 
-async def test_nothing_is_decided_by_a_catalogue_that_can_not_be_read(broker: Broker) -> None:
+async def test_entries_that_can_not_be_read_are_told_apart(broker: Broker) -> None:
     await entries.change(broker, "my org/a", lambda _: ModelEntry(name="", kind="alias"))
-    assert list(await entries.read_all(broker)) == ["my org/a"]
     await broker.put(subjects.KV_CATALOGUE, "newer", b'{"kind":"of a later release"}')
-    with pytest.raises(errors.MalformedMessage, match="'newer' is unreadable"):
-        await entries.read_all(broker)
+    found, unreadable = await entries.read_all(broker)
+    assert (list(found), unreadable) == (["my org/a"], ["newer"])
+    with pytest.raises(errors.MalformedMessage, match="'newer' is unreadable: Field required"):
+        await entries.read(broker, "newer")
 
 
 async def test_an_entry_that_only_keeps_a_number_is_none_to_who_follows(broker: Broker) -> None:
     followed = entries.Entries(broker)
     await followed.watch()
     await entries.change(broker, "a", lambda _: ModelEntry(name="", kind="alias", last=3))
-    assert list((await entries.read_all(broker)).values()) == [ModelEntry(name="a", kind="alias", last=3)]
+    assert list((await entries.read_all(broker))[0].values()) == [ModelEntry(name="a", kind="alias", last=3)]
     vacant = await entries.change(broker, "a", lambda _: ModelEntry(name="", kind="adapter", last=3))
     assert vacant is not None
     assert vacant.vacant

@@ -17,7 +17,7 @@ from broker import artifacts, base, client, entries, subjects
 from broker.config import BrokerConfig
 from broker.messages import AdapterState, Credit, Heartbeat, ModelCard
 from broker.server import NatsServer
-from tests.adapters import write_adapter
+from tests.adapters import safetensors, write_adapter
 from tests.integration.reading import connected
 from tests.integration.serving import ingress
 from tests.waiting import LIMIT, until
@@ -181,8 +181,11 @@ async def test_the_catalogue_changes_while_an_ingress_serves(nats_server: NatsSe
         assert (await http.get("/v1/models/help", headers=other)).json()["kind"] == "alias"
 
         assert "auto, help lead to support" in await refused(url, "adapters", "remove", "support")
+        await done(url, "models", "alias", "helper", "help")
+        assert "helper need help" in await refused(url, "models", "remove", "help")
+        await done(url, "models", "remove", "helper")
         await done(url, "models", "remove", "help")
-        assert "there is no such name" in await refused(url, "models", "remove", "help")
+        assert "nothing is declared of 'help'" in await refused(url, "models", "remove", "help")
         assert (await done(url, "models", "remove", "llama")).endswith("its workers serve it as before\n")
         names = [line.split()[0] for line in (await done(url, "models", "list")).splitlines()[1:4]]
         assert names == ["llama", "support", "auto"]
@@ -191,6 +194,35 @@ async def test_the_catalogue_changes_while_an_ingress_serves(nats_server: NatsSe
 
 async def shows(http: httpx.AsyncClient, name: str) -> bool:
     return name in await models(http)
+
+
+async def test_a_push_that_is_killed_leaves_no_version_and_a_sweep_its_files(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    config, url = BrokerConfig(url=nats_server.url), nats_server.url
+    large = write_adapter(tmp_path, rank=64, base="llama", targets=("q_proj",))
+    stem, size = "base_model.model.model.layers.0.self_attn.q_proj", 100_000
+    halves = {"A": (64, size), "B": (size, 64)}
+    tensors = {f"{stem}.lora_{half}.weight": (shape, bytes(256 * size)) for half, shape in halves.items()}
+    (large / artifacts.WEIGHTS).write_bytes(safetensors(tensors))
+    stream, chunks = subjects.objects(subjects.ARTIFACTS), subjects.all_object_chunks(subjects.ARTIFACTS)
+    async with await client.connect(config, "fleet") as broker:
+        await done(url, "models", "set", "llama", "--declare")
+        push = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "ops", "adapters", "push", "support", str(large), "--nats", url]
+        )
+
+        async def begun() -> bool:
+            return sum((await broker.counts(stream, chunks)).values()) > 40
+
+        await until(begun)
+        push.kill()
+        assert await push.wait() < 0
+        assert await entries.read(broker, "support") is None
+        assert "0 objects" in (await headrace(url, "adapters", "sweep"))[2]  # it might go on yet
+        assert await begun()
+        assert (await headrace(url, "adapters", "sweep", "--age", "0"))[0] == 0
+        assert await broker.counts(stream, subjects.all_objects(subjects.ARTIFACTS)) == {}
 
 
 @pytest.mark.parametrize(
@@ -212,6 +244,17 @@ async def test_a_mistake_is_told_in_one_line(nats_url: str, arguments: list[str]
         told = await refused(nats_url, *arguments)
     assert says in told
     assert told.count("\n") == 1
+
+
+async def test_an_entry_that_can_not_be_read_is_told_and_can_be_removed(nats_url: str) -> None:
+    async with await client.connect(BrokerConfig(url=nats_url), "newer release") as broker:
+        await broker.put(subjects.KV_CATALOGUE, "odd", b'{"kind":"new"}')
+        told = await headrace(nats_url, "models", "list")
+        assert told == (0, "", "headrace models: entries that can't be read: odd\n")
+        assert "nothing was removed" in await refused(nats_url, "adapters", "sweep")
+        assert "--force removes it" in await refused(nats_url, "models", "remove", "odd")
+        assert await done(nats_url, "models", "remove", "odd", "--force") == "odd: removed\n"
+        assert await entries.read_all(broker) == ({}, [])
 
 
 async def test_a_server_without_a_fleet_is_told(nats_url: str) -> None:

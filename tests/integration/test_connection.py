@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from broker import client, errors, subjects
+from broker import base, client, errors, subjects
 from broker.base import Message
 from broker.client import NatsBroker
 from broker.config import BrokerConfig
@@ -213,3 +213,43 @@ async def test_what_a_reader_heard_is_published_again_for_who_asks(
         return [record.data for record in await broker.read(subjects.REPLIES, subject)] == [b"1", b"2"]
 
     await until(stored)
+
+
+async def test_a_watch_finds_a_change_that_was_being_stored_when_it_began(
+    broker: NatsBroker, reader: NatsBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither told live nor read: the server routes a change before its stream has it."""
+    await broker.put(subjects.KV_MODELS, "ada", b"1")
+    read, looks = reader.read, 0
+
+    async def too_early(*arguments: Any, **more: Any) -> list[base.Record]:
+        nonlocal looks
+        looks += 1
+        return [] if looks == 1 else await read(*arguments, **more)
+
+    monkeypatch.setattr(reader, "read", too_early)
+    state: dict[str, bytes | None] = {}
+    watch = await reader.watch(subjects.KV_MODELS, state.__setitem__)
+    assert state == {}
+    await until(lambda: state == {"ada": b"1"})
+    await watch.close()
+
+
+async def test_a_watch_is_not_told_an_older_state_after_a_change(
+    broker: NatsBroker, reader: NatsBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await broker.put(subjects.KV_MODELS, "ada", b"1")
+    read = reader.read
+    told: list[tuple[str, bytes | None]] = []
+
+    async def overtaken(*arguments: Any, **more: Any) -> list[base.Record]:
+        found = await read(*arguments, **more)
+        if not told:
+            await broker.put(subjects.KV_MODELS, "ada", b"2")
+            await until(lambda: told)
+        return found
+
+    monkeypatch.setattr(reader, "read", overtaken)
+    watch = await reader.watch(subjects.KV_MODELS, lambda key, value: told.append((key, value)))
+    assert told == [("ada", b"2")]
+    await watch.close()

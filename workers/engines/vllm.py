@@ -128,6 +128,8 @@ def _options(config: VllmConfig, model: Path, cpu: bool) -> dict[str, str | int 
             "max-cpu-loras": max(config.adapter_slots, config.adapters_in_memory),
             "max-lora-rank": next(rank for rank in _RANKS if rank >= config.max_rank),
         }
+        if cpu:
+            options["worker-extension-cls"] = "workers.engines.vllm_cpu_lora.Extension"
     if cpu:
         options |= _CPU_OPTIONS
         own = json.loads((model / "config.json").read_bytes()).get("max_position_embeddings")

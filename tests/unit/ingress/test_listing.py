@@ -48,7 +48,13 @@ def known(*beats: Heartbeat, **declared: dict[str, Any]) -> Known:
 
 
 def version(number: int, rank: int = 8) -> Version:
-    return Version(number=number, digest=f"sha256:{number}", rank=rank, pushed_ms=1_700_000_000_999)
+    return Version(
+        number=number,
+        digest=f"sha256:{number}",
+        rank=rank,
+        pushed_ms=1_700_000_000_999,
+        source=f"run {number}",
+    )
 
 
 def listing(of: Known, tenant: str = "anonymous") -> Listing:
@@ -87,6 +93,7 @@ def test_an_adapter_shows_its_version_and_hands_down_what_its_base_declares() ->
     assert (shown["max_model_len"], shown["languages"], shown["capabilities"]) == (8192, ["de"], [])
     assert shown["price"]["output"] == 2
     assert (shown["created"], shown["digest"], shown["serving"]) == (1_700_000_000, "sha256:1", True)
+    assert shown["source"] == "run 1"
     other = listing(now).one("support@2")
     assert other is not None
     assert (other["id"], other["root"], other["version"]) == ("support@2", "support@2", 2)

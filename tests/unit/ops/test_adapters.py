@@ -216,7 +216,7 @@ async def test_a_push_that_breaks_off_leaves_what_a_sweep_takes(broker: MemoryBr
         with pytest.raises(asyncio.CancelledError):
             await versions.push(broker, "support", "llama", adapter(tmp_path, 1))
     assert await stored(broker) == 4
-    declared = await entries.read_all(broker)
+    declared, _ = await entries.read_all(broker)
     await artifacts.sweep(broker, declared.values(), time.time() * 1000 + 60_000)
     assert await stored(broker) == 2
     await artifacts.fetch(broker, declared["support"].versions[0], tmp_path)

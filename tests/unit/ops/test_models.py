@@ -195,7 +195,7 @@ async def test_what_is_declared_of_a_base_adds_up(broker: MemoryBroker) -> None:
     with pytest.raises(errors.InvalidRequest, match="--min-replicas is an adapter's"):
         await models.declare(broker, "llama", {"min_replicas": 1}, {})
     await models.remove(broker, "llama")
-    assert await entries.read_all(broker) == {}
+    assert await entries.read_all(broker) == ({}, [])
     with pytest.raises(errors.NotFound):
         await models.remove(broker, "llama")
 

@@ -117,3 +117,16 @@ def test_any_bytes_are_read_or_refused_and_nothing_else(data: bytes) -> None:
         total += size
     if {one.dtype for one in found.values()} <= set(sizes):
         assert total + 8 + struct.unpack_from("<Q", data)[0] == len(data)
+
+
+@given(st.builds(file, headers, st.binary(max_size=40)) | damaged)
+@example(GOOD)
+def test_what_is_read_here_the_library_reads_too(data: bytes) -> None:
+    """In a worker it is the library that opens the file."""
+    library = pytest.importorskip("safetensors")
+    try:
+        found = header(data, "x")
+    except errors.AdapterFailed:
+        return
+    read = {name: (tensor["dtype"], tuple(tensor["shape"])) for name, tensor in library.deserialize(data)}
+    assert read == {name: tuple(tensor) for name, tensor in found.items()}

@@ -18,7 +18,7 @@ from tests import asgi
 from tests.pushing import drop, files, push
 from tests.waiting import until
 from tests.workbench import FAST, Caller, calling, idle, metric, serving, soon
-from workers import adapters
+from workers import loading
 from workers.config import SimConfig
 from workers.engines import sim
 from workers.engines.sim import SimEngine
@@ -247,7 +247,7 @@ async def test_missing_and_damaged_objects_fail_alone_and_heal_with_the_entry(
 async def test_a_failed_adapter_is_tried_again_after_its_pause(
     broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "FIRST", 0.0)
+    monkeypatch.setattr(loading, "FIRST", 0.0)
     version = await push(caller.broker, "ada")
     weights = next(file for file in version.files if file.name == artifacts.WEIGHTS)
     await objects.remove(caller.broker, subjects.ARTIFACTS, weights.object)
@@ -503,8 +503,25 @@ async def test_a_broken_stream_of_an_adapter_goes_on_at_another_worker(
 async def test_an_engine_without_slots_serves_no_adapter(broker: MemoryBroker, caller: Caller) -> None:
     await push(caller.broker, "ada")
     async with engine(FAST.model_copy(update={"adapter_slots": 0})) as made, serving(broker, made):
-        await (await caller.submit(3, model="ada@1")).fails("model_not_found")
+        frame = await (await caller.submit(3, model="ada@1")).fails("model_not_found")
+        assert b"adapter_slots" in frame.payload
         assert not (await told(caller.broker, "load", "ada@1")).ok
+
+
+@pytest.mark.parametrize("lacks", [{"adapter_slots": 0}, {"max_rank": 4}])
+async def test_what_one_worker_can_t_serve_goes_to_another_that_can(
+    broker: MemoryBroker, caller: Caller, lacks: dict[str, int]
+) -> None:
+    await push(caller.broker, "ada")
+    async with (
+        engine(FAST.model_copy(update=lacks)) as first,
+        engine() as second,
+        serving(broker, first, "w1"),
+        serving(broker, second, "w2"),
+    ):
+        for _ in range(5):
+            await (await caller.submit(3, model="ada@1")).finishes()
+        assert not first.calls
 
 
 async def test_the_sim_engine_counts_what_it_skips() -> None:
