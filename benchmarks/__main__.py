@@ -12,7 +12,17 @@ import sys
 from benchmarks import report, results
 from broker import processes
 
-NAMES = ("overhead", "forward", "memory", "journal", "vllm_throughput", "batching", "adapters", "planner")
+NAMES = (
+    "overhead",
+    "forward",
+    "memory",
+    "journal",
+    "vllm_throughput",
+    "batching",
+    "adapters",
+    "planner",
+    "routing",
+)
 
 
 def main() -> int:

@@ -34,6 +34,7 @@ _TIERS = {
 _PRIORITIES = {str(c): c for c in ServiceClass}
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_LANGUAGE = re.compile(rb"[a-z]{2,3}(-[a-z0-9]{1,8})*")
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _MAX_NAME = 256
 """Bytes of a model's or a tenant's name: both go into subjects, percent-encoded, and a broker's line
@@ -42,11 +43,12 @@ holds 4,096."""
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What ingress read of a request."""
+    """What ingress read of a request. `service_class` is None where it names none."""
 
     model: str
     stream: bool
-    service_class: ServiceClass
+    service_class: ServiceClass | None
+    body: Mapping[str, Any]
 
 
 def read_body(body: bytes, priority: str | None) -> Asked:
@@ -71,10 +73,10 @@ def read_body(body: bytes, priority: str | None) -> Asked:
     stream = parsed.get("stream")
     if not isinstance(stream, bool | None):
         raise errors.InvalidType("`stream` must be true or false", param="stream")
-    return Asked(model, bool(stream), _service_class(parsed.get("service_tier"), priority))
+    return Asked(model, bool(stream), _service_class(parsed.get("service_tier"), priority), parsed)
 
 
-def _service_class(tier: Any, priority: str | None) -> ServiceClass:
+def _service_class(tier: Any, priority: str | None) -> ServiceClass | None:
     """`X-Priority` decides where both are given: it is Headrace's own."""
     if priority is not None:
         found = _PRIORITIES.get(priority.strip().lower())
@@ -82,7 +84,7 @@ def _service_class(tier: Any, priority: str | None) -> ServiceClass:
             raise errors.InvalidType(f"X-Priority must be one of {', '.join(_PRIORITIES)}, not {priority!r}")
         return found
     if tier is None:
-        return ServiceClass.STANDARD
+        return None
     known = _TIERS | _PRIORITIES
     if not isinstance(tier, str) or tier not in known:
         raise errors.InvalidType(f"`service_tier` must be one of {', '.join(known)}", param="service_tier")
@@ -109,6 +111,24 @@ def detached(headers: Mapping[bytes, bytes]) -> bool:
     if given not in (b"true", b"false"):
         raise errors.InvalidType("X-Detach must be true or false")
     return given == b"true"
+
+
+def fallback(headers: Mapping[bytes, bytes], tenant: str, config: IngressConfig) -> bool:
+    """Whether another model may serve where the first is down or full: the tenant's setting, unless the
+    request forbids it. Raises errors.InvalidType."""
+    given = headers.get(b"x-headrace-fallback", b"on").strip().lower()
+    if given not in (b"on", b"off"):
+        raise errors.InvalidType("X-Headrace-Fallback must be on or off")
+    return given == b"on" and tenant not in config.no_fallback
+
+
+def language(headers: Mapping[bytes, bytes]) -> str:
+    """The language that a request says it is in, as a primary subtag; "" where it doesn't.
+    Raises errors.InvalidType."""
+    given = headers.get(b"x-headrace-language", b"").strip().lower()
+    if given and not _LANGUAGE.fullmatch(given):
+        raise errors.InvalidType("X-Headrace-Language must be a language tag such as en or pt-BR")
+    return given.partition(b"-")[0].decode("ascii")
 
 
 def traceparent(headers: Mapping[bytes, bytes]) -> str:

@@ -10,13 +10,14 @@ import math
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import orjson
 import uvicorn
 
 from broker import addresses, base, bodies, errors, replies, subjects, usage
 from broker.messages import PATHS, Request
-from ingress import admit, keys, metrics, pages, resume, sse
+from ingress import admit, keys, metrics, pages, resume, sse, steering
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
@@ -31,6 +32,14 @@ _LAST_WORD = 5.0
 """Seconds past the drain timeout in which callers are told; those who read nothing are not waited for."""
 
 
+class _Admitted(NamedTuple):
+    """A request, whether it is to stream, and what its answer's head says of the model that was chosen."""
+
+    request: Request
+    streaming: bool
+    told: list[tuple[bytes, bytes]]
+
+
 class Ingress:
     """The ASGI app. `mailbox` and `catalogue` are open while it serves."""
 
@@ -42,6 +51,7 @@ class Ingress:
         self._mailbox = mailbox
         self._catalogue = catalogue
         self._tenants = admit.Tenants(config)
+        self._steering = steering.Steering(config, catalogue)
         self._pages = pages.app(broker, catalogue, self._tenants)
         self._large = asyncio.Semaphore(config.max_large)
         self._afterwards: set[asyncio.Task[None]] = set()
@@ -51,7 +61,9 @@ class Ingress:
         resumed = resume.requested(scope["path"])
         if resumed is not None and scope["method"] == "GET":
             await self._resume(resumed, scope, receive, send)
-        elif scope["path"] not in PATHS:
+        elif scope["path"] == steering.DRY_RUN and scope["method"] == "POST":
+            await self._dry_run(scope, receive, send)
+        elif scope["path"] not in (*PATHS, steering.DRY_RUN):
             await self._pages(scope, receive, send)
         elif scope["method"] != "POST":
             await self._refuse(scope, send)
@@ -132,9 +144,10 @@ class Ingress:
             detached = admit.detached(headers)
             key = keys.given(headers)
             after = sse.last_event(headers) if key is not None else None
-            request, streaming = await self._take_in(path, headers, request_id, key, receive)
+            request, streaming, told = await self._take_in(path, headers, request_id, key, receive)
             request_id = request.request_id
             relay = Relay(send, path, request_id, streaming)
+            relay.told = told
             relay.after, relay.cut = after, functools.partial(was_cut, scope)
             if key is None:
                 stream = await self._open(request)
@@ -158,6 +171,7 @@ class Ingress:
                 claim = await self._claim(request, relay.after is not None)
                 if not claim.ours:
                     relay.live = False
+                    relay.told = []  # the first one's choice stands, whatever it was
                     try:
                         return await self._read_on(stream, relay, receive, claim.seq)
                     except asyncio.CancelledError:
@@ -198,7 +212,7 @@ class Ingress:
         fault: errors.HeadraceError | None = errors.Cancelled("this ingress stopped")
         metrics.STREAMS.inc()
         try:
-            fault = await self._publish_and_follow(exchange, relay, receive, started, stored)
+            fault = await self._publish_and_follow(request, exchange, relay, receive, started, stored)
             self._observe(request, relay, fault, started)
         finally:
             metrics.STREAMS.dec()
@@ -217,6 +231,7 @@ class Ingress:
 
     async def _publish_and_follow(
         self,
+        request: Request,
         exchange: Exchange,
         relay: Relay,
         receive: Receive,
@@ -229,6 +244,7 @@ class Ingress:
                 await exchange.publish()
             else:
                 exchange.accepted(stored)
+            await self._want(request.subject)
             metrics.ADMIT.observe(time.monotonic() - started)
             return await exchange.follow(receive)
         except asyncio.CancelledError:
@@ -244,12 +260,12 @@ class Ingress:
 
     async def _take_in(
         self, path: str, headers: dict[bytes, bytes], request_id: str, key: bytes | None, receive: Receive
-    ) -> tuple[Request, bool]:
-        """The request, its body stored where it is too large for a message, and whether it is to stream."""
+    ) -> _Admitted:
+        """The request, its body stored where it is too large for a message."""
         turn = Turn(self._large, bodies.room(self._broker))
         try:
-            request, streaming = await self._admit(path, headers, request_id, key, receive, turn)
-            return await bodies.stow(self._broker, request), streaming
+            admitted = await self._admit(path, headers, request_id, key, receive, turn)
+            return admitted._replace(request=await bodies.stow(self._broker, admitted.request))
         except asyncio.CancelledError as exc:
             _uncancelled()
             raise errors.Unavailable("this ingress stopped before it had queued the request") from exc
@@ -271,32 +287,65 @@ class Ingress:
         key: bytes | None,
         receive: Receive,
         turn: Turn,
-    ) -> tuple[Request, bool]:
+    ) -> _Admitted:
         """Everything that can be refused before the broker is touched."""
         config = self._config
-        # Who may not ask, or asks too much, is told before a body is held for them.
-        tenant = self._tenants.of(headers)
-        admit.check_request_id(headers)
-        self._check_room()
-        body = await read_body(headers, receive, config.max_body, config.body_timeout, turn)
-        priority = headers.get(b"x-priority")
-        asked = admit.read_body(body, None if priority is None else priority.decode("latin-1"))
-        card = self._catalogue.find(asked.model)
+        tenant, body = await self._read(headers, receive, turn)
+        asked = _asked(headers, body)
+        choice = self._steering.choose(path, asked, len(body), headers, tenant)
+        service_class = steering.service_class(asked, choice)
         mailbox = self._mailbox.name
         if key is not None:
             request_id, mailbox = keys.request_id(tenant, key), keys.fingerprint(path, body)
-        return (
-            Request(
-                subject=subjects.RequestSubject(card.base, asked.service_class, tenant, asked.model),
-                request_id=request_id,
-                reply_to=subjects.reply(tenant, mailbox, request_id),
-                path=path,
-                body=body,
-                deadline_ms=admit.deadline_ms(headers, asked.service_class, config),
-                traceparent=admit.traceparent(headers),
-            ),
-            asked.stream,
+        told = steering.told(asked.model, choice)
+        if told:
+            metrics.ROUTED.labels(asked.model, choice.model).inc()
+        request = Request(
+            subject=subjects.RequestSubject(choice.base, service_class, tenant, choice.model),
+            request_id=request_id,
+            reply_to=subjects.reply(tenant, mailbox, request_id),
+            path=path,
+            body=body,
+            deadline_ms=admit.deadline_ms(headers, service_class, config),
+            traceparent=admit.traceparent(headers),
+            asked="" if asked.model == choice.model else asked.model,
         )
+        return _Admitted(request, asked.stream, told)
+
+    async def _read(self, headers: dict[bytes, bytes], receive: Receive, turn: Turn) -> tuple[str, bytes]:
+        """Tenant and body. Who may not ask, or asks too much, is told before a body is held for them."""
+        config = self._config
+        tenant = self._tenants.of(headers)
+        admit.check_request_id(headers)
+        self._check_room()
+        return tenant, await read_body(headers, receive, config.max_body, config.body_timeout, turn)
+
+    async def _dry_run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """`POST /v1/route`: which model would serve this body, and why."""
+        headers = dict(scope["headers"])
+        request_id = admit.request_id(headers)
+        turn = Turn(self._large, bodies.room(self._broker))
+        try:
+            path = steering.dry_path(scope["query_string"])
+            tenant, body = await self._read(headers, receive, turn)
+            found = self._steering.explain(path, _asked(headers, body), len(body), headers, tenant)
+            head = [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode())]
+            status = 200
+            await answer(send, status, head, orjson.dumps(found))
+        except ClientGone:
+            return
+        except errors.HeadraceError as exc:
+            status = exc.status
+            await answer(send, status, wording.headers(exc, request_id), exc.body())
+        finally:
+            turn.end()
+        metrics.REQUESTS.labels(steering.DRY_RUN, str(status)).inc()
+
+    async def _want(self, subject: subjects.RequestSubject) -> None:
+        """Tell workers that an adapter is asked for: they fetch it while its request waits."""
+        if subject.model != subject.base:
+            with contextlib.suppress(errors.Unavailable):
+                await self._broker.publish(subjects.want(subject.base, subject.model))
 
     async def _cancel(self, exchange: Exchange, stream: replies.Stream, fault: errors.HeadraceError) -> None:
         try:
@@ -334,6 +383,11 @@ class Ingress:
                     "code": fault.code,
                 },
             )
+
+
+def _asked(headers: dict[bytes, bytes], body: bytes) -> admit.Asked:
+    priority = headers.get(b"x-priority")
+    return admit.read_body(body, None if priority is None else priority.decode("latin-1"))
 
 
 def _uncancelled() -> None:

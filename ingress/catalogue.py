@@ -7,14 +7,19 @@ queue: its requests wait instead of failing as unknown.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
 from typing import Self
 
-from broker import base, entries, errors, fleet, registry, subjects
+from broker import base, entries, errors, fleet, registry, routes, subjects
 from broker.entries import ModelEntry
 from broker.messages import Heartbeat, ModelCard
+from ingress.intent import Router
+from ingress.load import Load
+
+_log = logging.getLogger(__name__)
 
 _LOST_AFTER = 5.0
 """Seconds: lenient, since an unknown model costs a caller more than a wait in the queue."""
@@ -28,7 +33,9 @@ class Catalogue:
         self._fleet = fleet.Fleet(_LOST_AFTER)
         self._registry = registry.Registry(broker)
         self._pool_at = -math.inf  # when an instance pool was last heard
+        self._load = Load()
         self.entries = entries.Entries(broker)
+        self.learned: dict[str, Router] = {}  # by _on_router
         self._subscriptions: list[base.Subscription] = []
 
     async def __aenter__(self) -> Self:
@@ -37,6 +44,7 @@ class Catalogue:
             await self._broker.subscribe(subjects.ALL_POOLS, self._on_pool),
             await self._registry.watch(),
             await self.entries.watch(),
+            await routes.Watch(self._broker, self._on_router).start(),
         ]
         return self
 
@@ -47,8 +55,24 @@ class Catalogue:
     def _on_heartbeat(self, message: base.Message) -> None:
         now = time.monotonic()
         beat = self._fleet.observe(message, now)
-        if beat is not None and beat.seq % 100 == 0:
-            self._fleet.expire(now)  # now and then, so that names of workers long gone are let go
+        if beat is None:
+            return
+        self._load.observe(beat.worker, beat.state == "serving" and beat.credit.requests == 0, now)
+        if beat.state == "gone":
+            self._load.forget(beat.worker)
+        if beat.seq % 100 == 0:
+            # Now and then, so that names of workers long gone are let go.
+            for lost in self._fleet.expire(now):
+                self._load.forget(lost.worker)
+
+    def _on_router(self, name: str, learned: routes.Learned | None, tables: bytes) -> None:
+        if learned is None:
+            self.learned.pop(name, None)
+            return
+        try:
+            self.learned[name] = Router(learned, tables)
+        except ValueError as exc:
+            _log.warning("router %s can't be used: %s", name, exc)
 
     def _on_pool(self, message: base.Message) -> None:
         self._pool_at = time.monotonic()
@@ -68,6 +92,24 @@ class Catalogue:
             for beat in self._fleet.live(time.monotonic())
         )
 
+    def full(self, base_model: str) -> bool:
+        """Whether all workers of a base have had no room for a while."""
+        now = time.monotonic()
+        serving = [
+            beat.worker
+            for beat in self._fleet.live(now)
+            if beat.state == "serving" and beat.base == base_model
+        ]
+        return bool(serving) and all(self._load.full(worker, now) for worker in serving)
+
+    def card(self, model: str) -> ModelCard | None:
+        """Of a model that a worker serves, or that the fleet remembers."""
+        live = self._fleet.card(model, time.monotonic())
+        if live is not None:
+            return live
+        entry = self._registry.entries.get(model)
+        return None if entry is None else entry.card
+
     @property
     def declared(self) -> Mapping[str, ModelEntry]:
         return self.entries.entries
@@ -82,13 +124,10 @@ class Catalogue:
 
     def find(self, model: str) -> ModelCard:
         """Raises errors.UnknownModel, which lists the models there are."""
-        live = self._fleet.card(model, time.monotonic())
-        if live is not None:
-            return live
-        entry = self._registry.entries.get(model)
-        if entry is None:
+        card = self.card(model)
+        if card is None:
             known = ", ".join(sorted(self.cards())) or "none yet: no worker has announced itself"
             raise errors.UnknownModel(
                 f"model {model[:200]!r} is not served; known models: {known}", param="model"
             )
-        return entry.card
+        return card

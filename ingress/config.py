@@ -37,6 +37,9 @@ class IngressConfig(BaseModel):
     publish_timeout: float = Field(2.0, gt=0, description="time for the broker to accept (503)")
     drain_timeout: float = Field(30.0, ge=0, description="time for open streams to finish on SIGTERM")
     max_streams: int = Field(10_000, ge=1, description="requests open at once; one more is refused (429)")
+    no_fallback: tuple[str, ...] = Field(
+        (), description="tenants for whom no other model serves where the one they named is down or full"
+    )
     deadlines: dict[ServiceClass, float] = Field(
         default=_DEADLINES, description="default life of a request, by class; a class left out keeps its own"
     )

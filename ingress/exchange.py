@@ -149,8 +149,9 @@ class Exchange:
                     self._quiet_since = time.monotonic()
                     if (lost := await self._left()) is not None:
                         raise lost
-                    model = self._request.subject.model
-                    await self._relay.keepalive("" if self._served(model) else model)
+                    base_model, _, _, model = self._request.subject
+                    served = self._served(model) or self._served(base_model)
+                    await self._relay.keepalive("" if served else model)
         except errors.MalformedMessage as exc:
             raise errors.FramesLost(f"the reply holds what is no frame: {exc.message}") from exc
         finally:

@@ -10,13 +10,7 @@ from typing import Any, Protocol
 from broker import entries
 from broker.entries import Kind, ModelEntry, Version
 from broker.messages import Heartbeat, ModelCard
-
-_SHOWN = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "completions",
-    "/v1/embeddings": "embeddings",
-}
-"""Capabilities that an engine's paths tell, where none are declared."""
+from ingress.capability import SHOWN
 
 
 class Known(Protocol):
@@ -161,7 +155,7 @@ def _object(
     entry = entry or ModelEntry(name=model, kind=kind)
     base = base or ModelEntry(name="", kind="base")
     capabilities = entry.capabilities if entry.capabilities is not None else base.capabilities
-    told = [_SHOWN[path] for path in card.paths if path in _SHOWN]
+    told = [SHOWN[path] for path in card.paths if path in SHOWN]
     price = entry.price or base.price
     return {
         "id": model,

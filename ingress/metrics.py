@@ -31,3 +31,8 @@ CANCEL = Histogram(
     buckets=_BUCKETS,
 )
 KEEPALIVES = Counter("headrace_sse_comments_total", "SSE keep-alive comments sent")
+ROUTED = Counter(
+    "headrace_routed_total",
+    "Requests that another model served than the one they named, or that a choice was made for",
+    ["asked", "model"],
+)

@@ -29,6 +29,7 @@ class Relay:
         worker: who answers, once known.
         after: what the client has of the answer already; None = nothing.
         first_payload_at: `time.monotonic()` of the first payload byte sent.
+        told: further headers of the answer, beside its request id.
         cut: tells whether the connection was ended from here, because its client read nothing.
     """
 
@@ -36,7 +37,8 @@ class Relay:
         self._send = send
         self._path = path
         self._streaming = streaming
-        self._common = [(b"x-request-id", request_id.encode("latin-1"))]
+        self._request_id = request_id.encode("latin-1")
+        self.told: list[tuple[bytes, bytes]] = []
         self._buffer: list[bytes] = []
         self._head: Frame | None = None
         self._sse = False
@@ -49,6 +51,10 @@ class Relay:
         self.first_payload_at: float | None = None
         self.cut: Callable[[], bool] = lambda: False
         self.fault: errors.HeadraceError | None = None
+
+    @property
+    def _common(self) -> list[tuple[bytes, bytes]]:
+        return [(b"x-request-id", self._request_id), *self.told]
 
     async def frames(self, frames: list[Frame]) -> bool:
         """Pass on what came, joined into one send; True when the answer is complete.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ops.flags import add_adapters, add_models, add_placement, name, whole
+from ops.flags import add_adapters, add_models, add_placement, add_routes, name, whole
 
 if TYPE_CHECKING:
     from ops.settings import Settings
@@ -121,6 +121,12 @@ def _placement(args: argparse.Namespace, settings: Settings, _: dict[str, str]) 
     return placement.run(args, settings.broker)
 
 
+def _routes(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
+    from ops import routes
+
+    return routes.run(args, settings.broker)
+
+
 def _models(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
     from ops import models
 
@@ -143,6 +149,7 @@ _COMMANDS = {
     "config": _config,
     "dead": _dead,
     "placement": _placement,
+    "routes": _routes,
     "models": _models,
     "adapters": _adapters,
 }
@@ -209,6 +216,8 @@ def parser() -> argparse.ArgumentParser:
     add_adapters(adapters, [common, nats])
     placement = commands.add_parser("placement", help="which worker holds which adapter, and why")
     add_placement(placement, [common, nats])
+    routes = commands.add_parser("routes", help="what `model: auto` and routers go by: learn, try")
+    add_routes(routes, [common, nats])
     return top
 
 

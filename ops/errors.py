@@ -15,3 +15,9 @@ class NotReplayable(HeadraceError):
     """A dead letter whose request can't be put back into the queue. The message says why."""
 
     code = "not_replayable"
+
+
+class RoutesError(HeadraceError):
+    """A file of routes, or the embeddings they are learned with, can't be used. The message says why."""
+
+    code = "routes_error"

@@ -1,4 +1,5 @@
-"""The flags of `headrace models`, `adapters` and `placement`. Only the standard library, as in `ops.cli`."""
+"""The flags of `headrace models`, `adapters`, `placement` and `routes`. Only the standard library, as in
+`ops.cli`."""
 
 from __future__ import annotations
 
@@ -90,6 +91,24 @@ def add_placement(placement: argparse.ArgumentParser, parents: Parents) -> None:
         "explain", "why the plan is as it is, for all models or one", named=False, json=True
     )
     explain.add_argument("name", type=name, nargs="?", metavar="MODEL", help="a base, or an adapter")
+
+
+def add_routes(routes: argparse.ArgumentParser, parents: Parents) -> None:
+    actions = _Actions(routes, parents)
+    learn = actions.add("learn", "learn a router from examples; it serves at once", named=False)
+    learn.add_argument("file", type=Path, metavar="FILE", help="TOML, as examples/routes.toml")
+    learn.add_argument("--eval", action="store_true", help="say how good it would be, and store nothing")
+    learn.add_argument(
+        "--held-out", type=Path, metavar="JSONL", help="try it on these: route and text a line"
+    )
+    learn.add_argument("--no-embeddings", action="store_true", help="go by the examples' words alone")
+    actions.add("list", "the routers", named=False)
+    actions.add("show", "a router's routes")
+    test = actions.add("test", "where a text would go, and why", named=False)
+    test.add_argument("text", metavar="TEXT")
+    actions.add("remove", "forget a router")
+    for action in (learn, test):
+        action.add_argument("--router", type=name, default="auto", metavar="NAME", help="default auto")
 
 
 def name(given: str) -> str:

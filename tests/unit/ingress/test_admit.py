@@ -20,8 +20,8 @@ KEYS: dict[str, Any] = {"acme": "k-1", "other": "schlüssel"}
 
 def test_it_reads_model_stream_and_class() -> None:
     body = orjson.dumps({"model": "a b*ü", "stream": True, "service_tier": "flex", "else": [1]})
-    assert admit.read_body(body, None) == admit.Asked("a b*ü", True, ServiceClass.BATCH)
-    assert admit.read_body(b'{"model":"m"}', None) == admit.Asked("m", False, ServiceClass.STANDARD)
+    assert admit.read_body(body, None) == admit.Asked("a b*ü", True, ServiceClass.BATCH, orjson.loads(body))
+    assert admit.read_body(b'{"model":"m"}', None) == admit.Asked("m", False, None, {"model": "m"})
 
 
 def test_the_header_goes_before_the_tier() -> None:
@@ -139,3 +139,20 @@ class TestTenants:
     def test_no_key_no_entry(self, headers: dict[bytes, bytes]) -> None:
         with pytest.raises(errors.Unauthorized):
             admit.Tenants(IngressConfig(api_keys=KEYS)).of(headers)
+
+
+def test_a_fallback_is_taken_unless_the_request_or_its_tenants_setting_says_no() -> None:
+    config = IngressConfig(no_fallback=("strict",))
+    assert admit.fallback({}, "acme", config)
+    assert admit.fallback({b"x-headrace-fallback": b" ON "}, "acme", config)
+    assert not admit.fallback({b"x-headrace-fallback": b"off"}, "acme", config)
+    assert not admit.fallback({b"x-headrace-fallback": b"on"}, "strict", config)
+    with pytest.raises(errors.InvalidType, match="on or off"):
+        admit.fallback({b"x-headrace-fallback": b"maybe"}, "acme", config)
+
+
+def test_a_language_is_its_primary_subtag() -> None:
+    assert admit.language({}) == ""
+    assert admit.language({b"x-headrace-language": b"pt-BR"}) == "pt"
+    with pytest.raises(errors.InvalidType, match="language tag"):
+        admit.language({b"x-headrace-language": b"german?"})
