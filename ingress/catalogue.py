@@ -8,14 +8,15 @@ queue: its requests wait instead of failing as unknown.
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Self
+
+from pydantic import ValidationError
 
 from broker import base, entries, errors, fleet, registry, routes, subjects
 from broker.entries import ModelEntry
-from broker.messages import Heartbeat, ModelCard
+from broker.messages import Heartbeat, ModelCard, PoolBeat
 from ingress.intent import Router
 from ingress.load import Load
 
@@ -32,7 +33,7 @@ class Catalogue:
         self._broker = broker
         self._fleet = fleet.Fleet(_LOST_AFTER)
         self._registry = registry.Registry(broker)
-        self._pool_at = -math.inf  # when an instance pool was last heard
+        self._pools: dict[str, tuple[float, frozenset[str]]] = {}  # when heard, and what it can start
         self._load = Load()
         self.entries = entries.Entries(broker)
         self.learned: dict[str, Router] = {}  # by _on_router
@@ -75,15 +76,27 @@ class Catalogue:
             _log.warning("router %s can't be used: %s", name, exc)
 
     def _on_pool(self, message: base.Message) -> None:
-        self._pool_at = time.monotonic()
+        try:
+            beat = PoolBeat.model_validate_json(message.data)
+        except ValidationError as exc:
+            _log.warning("a pool's beat on %s is unreadable: %s", message.subject, exc.errors()[0]["msg"])
+            return
+        now = time.monotonic()
+        startable = frozenset(each.base for each in beat.instances if each.state != "failed")
+        self._pools = {name: heard for name, heard in self._pools.items() if now - heard[0] <= _LOST_AFTER}
+        self._pools[beat.name] = now, startable
+
+    def _startable(self) -> Iterator[str]:
+        """Bases that a live pool serves, or starts for their requests."""
+        now = time.monotonic()
+        for at, bases in self._pools.values():
+            if now - at <= _LOST_AFTER:
+                yield from bases
 
     @property
     def serving(self) -> bool:
         """Whether a live worker takes requests, or a live pool starts one for them."""
-        now = time.monotonic()
-        return now - self._pool_at <= _LOST_AFTER or any(
-            beat.state == "serving" for beat in self._fleet.live(now)
-        )
+        return any(self._startable()) or any(beat.state == "serving" for beat in self.beats())
 
     def served(self, model: str) -> bool:
         """Whether a live worker takes requests for `model`; else they wait for one."""
@@ -91,6 +104,10 @@ class Catalogue:
             beat.state == "serving" and any(card.id == model for card in beat.models)
             for beat in self._fleet.live(time.monotonic())
         )
+
+    def up(self, base_model: str) -> bool:
+        """Whether a live worker serves a base, or a live pool starts one when requests wait for it."""
+        return self.served(base_model) or base_model in self._startable()
 
     def full(self, base_model: str) -> bool:
         """Whether all workers of a base have had no room for a while."""

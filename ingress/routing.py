@@ -41,6 +41,7 @@ class View(Protocol):
     def card(self, model: str) -> ModelCard | None: ...
     def cards(self) -> Mapping[str, ModelCard]: ...
     def served(self, model: str) -> bool: ...
+    def up(self, base: str) -> bool: ...
     def full(self, base: str) -> bool: ...
 
 
@@ -92,11 +93,11 @@ def chosen(found: tuple[Choice, ...], caller: Caller, view: View) -> Choice:
     first = found[0]
     if not caller.fallback or len(found) == 1:
         return first
-    up = [each for each in found if view.served(each.base)]
+    up = [each for each in found if view.up(each.base)]
     best = next((each for each in up if not view.full(each.base)), up[0] if up else first)
     if best.model == first.model:
         return first
-    state = "has no room" if view.served(first.base) else "is served by no worker now"
+    state = "has no room" if view.up(first.base) else "is served by no worker now"
     return dataclasses.replace(
         best, why=(*first.why[:1], f"{first.model} {state}", *best.why[-1:], f"fallback to {best.model}")
     )

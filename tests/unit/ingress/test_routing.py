@@ -22,12 +22,14 @@ CHAT = "/v1/chat/completions"
 
 @dataclass
 class World:
-    """A catalogue by hand. `bases` are those that were served once; up unless they are `down`."""
+    """A catalogue by hand. `bases` are those that were served once; up unless they are `down`; a pool
+    starts those that are `cold`."""
 
     bases: list[str]
     declared: dict[str, ModelEntry] = field(default_factory=dict)
     learned: dict[str, Router] = field(default_factory=dict)
     down: set[str] = field(default_factory=set)
+    cold: set[str] = field(default_factory=set)
     crowded: set[str] = field(default_factory=set)
     context: int = 0
 
@@ -52,7 +54,10 @@ class World:
         }
 
     def served(self, model: str) -> bool:
-        return model in self.bases and model not in self.down
+        return model in self.bases and model not in self.down | self.cold
+
+    def up(self, base: str) -> bool:
+        return self.served(base) or base in self.cold
 
     def full(self, base: str) -> bool:
         return base in self.crowded
@@ -318,6 +323,11 @@ class TestFallbacks:
         choice = ask(world, "first")
         assert choice.model == "second"
         assert choice.why == ("first is served by no worker now", "fallback to second")
+
+    def test_one_that_a_pool_starts_for_its_requests_is_not_down(self) -> None:
+        world = self.world()
+        world.cold.add("first")
+        assert ask(world, "first").model == "first"
 
     def test_the_next_one_serves_for_one_that_is_full(self) -> None:
         world = self.world()
