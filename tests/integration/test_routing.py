@@ -21,6 +21,7 @@ from broker.messages import parse_request
 from broker.server import NatsServer
 from ops import cli
 from tests.integration.serving import ingress, register, worker
+from tests.pushing import push
 from tests.waiting import LIMIT, until
 
 CHAT = "/v1/chat/completions"
@@ -177,6 +178,26 @@ class TestAliases:
             asking.cancel()
             await asyncio.wait({asking})
             await listening.close()
+
+
+class TestVersions:
+    async def test_a_canary_of_two_versions_is_served_by_both_and_a_conversation_by_one(
+        self, http: httpx.AsyncClient, broker: base.Broker
+    ) -> None:
+        for _ in range(2):
+            await push(broker, "tuned", base_model="one")
+        await declare(
+            broker, "way", "alias", targets=tuple(Target(model=f"tuned@{n}", weight=1) for n in (1, 2))
+        )
+        await until(lambda: _is(http, "way", 200))
+        seen: dict[str, str] = {}
+        for content in [f"hello {number}" for number in range(12)] * 2:
+            response = await http.post(CHAT, json=chat("way", content))
+            assert response.status_code == 200, response.text
+            model = response.headers["x-headrace-model"]
+            assert response.json()["model"] == model
+            assert seen.setdefault(content, model) == model
+        assert set(seen.values()) == {"tuned@1", "tuned@2"}
 
 
 class TestRefusals:
