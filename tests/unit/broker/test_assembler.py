@@ -162,7 +162,10 @@ def test_any_interleaving_gives_each_token_once_in_order_or_says_that_frames_are
     got = tokens_of(seen)
     assert got == list(range(len(got)))
     assert [f.kind for f in seen].count(FrameKind.HEAD) <= 1
-    assert [(f.epoch, f.seq) for f in seen] == sorted({(f.epoch, f.seq) for f in seen})
+    # An attempt's first word may stand before the end of the one before it.
+    said = [(f.epoch, f.seq) for f in seen if f.kind is not FrameKind.BEAT]
+    assert said == sorted(set(said))
+    assert len({(f.epoch, f.seq) for f in seen}) == len(seen)
     assert sum(f.kind is FrameKind.END for f in seen) == (assembler.finished and not lost)
 
 
