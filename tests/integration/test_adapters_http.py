@@ -1,4 +1,4 @@
-"""Adapters over HTTP: by bare name and by version, rolled over with no restart; bad ones alone are refused."""
+"""Adapters over HTTP: by bare name and by version, rolled over with no restart; bad ones refused alone."""
 
 from __future__ import annotations
 
