@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from broker import artifacts, errors
-from ops import safetensors
-from ops.safetensors import Tensor
+from broker import artifacts, errors, safetensors
+from broker.safetensors import Tensor
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"})
 _MAX_CONFIG = 2**20

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from broker import errors
-from ops.safetensors import Tensor, header
+from broker.safetensors import Tensor, header
 from tests.adapters import TINY, lora, safetensors
 
 GOOD = safetensors(lora(TINY, 2, 0, ("q_proj",)))

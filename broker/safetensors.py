@@ -7,10 +7,12 @@ The format: 8 bytes, little endian, the header's length; the header, a JSON obje
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from broker import errors
 
@@ -33,27 +35,36 @@ class _Broken(Exception):
     pass
 
 
+def of_file(path: Path) -> dict[str, Tensor]:
+    """As `header`, of a file of any size. Raises OSError too."""
+    with path.open("rb") as file:
+        return _read(file, path.stat().st_size, path.name)
+
+
 def header(data: bytes, name: str) -> dict[str, Tensor]:
     """The tensors of the file `name` with the bytes `data`, all of which lie within it.
 
     Raises errors.AdapterFailed, and nothing else, whatever the bytes are.
     """
+    return _read(io.BytesIO(data), len(data), name)
+
+
+def _read(file: BinaryIO, size: int, name: str) -> dict[str, Tensor]:
     try:
-        return _header(memoryview(data))
+        return _header(file, size)
     except _Broken as exc:
         raise errors.AdapterFailed(f"{name} is no whole safetensors file: {exc}") from None
 
 
-def _header(data: memoryview) -> dict[str, Tensor]:
-    if len(data) < _LENGTH.size:
-        raise _Broken(f"it has {len(data)} bytes")
-    (length,) = _LENGTH.unpack_from(data)
-    room = len(data) - _LENGTH.size
+def _header(file: BinaryIO, size: int) -> dict[str, Tensor]:
+    if size < _LENGTH.size:
+        raise _Broken(f"it has {size} bytes")
+    (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+    room = size - _LENGTH.size
     if length > min(room, _MAX_HEADER):
         raise _Broken(f"its header would have {length:,} bytes, and {min(room, _MAX_HEADER):,} is the most")
-    start = _LENGTH.size + length
     try:
-        parsed = json.loads(bytes(data[_LENGTH.size : start]), object_pairs_hook=_unique)
+        parsed = json.loads(file.read(length), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as exc:
         raise _Broken(f"its header can't be read: {str(exc)[:200]}") from exc
     if not isinstance(parsed, dict):
@@ -69,8 +80,8 @@ def _header(data: memoryview) -> dict[str, Tensor]:
         if first != end:
             raise _Broken(f"its tensors overlap, or leave a hole, at byte {min(first, end):,} of the data")
         end = last
-    if end != len(data) - start:
-        raise _Broken(f"its tensors take {end:,} bytes, and it holds {len(data) - start:,}: is it truncated?")
+    if end != room - length:
+        raise _Broken(f"its tensors take {end:,} bytes, and it holds {room - length:,}: is it truncated?")
     return tensors
 
 
