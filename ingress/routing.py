@@ -129,10 +129,11 @@ class _Search:
             raise errors.UnknownModel(
                 f"model {asked[:200]!r} leads to none that is served: {reasons}", param="model"
             )
-        known = ", ".join(self._usable()) or "none yet: no worker has announced itself"
-        raise errors.UnknownModel(
-            f"model {asked[:200]!r} is not served; known models: {known}", param="model"
-        )
+        usable = self._usable()
+        known = ", ".join(name for name in usable if name != asked)
+        known = known or "none yet: no worker has announced itself"
+        state = "leads to none that is served" if asked in usable else "is not served"
+        raise errors.UnknownModel(f"model {asked[:200]!r} {state}; known models: {known}", param="model")
 
     # Names
 

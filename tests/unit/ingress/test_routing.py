@@ -207,6 +207,13 @@ class TestAliases:
                 world.alias(f"a{depth}.{i}", *below)  # 20^6 paths
         assert ask(world, "a0.0").model in world.bases
 
+    def test_one_that_leads_to_nothing_that_is_served_says_so(self) -> None:
+        world = World(["base"])
+        world.alias("help", ("gone", 1))
+        with pytest.raises(errors.UnknownModel) as caught:
+            ask(world, "help")
+        assert str(caught.value) == "model 'help' leads to none that is served; known models: base"
+
 
 class TestCapabilities:
     TOOLS: dict[str, Any] = {"tools": [{"type": "function"}]}
