@@ -291,6 +291,7 @@ class Instance(_Wire):
     memory: int = Field(0, description="bytes that it takes in this state")
     resident: int = Field(0, description="bytes of the machine's memory that its processes take, measured")
     reason: str = ""
+    failing: bool = Field(False, description="it failed, and has not served since")
 
 
 class PoolBeat(_Wire):

@@ -82,7 +82,9 @@ class Catalogue:
             _log.warning("a pool's beat on %s is unreadable: %s", message.subject, exc.errors()[0]["msg"])
             return
         now = time.monotonic()
-        startable = frozenset(each.base for each in beat.instances if each.state != "failed")
+        startable = frozenset(
+            each.base for each in beat.instances if each.state != "failed" and not each.failing
+        )
         self._pools = {name: heard for name, heard in self._pools.items() if now - heard[0] <= _LOST_AFTER}
         self._pools[beat.name] = now, startable
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -97,21 +98,24 @@ class Child:
 
     async def run(self) -> int:
         """Run it once, to its end or until `stop`; its exit status."""
-        read, write = os.pipe()
-        with self.log.open("ab") as log, os.fdopen(write, "wb"):
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *PROGRAM,
-                *self._arguments,
-                "--ready-fd",
-                str(write),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[write],
-                start_new_session=True,
-                preexec_fn=processes.bound_to_me(),
-            )
+        with contextlib.ExitStack() as ours, self.log.open("ab") as log:
+            read, write = os.pipe()
+            ours.callback(os.close, read)
+            with os.fdopen(write, "wb"):
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *PROGRAM,
+                    *self._arguments,
+                    "--ready-fd",
+                    str(write),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[write],
+                    start_new_session=True,
+                    preexec_fn=processes.bound_to_me(),
+                )
+            ours.pop_all()  # from here on `read` is the reader's
         reading = asyncio.create_task(self._read_ready(read))
         if self._stop.is_set():  # meanwhile
             self._process.terminate()

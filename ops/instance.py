@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from broker import processes
-from broker.messages import Command
+from broker.messages import Answer, Command
 from ops import pool_metrics
 from ops.child import STEADY, Child, Facts
 from ops.pool_file import Base
@@ -20,11 +20,13 @@ logger = logging.getLogger(__name__)
 
 PAUSE, PAUSE_MOST = 0.5, 60.0
 """Seconds before one that ended by itself is started again, doubled each time; and the most."""
+RETRY = 1.0
+"""Seconds before a command that was not answered is told again."""
 GRACE = 5.0
 """Seconds beyond the drain limit before a process that does not end is killed."""
 
-Tell = Callable[[str, Command], Awaitable[bool]]
-"""Sends a command to a worker; whether it took it."""
+Tell = Callable[[str, Command], Awaitable[Answer | None]]
+"""Sends a command to a worker; what it answered, None where it can't be reached."""
 
 
 class Instance:
@@ -33,6 +35,7 @@ class Instance:
     Attributes:
         since: `time.monotonic()` when it came into its state.
         reason: why it is in it.
+        failing: it failed, and has not served since.
         metrics_url: of its worker, while there is a process that was ready.
         heard_at: when its worker gave a heartbeat, or one could have been missed.
     """
@@ -52,6 +55,7 @@ class Instance:
         self.state: State = "cold"
         self.since = time.monotonic()
         self.reason = ""
+        self.failing = False
         self.metrics_url = ""
         self.heard_at = 0.0
         self._arguments = arguments
@@ -65,6 +69,7 @@ class Instance:
         self._to_warm = self._was_warm = False
         self._not_before = 0.0
         self._failures = 0
+        self._gave_up = ""  # why it was ended by us, as one that failed
         self._hot_at = 0.0
         self._child: Child | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -132,6 +137,11 @@ class Instance:
         if state == "asleep" and self.state == "draining" and self._to_warm:
             self._to_warm = False
             self._become("warm", self.reason)
+        elif state == "asleep" and self.state == "hot":
+            self._become("warm", "it sleeps, though not by the pool's word")
+        elif state == "serving" and self.state == "warm":
+            self._hot_at = now
+            self._become("hot", "it woke, though not by the pool's word")
         elif state == "serving" and self.state == "waking":
             self._wake_took = now - self.since
             pool_metrics.START.labels(self.base.name, "warm").set(self._wake_took)
@@ -146,15 +156,16 @@ class Instance:
         if self.state in ("hot", "warm") and silent > hung_after and self._child is not None:
             logger.error("%s gives no heartbeat: it is killed", self.worker, extra={"state": self.state})
             self._was_warm = self.state == "warm"
-            self._failed(f"it gave no heartbeat for {hung_after:g} s")
-            self._become("draining", self.reason)
+            self._steady()
+            self._give_up(f"it gave no heartbeat for {hung_after:g} s")
+            self._become("draining", self._gave_up)
             self._spawn(self._child.stop(0))
             return
         slow = self.state in ("starting", "waking") and took > limit
         if slow or (self.state == "draining" and self._to_warm and took > self._drain + limit):
             logger.error("%s takes too long: it is stopped", self.worker, extra={"state": self.state})
-            self._failed(f"{self.state} took more than {limit:g} s")
-            self.stop(self.reason)
+            self._give_up(f"{self.state} took more than {limit:g} s")
+            self.stop(self._gave_up)
 
     async def ended(self) -> None:
         """Until nothing of it runs any more."""
@@ -166,40 +177,57 @@ class Instance:
         if self.state == "starting":
             self._hot_at = time.monotonic()
             self._start_took = self._hot_at - self.since
+            self.failing = False
             pool_metrics.START.labels(self.base.name, "cold").set(self._start_took)
             self._become("hot", self.reason)
 
     async def _live(self, child: Child) -> None:
-        processes.rotate(self._log)
         try:
+            processes.rotate(self._log)
             status = await child.run()
-        except OSError as exc:
-            status, why = -1, f"it could not be started: {exc}"
+        except Exception as exc:  # whatever it is: its place is free again, and it is tried later
+            status, why = -1, f"it could not be run: {type(exc).__name__}: {exc}"
         else:
             why = f"its process ended with status {status}; its log is {self._log}"
         self._child = None
         self.metrics_url = ""
         stopped = self.state == "draining" and not self._to_warm
         self._to_warm = self._was_warm = False
-        if stopped:
-            failed = self._not_before > time.monotonic()
-            self._failures = self._failures if failed else 0
-            self._become("failed" if failed else "cold", self.reason)
-            return
-        logger.warning("%s: %s", self.worker, why, extra={"status": status, "state": self.state})
-        if time.monotonic() - self._hot_at > STEADY and self.state in ("hot", "warm"):
+        gave_up, self._gave_up = self._gave_up, ""
+        if stopped and not gave_up:
             self._failures = 0
-        self._failed(why)
-        self._become("failed", why)
-
-    def _failed(self, why: str) -> None:
+            self.failing = False
+            self._become("cold", self.reason)
+            return
+        logger.warning("%s: %s", self.worker, gave_up or why, extra={"status": status, "state": self.state})
+        self._steady()
         self._failures += 1
-        self.reason = why
-        self._not_before = time.monotonic() + min(PAUSE_MOST, PAUSE * 2 ** (self._failures - 1))
+        self.failing = True
+        # Its pause begins now: to end it may have taken longer than that.
+        doubled = min(self._failures - 1, 10)
+        self._not_before = time.monotonic() + min(PAUSE_MOST, PAUSE * 2**doubled)
+        self._become("failed", gave_up or why)
+
+    def _give_up(self, why: str) -> None:
+        """It failed, and is ended: nobody shall count on it any more."""
+        self._gave_up = why
+        self.failing = True
+
+    def _steady(self) -> None:
+        """One that lived for long has its earlier failures forgiven."""
+        if self.state in ("hot", "warm") and time.monotonic() - self._hot_at > STEADY:
+            self._failures = 0
 
     async def _command(self, do: str, reason: str) -> None:
         command = Command(do="sleep" if do == "sleep" else "wake", model=self.base.name, reason=reason)
-        if await self._tell(self.worker, command):
+        told = self.since
+        while (answer := await self._tell(self.worker, command)) is None:
+            # A command got lost, or the broker is away. It is told until something came of it; `overdue`
+            # ends what never answers.
+            await asyncio.sleep(RETRY)
+            if self.since != told or self._child is None:
+                return
+        if answer.ok or self.since != told:
             return
         if do == "sleep":
             self._can_sleep = False  # as on a CPU: it is stopped from now on

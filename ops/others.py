@@ -59,7 +59,8 @@ class Others:
         return any(
             now - at <= _BEATS_LOST
             and any(
-                each.base == name and each.state in ("starting", "waking", "hot") for each in beat.instances
+                each.base == name and each.state in ("starting", "waking", "hot") and not each.failing
+                for each in beat.instances
             )
             for at, beat in self._pools.values()
         )

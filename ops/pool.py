@@ -260,16 +260,16 @@ class Pool:
 
     # Telling
 
-    async def _tell(self, worker: str, command: Command) -> bool:
+    async def _tell(self, worker: str, command: Command) -> Answer | None:
         try:
             data = await self._broker.ask(subjects.ctl(worker), command.model_dump_json().encode())
             answer = Answer.model_validate_json(data)
         except (errors.Unavailable, ValidationError) as exc:
             logger.warning("%s did not answer a command: %s", worker, exc)
-            return False
+            return None
         if not answer.ok:
             logger.warning("%s refused to %s: %s", worker, command.do, answer.message)
-        return answer.ok
+        return answer
 
     def _spawn_answer(self, reply: str, answer: Answer) -> None:
         async def publish() -> None:
@@ -310,6 +310,7 @@ class Pool:
                 memory=seat.held,
                 resident=instance.resident,
                 reason=instance.reason,
+                failing=instance.failing,
             )
             for seat, instance in zip(seats, self._instances.values(), strict=True)
         )

@@ -101,13 +101,18 @@ async def test_garbage_in_the_registry_or_in_a_heartbeat_hides_nothing_else() ->
 async def test_what_a_pool_can_start_is_up_though_nobody_serves_it(clock: SimpleNamespace) -> None:
     broker = MemoryBroker()
     async with Catalogue(broker) as catalogue:
-        instances = (Instance(base="cold", state="cold"), Instance(base="broken", state="failed"))
+        instances = (
+            Instance(base="cold", state="cold"),
+            Instance(base="broken", state="failed"),
+            Instance(base="again", state="starting", failing=True),
+        )
         beat = PoolBeat(host="h", name="pool-h", memory=1, used=0, instances=instances)
         for data in (b"no beat", beat.model_dump_json().encode()):
             await broker.publish(subjects.pool("h"), data)
             await asyncio.sleep(0)
         assert catalogue.serving
-        assert [catalogue.up(name) for name in ("cold", "broken", "other")] == [True, False, False]
+        names = ("cold", "broken", "again", "other")
+        assert [catalogue.up(name) for name in names] == [True, False, False, False]
         assert not catalogue.served("cold")
         clock.at += 10
-        assert [catalogue.up(name) for name in ("cold", "broken", "other")] == [False, False, False]
+        assert not any(catalogue.up(name) for name in names)

@@ -29,8 +29,8 @@ def worker(name: str = "w", state: str = "serving", **credit: int) -> base.Messa
     )
 
 
-def pool(state: str, name: str = "theirs") -> base.Message:
-    instance = Instance.model_validate({"base": "a", "state": state})
+def pool(state: str, name: str = "theirs", failing: bool = False) -> base.Message:
+    instance = Instance.model_validate({"base": "a", "state": state, "failing": failing})
     return message(PoolBeat(host="h", name=name, memory=1, used=0, instances=(instance,)))
 
 
@@ -86,3 +86,10 @@ def test_garbage_is_left_out(others: Others) -> None:
     others.on_pool(base.Message("pool.x", b"{"))
     others.on_heartbeat(base.Message("fleet.x", b"{"))
     assert not others.serve("a", 1, time.monotonic())
+
+
+def test_a_pool_that_tries_again_what_failed_there_is_not_waited_for(others: Others) -> None:
+    others.on_pool(pool("starting", failing=True))
+    assert not others.serve("a", 5, time.monotonic())
+    others.on_pool(pool("starting"))
+    assert others.serve("a", 5, time.monotonic())
