@@ -92,6 +92,7 @@ class Pool:
         self._changed = asyncio.Event()
         self._beats = 0
         self._metrics_url = ""
+        self._registered: set[str] = set()  # whose card was told since an engine ran
         self._told: dict[str, str] = {}  # the metrics that were told last
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -281,18 +282,25 @@ class Pool:
         task.add_done_callback(self._tasks.discard)
 
     async def _register(self) -> None:
-        """Have the fleet know each base, served or not, so that requests for it queue."""
+        """Have the fleet know each base, served or not, so that requests for it queue.
+
+        At our start, and after an engine's life, its card is told anew: that of the file, where it says
+        something. While its engine announces another one, the fleet's word stands.
+        """
         now_ms = replies.now_ms()
         for instance in self._instances.values():
-            card = instance.base.card
-            entry = self._registry.entries.get(card.id)
-            if entry is not None and now_ms - entry.served_ms < _STAMP * 1000:
-                continue
+            name = instance.base.name
+            rests = instance.state in ("cold", "failed")  # no worker of ours announces it
+            entry = self._registry.entries.get(name)
+            remembered = entry.card if entry is not None else None
+            card = instance.base.known(remembered) if rests else remembered or instance.base.card
+            settled = not rests or name in self._registered or card == remembered
             try:
-                # What a worker announced once is truer than what the files say.
-                await self._registry.put(entry.card if entry else card, now_ms)
+                if not settled or entry is None or now_ms - entry.served_ms >= _STAMP * 1000:
+                    await self._registry.put(card, now_ms)
+                (self._registered.add if rests else self._registered.discard)(name)
             except errors.Unavailable as exc:
-                logger.warning("%s is not registered: %s", card.id, exc.message)
+                logger.warning("%s is not registered: %s", name, exc.message)
 
     async def _beat_on(self) -> None:
         while True:

@@ -106,7 +106,8 @@ class PoolFile(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base, measured. `settings` are those of its worker, by dotted key."""
+    """A base, measured. `settings` are those of its worker, by dotted key; `given` are the fields of `card`
+    that the file or a setting states, so that nothing a worker once announced is truer."""
 
     name: str
     hot: int
@@ -117,6 +118,13 @@ class Base:
     start: float
     card: ModelCard
     settings: dict[str, str]
+    given: tuple[str, ...] = ()
+
+    def known(self, remembered: ModelCard | None) -> ModelCard:
+        """Its card, with what the fleet remembers of it where nothing is given."""
+        if remembered is None:
+            return self.card
+        return remembered.model_copy(update={field: getattr(self.card, field) for field in self.given})
 
 
 def load(file: Path) -> PoolFile:
@@ -198,6 +206,7 @@ def _vllm(section: BaseSection, its: settings.Settings, own: dict[str, str]) -> 
         start=section.start_seconds or 20.0,
         card=_card(section, int(context), _TEXT_PATHS),
         settings=own | {"vllm.model": str(directory), "vllm.served_name": section.name},
+        given=_given(section, bool(its.vllm.max_model_len)),
     )
 
 
@@ -216,11 +225,16 @@ def _sim(section: BaseSection, its: settings.Settings, own: dict[str, str]) -> B
         start=section.start_seconds or 1.0,
         card=_card(section, its.sim.context_tokens, _SIM_PATHS),
         settings=own | {"sim.model": section.name},
+        given=_given(section, context=True),
     )
 
 
 def _card(section: BaseSection, context: int, paths: tuple[str, ...]) -> ModelCard:
     return ModelCard(id=section.name, base=section.name, context_tokens=context, paths=section.paths or paths)
+
+
+def _given(section: BaseSection, context: bool) -> tuple[str, ...]:
+    return (*(["context_tokens"] if context else []), *(["paths"] if section.paths else []))
 
 
 def _demo(its: settings.Settings) -> str:

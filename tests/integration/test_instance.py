@@ -95,8 +95,7 @@ async def test_one_that_failed_is_counted_on_again_once_it_served(make: Make) ->
     make(READY)
     it.start("requests wait")
     assert it.failing, "a start is no promise yet"
-    await until(lambda: state(it) == "hot")
-    assert not it.failing
+    await until(lambda: state(it) == "hot" and not it.failing)
     await ends(it)
 
 

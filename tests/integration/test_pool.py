@@ -134,6 +134,28 @@ async def test_a_cold_base_is_known_and_its_first_request_starts_it(stage: Stage
     assert (await listed(stage))["a"]
 
 
+async def test_a_changed_file_is_believed_before_its_base_has_run(stage: Stage, tmp_path: Path) -> None:
+    async def shown() -> tuple[bool, int]:
+        cards = (await stage.http.get("/v1/models")).json()["data"]
+        return next(((card["serving"], card["max_model_len"]) for card in cards if card["id"] == "a"), (False, 0))
+
+    once = await stage.fleet.start("worker", worker__name="once", sim__model="a", sim__context_tokens=100)
+    await until(lambda: ready(stage.http))
+    once.term()
+    assert await once.ended() == 0
+
+    async def remembered() -> bool:
+        return await shown() == (False, 100)
+
+    await until(remembered)
+    await stage.start(written(tmp_path / "pool.toml", {"a": ONE | {"settings": {"sim.context_tokens": 200}}}))
+
+    async def changed() -> bool:
+        return await shown() == (False, 200)
+
+    await until(changed)
+
+
 async def test_two_bases_take_turns_in_memory_for_one(stage: Stage, tmp_path: Path) -> None:
     await stage.start(written(tmp_path / "pool.toml", {"a": ONE, "b": ONE}))
     await until(lambda: ready(stage.http))

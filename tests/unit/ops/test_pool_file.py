@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from broker.messages import PATHS
+from broker.messages import PATHS, ModelCard
 from ops import pool_file
 from ops.settings import SettingsError
 
@@ -115,3 +115,16 @@ def test_two_that_are_kept_must_fit_together(tmp_path: Path) -> None:
 def test_the_example_is_one() -> None:
     example = Path(__file__).parents[3] / "examples/pool.toml"
     assert len(pool_file.load(example).base) == 2
+
+
+def test_what_the_file_gives_is_truer_than_what_was_announced_once(tmp_path: Path) -> None:
+    once = ModelCard(id="a", base="a", context_tokens=77, paths=("/v1/embeddings",))
+    weights = model(tmp_path / "m", 1000)
+    section = f'[pool]\nmemory = "1GiB"\n[[base]]\nname = "a"\nmodel = "{weights}"\n'
+    (base,) = load(tmp_path, section)
+    assert base.known(None) == base.card
+    assert base.known(once) == once, "files alone tell less than an engine did"
+    (base,) = load(tmp_path, section + 'settings = { "vllm.max_model_len" = 100 }')
+    assert base.known(once) == once.model_copy(update={"context_tokens": 100})
+    (base,) = load(tmp_path, section + 'paths = ["/v1/completions"]')
+    assert base.known(once) == once.model_copy(update={"paths": ("/v1/completions",)})
