@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
@@ -11,15 +12,19 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from pydantic import ValidationError
+
 from broker import base, client, entries, errors, fleet, registry, subjects
 from broker.config import BrokerConfig
 from broker.entries import Kind, ModelEntry, Target
-from broker.messages import AdapterState, Heartbeat, ModelCard
+from broker.messages import AdapterState, Heartbeat, Instance, ModelCard, PoolBeat
 
 Action = Callable[[base.Broker, argparse.Namespace], Awaitable[None]]
 
 _LISTEN = 0.5
 """Seconds in which every worker is heard: they tell of themselves each 100 ms."""
+LISTEN_POOLS = 1.3
+"""Seconds in which every instance pool is heard as well: they tell each second."""
 _MAX_NAME = 200
 """Bytes of a name, which an `@<version>` may follow in a subject."""
 
@@ -33,6 +38,7 @@ class Catalogue:
     beats: tuple[Heartbeat, ...] = ()
     unreadable: tuple[str, ...] = ()
     """Names whose entries can't be read: a newer release's, or made by hand."""
+    pools: tuple[PoolBeat, ...] = ()
 
     @property
     def cards(self) -> dict[str, ModelCard]:
@@ -47,6 +53,10 @@ class Catalogue:
 
     def serving(self, base_model: str) -> list[Heartbeat]:
         return [beat for beat in self.beats if beat.base == base_model]
+
+    def pooled(self, base_model: str) -> list[tuple[PoolBeat, Instance]]:
+        """What instance pools say of a base."""
+        return [(pool, each) for pool in self.pools for each in pool.instances if each.base == base_model]
 
     def states(self, model: str) -> Iterator[tuple[str, AdapterState]]:
         """Worker and state, wherever a worker tells of the adapter version `model`."""
@@ -148,27 +158,39 @@ def now_ms() -> int:
 
 
 async def look(broker: base.Broker, listen: float = _LISTEN) -> Catalogue:
-    """Raises errors.Unavailable."""
+    """All of it after `LISTEN_POOLS`; workers alone after less. Raises errors.Unavailable."""
     heard = fleet.Fleet(listen + 1)
+    pools: dict[str, PoolBeat] = {}
     now = time.monotonic()
-    hearing = await broker.subscribe(subjects.ALL_HEARTBEATS, lambda message: _hear(heard, message, now))
+    hearing = [
+        await broker.subscribe(subjects.ALL_HEARTBEATS, lambda message: _hear(heard, message, now)),
+        await broker.subscribe(subjects.ALL_POOLS, lambda message: _hear_pool(pools, message)),
+    ]
     try:
         known = registry.Registry(broker)
         await (await known.watch()).close()
         declared, unreadable = await entries.read_all(broker)
         await asyncio.sleep(listen)
     finally:
-        await hearing.close()
+        for each in hearing:
+            await each.close()
     return Catalogue(
         {name: entry for name, entry in declared.items() if not entry.vacant},
         {name: entry.card for name, entry in known.entries.items()},
         tuple(sorted(heard.live(now), key=lambda beat: beat.worker)),
         tuple(unreadable),
+        tuple(pools[name] for name in sorted(pools)),
     )
 
 
 def _hear(heard: fleet.Fleet, message: base.Message, now: float) -> None:
     heard.observe(message, now)
+
+
+def _hear_pool(pools: dict[str, PoolBeat], message: base.Message) -> None:
+    with contextlib.suppress(ValidationError):  # a newer release's: its workers are heard
+        beat = PoolBeat.model_validate_json(message.data)
+        pools[beat.name] = beat
 
 
 def run(args: argparse.Namespace, config: BrokerConfig, actions: Mapping[str, Action]) -> int:

@@ -94,6 +94,9 @@ def described(known: Catalogue, name: str) -> str:
         ]
         head = ("WORKER", "HOST", "ENGINE", "STATE", "RUNNING", "ADAPTERS AT ONCE", "MAX RANK")
         parts.append(table(head, _clean(workers)))
+    if entry.kind == "base" and (pooled := known.pooled(name)):
+        instances = [(p.name, p.host, i.state, str(i.memory), i.worker, i.reason) for p, i in pooled]
+        parts.append(table(("POOL", "HOST", "STATE", "BYTES", "WORKER", "REASON"), _clean(instances)))
     return "\n\n".join(parts)
 
 
@@ -106,6 +109,7 @@ def as_json(known: Catalogue, name: str) -> str:
         "card": card.model_dump() if card is not None else None,
         "led_to_by": known.leading_to(name),
         "workers": [beat.worker for beat in known.serving(entry.base or name)],
+        "pools": {pool.name: each.model_dump() for pool, each in known.pooled(entry.base or name)},
     }
     if entry.kind == "adapter":
         value["loaded"] = {
@@ -149,10 +153,16 @@ def _ways(entry: ModelEntry) -> str:
 def _served(known: Catalogue, entry: ModelEntry) -> str:
     if entry.kind == "base":
         serving = sum(beat.state == "serving" for beat in known.serving(entry.name))
-        return f"{serving} workers" if serving != 1 else "1 worker"
+        workers = f"{serving} workers" if serving != 1 else "1 worker"
+        pooled = Counter(each.state for _, each in known.pooled(entry.name))
+        return ", ".join([workers, *(_pooled(state, count) for state, count in pooled.items())])
     current = entries.versioned(entry.name, entry.current)
     states = Counter(state.state for _, state in known.states(current))
     return ", ".join(f"{count} {state}" for state, count in states.items())
+
+
+def _pooled(state: str, count: int) -> str:
+    return f"{state} in a pool" if count == 1 else f"{state} in {count} pools"
 
 
 def _version(version: Version) -> tuple[str, ...]:

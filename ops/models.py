@@ -23,7 +23,7 @@ def run(args: argparse.Namespace, config: BrokerConfig) -> int:
 
 
 async def _list(broker: base.Broker, args: argparse.Namespace) -> None:
-    known = await catalogue.look(broker)
+    known = await catalogue.look(broker, catalogue.LISTEN_POOLS)
     names = listings.names(known)
     if known.unreadable:
         catalogue.tell(args.command, f"entries that can't be read: {', '.join(known.unreadable)}")
@@ -36,7 +36,7 @@ async def _list(broker: base.Broker, args: argparse.Namespace) -> None:
 
 
 async def _show(broker: base.Broker, args: argparse.Namespace) -> None:
-    known = await catalogue.look(broker)
+    known = await catalogue.look(broker, catalogue.LISTEN_POOLS)
     if args.name not in known.entries and args.name not in known.bases:
         raise errors.NotFound(f"there is no model {args.name!r}; there are: {known.told()}")
     print(listings.as_json(known, args.name) if args.json else listings.described(known, args.name))

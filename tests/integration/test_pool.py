@@ -137,7 +137,9 @@ async def test_a_cold_base_is_known_and_its_first_request_starts_it(stage: Stage
 async def test_a_changed_file_is_believed_before_its_base_has_run(stage: Stage, tmp_path: Path) -> None:
     async def shown() -> tuple[bool, int]:
         cards = (await stage.http.get("/v1/models")).json()["data"]
-        return next(((card["serving"], card["max_model_len"]) for card in cards if card["id"] == "a"), (False, 0))
+        return next(
+            ((card["serving"], card["max_model_len"]) for card in cards if card["id"] == "a"), (False, 0)
+        )
 
     once = await stage.fleet.start("worker", worker__name="once", sim__model="a", sim__context_tokens=100)
     await until(lambda: ready(stage.http))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker import entries, errors
+from broker import entries, errors, subjects
 from broker.entries import ModelEntry, Price, Target, Version
 from broker.memory import MemoryBroker
-from broker.messages import AdapterState, Credit, Heartbeat, ModelCard, ServiceClass
+from broker.messages import AdapterState, Credit, Heartbeat, Instance, ModelCard, PoolBeat, ServiceClass
 from ops import catalogue, cli, listings, models
 from ops.catalogue import Catalogue
 
@@ -263,3 +264,46 @@ def test_json_has_everything() -> None:
     assert found["loaded"]["1"] == {}
     base = json.loads(listings.as_json(KNOWN, "llama"))
     assert (base["declared"], base["card"]["context_tokens"]) == (False, 8192)
+
+
+def test_what_pools_say_of_a_base_is_listed() -> None:
+    pools = [
+        PoolBeat(
+            host="h",
+            name=name,
+            memory=9,
+            used=0,
+            instances=(Instance.model_validate({"base": "llama", "state": state, "reason": "idle\x1b[2J"}),),
+        )
+        for name, state in (("p", "cold"), ("q", "warm"), ("r", "cold"))
+    ]
+    known = Catalogue({}, {"llama": BEAT.models[0]}, (), (), tuple(pools))
+    assert listings.models(known).splitlines()[1].endswith("0 workers, cold in 2 pools, warm in a pool")
+    shown = listings.described(known, "llama")
+    assert [line.split()[:3] for line in shown.splitlines()[-3:]] == [
+        [name, "h", state] for name, state in (("p", "cold"), ("q", "warm"), ("r", "cold"))
+    ]
+    assert "\x1b" not in shown
+    told = json.loads(listings.as_json(known, "llama"))
+    assert told["pools"]["q"]["state"] == "warm"
+
+
+async def test_pools_are_heard_and_what_can_t_be_read_is_passed_over(broker: MemoryBroker) -> None:
+    async def tell() -> None:
+        instances = (Instance(base="a", state="hot"),)
+        beat = PoolBeat(host="h", name="p", memory=9, used=0, instances=instances)
+        for data in (b"{", beat.model_dump_json().encode()):
+            await broker.publish(subjects.pool("h"), data)
+
+    asking = asyncio.create_task(catalogue.look(broker, 0.1))
+    told = asyncio.create_task(_again(tell, asking))
+    known = await asking
+    await told
+    assert [(pool.name, each.state) for pool, each in known.pooled("a")] == [("p", "hot")]
+
+
+async def _again(tell: Callable[[], Awaitable[None]], asking: asyncio.Task[Catalogue]) -> None:
+    """As pools do."""
+    while not asking.done():
+        await tell()
+        await asyncio.wait({asking}, timeout=0.01)
