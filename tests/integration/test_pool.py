@@ -20,6 +20,7 @@ from broker.messages import Answer, Command, Instance, PoolBeat, ServiceClass
 from tests.integration.fleet import Fleet, Part
 from tests.integration.reading import connected
 from tests.integration.serving import answer, ready
+from tests.integration.test_catalogue import done
 from tests.waiting import until
 
 CHAT = "/v1/chat/completions"
@@ -126,6 +127,12 @@ async def test_a_cold_base_is_known_and_its_first_request_starts_it(stage: Stage
 
     await until(known)
     assert (await stage.becomes("a", "cold")).memory == 0
+    listing = await done(stage.fleet.nats.url, "models", "list")
+    assert [line.endswith("0 workers, cold in a pool") for line in listing.splitlines()] == [
+        False,
+        True,
+        True,
+    ]
     await stage.ask("a", "first")
     hot = await stage.becomes("a", "hot")
     assert hot.memory == 10
