@@ -144,12 +144,26 @@ class Placing:
                 self._leave(worker)
             else:
                 self._orders.heard(beat, now)
-        for base_model in self._bases():
-            await self._plan(base_model, now)
-        for base_model in self._plans.keys() - self._bases():
-            del self._plans[base_model]
-            await self._placements.remove(base_model)
-        self._new = False
+        bases, failed = self._bases(), False
+        for base_model in sorted(bases):
+            try:
+                await self._plan(base_model, now)
+            except errors.Unavailable:
+                raise  # the others fare no better
+            except Exception:
+                failed = True
+                _log.exception("no plan of %.200s; the other bases' stand", base_model)
+        for base_model in self._plans.keys() - bases:
+            await self._forget(base_model)
+        self._new = self._new and failed
+
+    async def _forget(self, base_model: str) -> None:
+        """Nobody serves it, and nothing is for it."""
+        del self._plans[base_model]
+        self._targets.pop(base_model, None)
+        self._saturation.pop(base_model, None)
+        metrics.forget_plan(base_model)
+        await self._placements.remove(base_model)
 
     async def _counts(self) -> Counter[tuple[str, str]]:
         """Requests in the queue, running ones included, by base and model."""
@@ -170,7 +184,8 @@ class Placing:
         direct publisher's typos are."""
         served = {beat.base for _, beat in self._beats.values()}
         remembered = {entry.card.base for entry in self._models.entries.values()}
-        return served | remembered | {e.base for e in self._entries.entries.values() if e.kind == "adapter"}
+        adapted = {e.base for e in self._entries.entries.values() if e.kind == "adapter"}
+        return {name for name in served | remembered | adapted if subjects.fits(name)}
 
     async def _plan(self, base_model: str, now: float) -> None:
         beats = [beat for _, beat in self._beats.values() if beat.base == base_model]
