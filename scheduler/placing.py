@@ -232,6 +232,7 @@ class Placing:
             [beat.credit for beat in serving],
             self._demand.present(base_model),
             self._demand.tokens(base_model),
+            [sum(each.waiting for each in beat.adapters) for beat in serving],
         )
         saturation = self._saturation[base_model]
         saturation.sample(load)
