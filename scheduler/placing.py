@@ -60,6 +60,7 @@ class Placing:
         self._targets: dict[str, autoscale.Target] = {}
         self._saturation: defaultdict[str, autoscale.Saturation] = defaultdict(autoscale.Saturation)
         self._wants: set[tuple[str, str]] = set()
+        self._nowhere: dict[str, set[str]] = {}  # asked for, and without a place in the last plan; by base
         self._wake = asyncio.Event()
         self._led = False  # in the last round
         self._new = False  # it leads, and has not written every plan yet: each is to bear its name
@@ -105,7 +106,8 @@ class Placing:
         plan = self._plans.get(base_model)
         if self._entries.adapter(model) is not None and not (plan and plan.workers(model)):
             self._wants.add((base_model, model))
-            self._wake.set()
+            if model not in self._nowhere.get(base_model, ()):
+                self._wake.set()  # else the last plan had no place for it, and the next one is soon enough
 
     # The rounds
 
@@ -162,6 +164,7 @@ class Placing:
         del self._plans[base_model]
         self._targets.pop(base_model, None)
         self._saturation.pop(base_model, None)
+        self._nowhere.pop(base_model, None)
         metrics.forget_plan(base_model)
         await self._placements.remove(base_model)
 
@@ -194,7 +197,10 @@ class Placing:
         snapshot = self._snapshot(base_model, serving, now)
         previous = self._plans.get(base_model)
         with metrics.PLAN_SECONDS.time():
-            placed = planner.plan(snapshot, demand, previous, replies.now_ms(), self._config)
+            # In a thread: the lease is renewed and lost workers are noticed meanwhile.
+            placed = await asyncio.to_thread(
+                planner.plan, snapshot, demand, previous, replies.now_ms(), self._config
+            )
         target = self._target(base_model, serving, now)
         placed = placed.model_copy(update={"replicas": target.replicas, "reason": target.reason})
         if self._new or placed != previous:
@@ -202,6 +208,11 @@ class Placing:
             await self._placements.put(placed)
             self._tell(previous, placed)
         self._plans[base_model] = placed
+        self._nowhere[base_model] = {
+            each.model
+            for each in placed.assignments
+            if not each.workers and each.model in demand and demand[each.model].asked
+        }
         metrics.observe_plan(placed, demand)
         known = {adapter.model: adapter.current for adapter in snapshot.adapters.values()}
         for order in self._orders.due(placed, serving, demand, known, now):

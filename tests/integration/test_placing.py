@@ -194,6 +194,32 @@ async def test_a_want_has_it_placed_before_the_next_plan_is_due(
         assert held(placed, "ada@1") == ("w1",)
 
 
+async def test_a_want_that_finds_no_place_does_not_have_the_plan_made_over_and_over(
+    nats_server: NatsServer, broker: base.Broker
+) -> None:
+    async with puppet(broker, "w1") as one, plans(broker) as placed, planning(nats_server, plan_interval=600):
+        await declare(broker, "ada", 8)
+        await declare(broker, "tall", 64)
+
+        async def planned(model: str) -> bool:
+            await broker.publish(subjects.want("sim", model))
+            plan = placed.bases.get("sim")
+            return plan is not None and any(each.model == model for each in plan.assignments)
+
+        await until(lambda: planned("tall@1"))
+        made = metric("headrace_plan_seconds_count")
+        asked = iter(range(50))
+
+        async def often() -> bool:
+            await broker.publish(subjects.want("sim", "tall@1"))
+            return next(asked, None) is None
+
+        await until(often)
+        assert metric("headrace_plan_seconds_count") <= made + 1
+        await until(lambda: planned("ada@1"))
+        await until(lambda: one.ready == {"ada@1"})
+
+
 async def test_min_replicas_follow_the_catalogue_and_the_fleet(
     nats_server: NatsServer, broker: base.Broker
 ) -> None:
