@@ -275,6 +275,9 @@ class Heartbeat(_Wire):
     adapters: tuple[AdapterState, ...] = ()
     slots: int = Field(0, description="adapters that may run at once; 0 = it serves none")
     max_rank: int = Field(0, description="largest rank of an adapter that it takes")
+    adapters_in_memory: int = Field(
+        0, description="adapters that may be loaded at once; 0 = it does not say, and `slots` are"
+    )
 
 
 class Command(_Wire):

@@ -116,6 +116,7 @@ class Placing:
         await asyncio.sleep(_LISTEN * self._config.lost_after)
         while True:
             self._wake.clear()
+            self._expire(time.monotonic())
             if self._leader.leads:
                 try:
                     await self._round(time.monotonic())
@@ -133,19 +134,23 @@ class Placing:
             except TimeoutError:
                 continue
 
+    def _expire(self, now: float) -> None:
+        """On a standby too: a fleet's workers come and go under ever new names."""
+        for worker, (seen, _) in list(self._beats.items()):
+            if now - seen > self._config.gone_after:
+                self._leave(worker)
+
     async def _round(self, now: float) -> None:
         if not self._led:
             self._led = self._new = True
             self._plans = dict(self._placements.bases)
             # What an earlier run asked for, or was asked, says nothing of now.
             self._targets.clear()
+            self._saturation.clear()
             self._demand = Demand(self._config.demand_window)
         self._demand.sample(await self._counts(), now)
-        for worker, (seen, beat) in list(self._beats.items()):
-            if now - seen > self._config.gone_after:
-                self._leave(worker)
-            else:
-                self._orders.heard(beat, now)
+        for _, beat in list(self._beats.values()):
+            self._orders.heard(beat, now)
         bases, failed = self._bases(), False
         for base_model in sorted(bases):
             try:

@@ -303,6 +303,18 @@ async def test_the_next_leader_goes_on_with_the_plan(nats_server: NatsServer, br
             assert len(one.told + two.told) == 1
 
 
+async def test_a_standby_keeps_no_worker_that_fell_silent(
+    nats_server: NatsServer, broker: base.Broker
+) -> None:
+    async with planning(nats_server), planning(nats_server, "s2") as standby, puppet(broker, "w1") as one:
+        beat = json.loads(await until(lambda: one.told_last)) | {"worker": "silent"}
+        await broker.publish(subjects.heartbeat("silent"), json.dumps(beat).encode())
+        await until(lambda: "silent" in standby._placing._beats)
+        await until(lambda: "silent" not in standby._placing._beats)
+        assert not standby.leads
+        assert "w1" in standby._placing._beats
+
+
 async def test_the_wanted_workers_rise_with_the_queue_and_sink_again(
     nats_server: NatsServer, broker: base.Broker
 ) -> None:
