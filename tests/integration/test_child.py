@@ -45,6 +45,25 @@ async def test_one_that_never_gets_ready_is_given_up_with_the_end_of_its_log(tmp
             await child.keep_alive()
 
 
+async def test_one_that_is_stopped_while_it_starts_has_its_grace_and_no_more(tmp_path: Path) -> None:
+    """The stop finds no process yet. This one ignores SIGTERM, as its parent does."""
+    child = sim(tmp_path / "log")
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        keeper = asyncio.create_task(child.keep_alive())
+        async with asyncio.timeout(60):
+            while not child.log.exists():  # noqa: ASYNC110  # a step of the loop, and no later
+                await asyncio.sleep(0)
+            early = child.pid
+            await child.stop(grace=0.1)
+            await keeper
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert early is None
+    assert child.pid is not None
+    assert not psutil.pid_exists(child.pid)
+
+
 async def test_leaves_no_process_when_cancelled(tmp_path: Path) -> None:
     child = sim(tmp_path / "log")
     keeper = asyncio.create_task(child.keep_alive())
