@@ -45,8 +45,11 @@ async def test_one_that_never_gets_ready_is_given_up_with_the_end_of_its_log(tmp
             await child.keep_alive()
 
 
-async def test_one_that_is_stopped_while_it_starts_has_its_grace_and_no_more(tmp_path: Path) -> None:
+async def test_one_that_is_stopped_while_it_starts_has_its_grace_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The stop finds no process yet. This one ignores SIGTERM, as its parent does."""
+    monkeypatch.setattr("ops.child.PROGRAM", ("-c", "import time; time.sleep(600)"))
     child = sim(tmp_path / "log")
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
