@@ -370,12 +370,19 @@ async def test_a_base_that_can_not_be_planned_leaves_the_others_their_plans(
     nats_server: NatsServer, broker: base.Broker
 ) -> None:
     async with planning(nats_server), puppet(broker, "w1") as one, plans(broker):
-        beat = json.loads(await until(lambda: one.told_last)) | {"worker": "w2", "base": "absurd"}
+        beat = json.loads(await until(lambda: one.told_last))
         beat["credit"]["kv_tokens_total"] = 10**400  # no float holds it
-        await broker.publish(subjects.heartbeat("w2"), json.dumps(beat).encode())
+
+        async def absurd() -> bool:
+            for base_model in ("a", "b", "c", "d"):
+                told = beat | {"worker": base_model, "base": base_model}
+                await broker.publish(subjects.heartbeat(base_model), json.dumps(told).encode())
+            return one.ready == {"ada@1"}
+
+        await absurd()
         await declare(broker, "ada", 8)
         await queue(broker, "ada@1")
-        await until(lambda: one.ready == {"ada@1"})
+        await until(absurd)
 
 
 async def test_a_base_that_is_gone_leaves_no_figures(nats_server: NatsServer, broker: base.Broker) -> None:
