@@ -23,6 +23,10 @@ IDLE = 2.0
 """Seconds without a request after which an adapter makes room for one that is only expected."""
 
 
+_MAX_TOLD = 500
+"""Characters of why one failed: it goes into every heartbeat, and may quote what others wrote."""
+
+
 class Loading:
     """Owned by the worker's event loop. No two steps of one adapter run at once: `adapters` sees to that.
 
@@ -87,6 +91,8 @@ class Loading:
         except (errors.Unavailable, OSError, disk.Full) as exc:
             # Not the adapter's fault: another worker may have what this one lacks.
             raise Refused(f"the adapter {adapter.model!r} can't be fetched now: {exc}") from exc
+        except Exception as exc:
+            raise self._broke(adapter, exc) from exc
         finally:
             if adapter.state == "fetching":
                 adapter.state = "absent"
@@ -150,16 +156,24 @@ class Loading:
             version = self.version(adapter.model)
             if version is None:
                 raise errors.UnknownModel(f"the adapter {adapter.model!r} has been removed")
-            adapter.state = "loading"
             try:
                 path = self._disk().path(adapter.key)
+            except (OSError, KeyError) as exc:
+                _log.warning("an adapter's files are gone: %s", exc, extra={"model": adapter.model})
+                self._disk().remove(adapter.key)
+                adapter.state = "absent"  # whoever waits for it has it fetched anew
+                return
+            adapter.state = "loading"
+            try:
                 with metrics.ADAPTER_SECONDS.labels("load").time():
                     await self._engine.load_adapter(adapter.model, path, version.rank)
             except errors.AdapterFailed as exc:
                 raise self._failed(adapter, exc) from exc
-            except BaseException:
+            except (errors.HeadraceError, asyncio.CancelledError):
                 adapter.state = "on_disk"
                 raise
+            except Exception as exc:
+                raise self._broke(adapter, exc) from exc
             adapter.fault, adapter.failures = None, 0
             adapter.used = asyncio.get_running_loop().time()
             metrics.ADAPTER_LOADS.labels("loaded").inc()
@@ -203,19 +217,25 @@ class Loading:
         ]
         return min(idle, key=lambda adapter: (adapter.waiting > 0, adapter.used), default=None)
 
+    def _broke(self, adapter: Adapter, exc: Exception) -> errors.AdapterFailed:
+        """What nobody foresaw: one adapter's end, not that of the requests which wait for it."""
+        _log.error("an adapter broke the worker's own code", exc_info=exc, extra={"model": adapter.model})
+        return self._failed(adapter, errors.AdapterFailed(f"{type(exc).__name__}: {exc}"))
+
     def _failed(self, adapter: Adapter, exc: errors.AdapterFailed) -> errors.AdapterFailed:
         pause = min(FIRST * 2**adapter.failures, MOST)
         adapter.failures += 1
         adapter.retry_at = asyncio.get_running_loop().time() + pause
+        message = exc.message if len(exc.message) <= _MAX_TOLD else f"{exc.message[:_MAX_TOLD]}…"
         adapter.fault = fault = errors.AdapterFailed(
-            f"the adapter {adapter.model!r} can't be served: {exc.message}"
+            f"the adapter {adapter.model!r} can't be served: {message}"
         )
-        if self._opened is not None and adapter.state == "loading":
+        loaded, adapter.state = adapter.state == "loading", "failed"
+        if self._opened is not None and loaded:
             self._opened.remove(adapter.key)  # fetched anew at the next try
             self._checked.discard(adapter.key)
         metrics.ADAPTER_LOADS.labels("failed").inc()
-        _log.error("an adapter failed: %s", exc.message, extra={"model": adapter.model})
-        adapter.state = "failed"
+        _log.error("an adapter failed: %s", message, extra={"model": adapter.model})
         return fault
 
     def _disk(self) -> disk.Disk:

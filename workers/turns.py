@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from workers import metrics
 from workers.adapters import Adapters
 from workers.job import HandBack, Job
 from workers.slots import Slots
+
+_log = logging.getLogger(__name__)
 
 
 async def before_stop(job: Job, wanted: asyncio.Future[Any], what: str) -> bool:
@@ -65,9 +68,11 @@ class Turns:
             entering = asyncio.create_task(self._enter(model))
             if await before_stop(job, entering, "for its adapter"):
                 had = not (failed := entering.exception())
-                if failed is not None and not isinstance(failed, errors.HeadraceError):
-                    raise failed
-                fault = failed
+                if failed is None or isinstance(failed, errors.HeadraceError):
+                    fault = failed
+                else:
+                    _log.error("a request's adapter could not be had", exc_info=failed, extra=job.log_extra())
+                    fault = errors.EngineFailed(f"the worker failed on its adapter: {type(failed).__name__}")
             elif not job.stopped.is_set():
                 fault = HandBack("drained")  # the adapters were closed under it
         finally:

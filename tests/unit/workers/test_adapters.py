@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -301,6 +302,67 @@ async def test_what_lies_on_disk_is_not_fetched_again(
     await artifacts.remove(caller.broker, version.files)
     async with engine() as made, serving(broker, made, adapter_cache=str(tmp_path)):
         await (await caller.submit(3, model="ada@1")).finishes()
+
+
+async def test_files_that_somebody_removed_meanwhile_are_fetched_anew(
+    broker: MemoryBroker, caller: Caller, tmp_path: Path
+) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "eve")
+    config = FAST.model_copy(update={"adapter_slots": 1, "adapters_in_memory": 1})
+    async with engine(config) as made, serving(broker, made, adapter_cache=str(tmp_path)):
+        await (await caller.submit(3, model="ada@1")).finishes()
+        await (await caller.submit(3, model="eve@1")).finishes()
+        for weights in stored(tmp_path):
+            shutil.rmtree(weights.parent)
+        await (await caller.submit(3, model="ada@1")).finishes()
+        assert len(stored(tmp_path)) == 1
+
+
+async def test_files_that_went_while_the_engine_refused_them_leave_the_worker_in_order(
+    broker: MemoryBroker, caller: Caller, tmp_path: Path
+) -> None:
+    await push(caller.broker, "bad", no_json(files()))
+    async with engine() as made, serving(broker, made, adapter_cache=str(tmp_path)):
+        made.gate.clear()
+        call = await caller.submit(3, model="bad@1")
+        await until(lambda: made.calls)
+        shutil.rmtree(stored(tmp_path)[0].parent)
+        made.gate.set()
+        await call.fails("adapter_failed")
+        await (await caller.submit(3)).finishes()
+
+
+@pytest.mark.parametrize("where", ["broker.artifacts.fetch", "workers.engines.sim.SimEngine.load_adapter"])
+async def test_what_nobody_foresaw_fails_the_adapter_alone(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    await push(caller.broker, "ada")
+
+    async def breaks(*_: object) -> None:
+        raise ZeroDivisionError("x" * 100_000)
+
+    async with engine() as made, serving(broker, made):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, breaks)
+            frame = await (await caller.submit(3, model="ada@1")).fails("adapter_failed")
+            assert b"ZeroDivisionError" in frame.payload
+            assert len(frame.payload) < 1000
+        await (await caller.submit(3)).finishes()
+
+
+async def test_a_fault_of_the_worker_s_own_answers_the_request(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await push(caller.broker, "ada")
+
+    async def breaks(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("workers.adapters.Adapters.hold", breaks)
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3, model="ada@1")).fails("engine_failed")
+        await (await caller.submit(3)).finishes()
 
 
 async def test_no_store_is_no_fault_of_the_adapter(
