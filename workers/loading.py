@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from broker import artifacts, base, entries, errors
 from workers import disk, metrics
@@ -22,6 +23,9 @@ FIRST, MOST = 2.0, 60.0
 IDLE = 2.0
 """Seconds without a request after which an adapter makes room for one that is only expected."""
 
+
+_FETCHES = 2
+"""Versions that are fetched at once: more would come no sooner, each later."""
 
 _MAX_TOLD = 500
 """Characters of why one failed: it goes into every heartbeat, and may quote what others wrote."""
@@ -52,6 +56,7 @@ class Loading:
         self._opened: disk.Disk | None = None
         self._checked: set[str] = set()  # keys whose files were written or verified in this life
         self._turn = asyncio.Lock()
+        self._fetches = asyncio.Semaphore(_FETCHES)
 
     async def pause(self) -> None:
         """Have the engine neither load nor unload anything until `resume`; what is under way ends first."""
@@ -102,7 +107,7 @@ class Loading:
         if reason := self.refusal(adapter.model):
             raise errors.AdapterFailed(reason)
         cache = self._disk()
-        adapter.key, adapter.size = key_of(adapter.model, version), sum(file.size for file in version.files)
+        adapter.key, adapter.size = key_of(adapter.model, version), artifacts.size(version)
         if adapter.key in cache and adapter.key not in self._checked:
             files = {file.name: (file.size, file.digest) for file in version.files}
             if not await disk.verify(cache.path(adapter.key), files, artifacts.digest):
@@ -124,9 +129,7 @@ class Loading:
                 if other.running or other.state in ("fetching", "loading", "ready", "draining")
             }
             try:
-                await cache.add(
-                    adapter.key, adapter.size, lambda into: artifacts.fetch(self._broker, version, into), kept
-                )
+                await cache.add(adapter.key, adapter.size, lambda into: self._write(version, into), kept)
                 return
             except disk.Full:
                 async with self._turn:
@@ -134,6 +137,10 @@ class Loading:
                     if idle is None:
                         raise
                     await self._evict(idle)
+
+    async def _write(self, version: entries.Version, into: Path) -> None:
+        async with self._fetches:
+            await artifacts.fetch(self._broker, version, into)
 
     def _gone(self, key: str) -> None:
         """Its files had to make room for others."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -349,6 +351,47 @@ async def test_what_nobody_foresaw_fails_the_adapter_alone(
             assert b"ZeroDivisionError" in frame.payload
             assert len(frame.payload) < 1000
         await (await caller.submit(3)).finishes()
+
+
+async def test_no_more_than_two_are_fetched_at_once(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        await push(caller.broker, f"a{number}")
+    fetch, under_way, most = artifacts.fetch, 0, 0
+
+    async def counted(*args: Any) -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await fetch(*args)
+        under_way -= 1
+
+    monkeypatch.setattr(artifacts, "fetch", counted)
+    async with engine() as made, serving(broker, made):
+        calls = [await caller.submit(3, model=f"a{number}@1") for number in range(5)]
+        for call in calls:
+            await call.finishes()
+    assert most == 2
+
+
+async def test_a_full_disk_sends_requests_to_another_worker(
+    broker: MemoryBroker, caller: Caller, beats: Beats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await push(caller.broker, "ada")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with engine() as made, serving(broker, made):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", full)
+            before = metric("headrace_returned_total", reason="handed_back")
+            frame = await (await caller.submit(3, model="ada@1")).fails("unavailable")
+            assert b"No space left" in frame.payload
+            assert metric("headrace_returned_total", reason="handed_back") == before + 3
+        assert "ada@1" not in beats.states()  # not failed
+        await (await caller.submit(3, model="ada@1")).finishes()
 
 
 async def test_a_fault_of_the_worker_s_own_answers_the_request(
