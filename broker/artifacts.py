@@ -70,7 +70,7 @@ async def put(broker: base.Broker, name: str, files: Mapping[str, bytes]) -> tup
 
 
 def size(version: Version) -> int:
-    """Bytes of its files, as the catalogue has them. Raises errors.AdapterFailed where no adapter has so many."""
+    """Bytes of its files, as the catalogue has them. Raises errors.AdapterFailed where they can't be so many."""
     sizes = [file.size for file in version.files]
     if any(size < 0 for size in sizes):
         raise errors.AdapterFailed("the catalogue names a file of fewer than 0 bytes")
@@ -116,7 +116,9 @@ async def _write(broker: base.Broker, file: File, path: Path) -> None:
             async for part in objects.parts(broker, subjects.ARTIFACTS, file.object, file.size):
                 await asyncio.to_thread(keep, part)
         except objects.Missing as exc:
-            raise errors.AdapterFailed(f"{file.name} is missing or damaged in the store: {exc!s:.200}") from exc
+            raise errors.AdapterFailed(
+                f"{file.name} is missing or damaged in the store: {exc!s:.200}"
+            ) from exc
         except errors.TooLarge as exc:
             raise errors.AdapterFailed(f"{file.name} is another than was pushed: {exc.message:.200}") from exc
         length = out.tell()

@@ -87,6 +87,9 @@ class Loading:
         version = self.version(adapter.model)
         if version is None:
             raise errors.UnknownModel(f"the adapter {adapter.model!r} has been removed")
+        if reason := self.refusal(adapter.model):
+            # Nothing of it has failed: its state stays what it was, or who plans would give it up everywhere.
+            raise errors.AdapterFailed(f"the adapter {adapter.model!r} can't be served: {reason}")
         adapter.state = "fetching"
         try:
             with metrics.ADAPTER_SECONDS.labels("fetch").time():
@@ -104,8 +107,6 @@ class Loading:
 
     async def _bring(self, adapter: Adapter, version: entries.Version) -> None:
         """Its files onto the disk, where they are not there, whole."""
-        if reason := self.refusal(adapter.model):
-            raise errors.AdapterFailed(reason)
         cache = self._disk()
         adapter.key, adapter.size = key_of(adapter.model, version), artifacts.size(version)
         if adapter.key in cache and adapter.key not in self._checked:

@@ -20,7 +20,7 @@ from broker.messages import AdapterState, Answer, Command, FrameKind, Heartbeat
 from tests import asgi
 from tests.pushing import drop, files, push
 from tests.waiting import until
-from tests.workbench import FAST, Caller, calling, idle, metric, serving, soon
+from tests.workbench import FAST, LIMIT, Caller, calling, idle, metric, serving, soon
 from workers import loading
 from workers.config import SimConfig
 from workers.engines import sim
@@ -500,7 +500,7 @@ async def test_requests_that_wait_are_handed_back_at_once_on_a_drain(
         assert (await told(caller.broker, "drain")).ok
         async with serving(broker, second, "w2"):
             await call.finishes()
-            assert call.frames[0].extra["worker"] == "w2"
+            assert (await call.reach(FrameKind.HEAD)).extra["worker"] == "w2"
 
 
 # Commands, wants and placement
@@ -590,12 +590,39 @@ async def test_a_request_goes_to_the_worker_that_shall_have_its_adapter(
             # Nobody else is there: after two tries it is served where it is.
             call = await caller.submit(3, model="ada@1")
             await call.finishes()
-            assert {frame.epoch for frame in call.frames} == {3}
+            assert call.frames[-1].epoch == 3
             assert first.calls == ["load ada@1"]
         async with serving(broker, second, "w2"):
             call = await caller.submit(3, model="ada@1")
             await call.finishes()
             assert second.calls == ["load ada@1"]
+
+
+async def test_what_was_only_passed_on_has_no_past_to_be_asked_for(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    await push(caller.broker, "ada")
+    plan = placement.Assignment(model="ada@1", workers=("w2",))
+    await placement.Placements(caller.broker).put(placement.Placement(base="sim", assignments=(plan,)))
+    asked: list[base.Message] = []
+    await broker.client().subscribe("again.>", asked.append)
+    async with engine() as made, serving(broker, made, "w1"):
+        call = await caller.submit(3, model="ada@1")
+        await call.finishes()
+        assert call.frames[-1].epoch == 3
+        assert not asked
+
+
+async def test_a_large_fleet_serves_a_request_where_it_is(broker: MemoryBroker, caller: Caller) -> None:
+    await push(caller.broker, "ada")
+    plan = placement.Assignment(model="ada@1", workers=("w2",))
+    await placement.Placements(caller.broker).put(
+        placement.Placement(base="sim", assignments=(plan,), replicas=10)
+    )
+    async with engine() as made, serving(broker, made, "w1"):
+        call = await caller.submit(3, model="ada@1")
+        await call.finishes()
+        assert {frame.epoch for frame in call.frames} == {1}
 
 
 async def test_a_request_that_is_quicker_than_the_catalogue_s_news_is_served(
@@ -643,6 +670,77 @@ async def test_what_one_worker_can_t_serve_goes_to_another_that_can(
         for _ in range(5):
             await (await caller.submit(3, model="ada@1")).finishes()
         assert not first.calls
+
+
+@pytest.mark.parametrize("lacks", [{"adapter_slots": 0}, {"max_rank": 4}])
+async def test_who_can_t_serve_refuses_nothing_while_another_can_and_is_busy(
+    broker: MemoryBroker, caller: Caller, beats: Beats, lacks: dict[str, int]
+) -> None:
+    await push(caller.broker, "ada")
+    one_at_a_time = SLOW.model_copy(update={"max_num_seqs": 1})
+    async with (
+        engine(FAST.model_copy(update=lacks)) as first,
+        engine(one_at_a_time) as second,
+        serving(broker, second, "w2"),
+    ):
+        busy = await caller.submit(40, model="ada@1")
+        await busy.reach(FrameKind.HEAD)
+        async with serving(broker, first, "w1"):
+            late = await caller.submit(3, model="ada@1", deadline_ms=soon(0.4))
+            waits = await caller.submit(3, model="ada@1")
+            await (await caller.submit(3)).finishes()
+            await late.fails("deadline_exceeded")
+            await waits.finishes()
+            assert not first.calls
+            assert beats.states() == {}
+        await busy.finishes()
+
+
+async def test_a_rank_that_only_this_worker_lacks_is_no_failure_of_the_adapter(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "wide", rank=128)
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3, model="wide@1")).fails("adapter_failed")
+        seq = beats.newest["w1"].seq
+        await until(lambda: beats.newest["w1"].seq > seq)
+        assert beats.states() == {}
+
+
+async def test_requests_that_wait_for_an_adapter_leave_the_engine_to_others(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "eve")
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3, model="eve@1")).finishes()
+        made.gate.clear()
+        calls = [await caller.submit(3, model="ada@1") for _ in range(20)]
+        await until(lambda: beats.states().get("ada@1") == "loading")
+        await (await caller.submit(3)).finishes()
+        await (await caller.submit(3, model="eve@1")).finishes()
+        assert beats.of("ada@1").waiting <= 4  # half of what the engine runs
+        await until(lambda: beats.newest["w1"].credit.slots_free == 8)
+        made.gate.set()
+        for call in calls:
+            await call.finishes()
+
+
+async def test_a_heartbeat_that_does_not_fit_is_no_end_of_the_worker(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = asyncio.Event()
+
+    def states(_: object) -> tuple[AdapterState, ...]:
+        tried.set()
+        return (AdapterState(model="ada@1", state="failed", reason="x" * 2**21),)
+
+    async with engine() as made, serving(broker, made) as it:
+        with monkeypatch.context() as patch:
+            patch.setattr("workers.control.Control.states", states)
+            await asyncio.wait_for(tried.wait(), LIMIT)
+            await (await caller.submit(3)).finishes()
+        assert not it.task.done()
 
 
 async def test_the_sim_engine_counts_what_it_skips() -> None:
