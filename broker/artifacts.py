@@ -70,7 +70,7 @@ async def put(broker: base.Broker, name: str, files: Mapping[str, bytes]) -> tup
 
 
 def size(version: Version) -> int:
-    """Bytes of its files, as the catalogue has them. Raises errors.AdapterFailed where they can't be so many."""
+    """Bytes of its files, as the catalogue has them. Raises errors.AdapterFailed where it can't be."""
     sizes = [file.size for file in version.files]
     if any(size < 0 for size in sizes):
         raise errors.AdapterFailed("the catalogue names a file of fewer than 0 bytes")

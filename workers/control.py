@@ -29,11 +29,10 @@ _SENT_ON = 2
 """Deliveries up to which a request goes back for a worker that shall have its adapter; then any loads it."""
 
 _FEW = 3
-"""Workers among which one that is handed back soon finds the one it shall go to; among more it seldom does."""
+"""Workers among which a request that is handed back soon finds the one it shall go to; seldom among more."""
 
 _SOON, _LATE = 0.05, 1.0
-"""Seconds for which a request goes back that another worker can serve and this one can't: at first, and at
-most."""
+"""Seconds for which a request goes back that another worker can serve: at first, and at most."""
 
 
 class Control:

@@ -69,6 +69,11 @@ class Loading:
         found = self.catalogue.adapter(model) if entries.split(model)[1] else None
         return found[1] if found is not None and found[0].base == self._engine.base else None
 
+    def stale(self, adapter: Adapter) -> bool:
+        """Whether its version has other files now: its entry was removed and made anew."""
+        version = self.version(adapter.model)
+        return version is not None and bool(adapter.key) and adapter.key != key_of(adapter.model, version)
+
     def refusal(self, model: str) -> str:
         """Why this worker can't serve `model`, as far as the catalogue tells; "" = it can."""
         version = self.version(model)
@@ -152,6 +157,7 @@ class Loading:
     async def load(self, adapter: Adapter, evict: bool = True) -> None:
         """On disk -> ready. Without `evict` only where there is room, or one rests that was long idle."""
         async with self._turn:
+            self.forget(adapter)
             if adapter.state != "on_disk":
                 return  # meanwhile it was loaded, or its files had to go
             while sum(each.state in LOADED for each in self.all.values()) >= self._engine.adapters_in_memory:
@@ -207,7 +213,11 @@ class Loading:
             self.forget(adapter)
 
     def forget(self, adapter: Adapter) -> None:
-        """Drop what is gone from the catalogue, once it rests."""
+        """Drop what is gone from the catalogue, and files that are another version's, once they rest."""
+        if adapter.state == "on_disk" and self.stale(adapter):
+            self._disk().remove(adapter.key)
+            self._checked.discard(adapter.key)
+            adapter.state, adapter.key = "absent", ""
         if self.version(adapter.model) is None and adapter.state in ("absent", "on_disk", "failed"):
             if self._opened is not None and adapter.work is None:
                 self._opened.remove(adapter.key)

@@ -15,6 +15,7 @@ import pytest
 
 from broker import artifacts, base, errors, objects, placement, subjects
 from broker.config import BrokerConfig
+from broker.entries import ModelEntry
 from broker.memory import MemoryBroker
 from broker.messages import AdapterState, Answer, Command, FrameKind, Heartbeat
 from tests import asgi
@@ -22,6 +23,7 @@ from tests.pushing import drop, files, push
 from tests.waiting import until
 from tests.workbench import FAST, LIMIT, Caller, calling, idle, metric, serving, soon
 from workers import loading
+from workers.adapters import Adapters
 from workers.config import SimConfig
 from workers.engines import sim
 from workers.engines.sim import SimEngine
@@ -48,12 +50,14 @@ class Watched(SimEngine):
     def __init__(self, config: SimConfig) -> None:
         super().__init__(config)
         self.calls: list[str] = []
+        self.paths: list[Path] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.most_skipped = 0
 
     async def load_adapter(self, model: str, path: Path, rank: int) -> None:
         self.calls.append(f"load {model}")
+        self.paths.append(path)
         await self.gate.wait()
         await super().load_adapter(model, path, rank)
 
@@ -576,6 +580,55 @@ async def test_what_is_only_wanted_pushes_nothing_out_that_was_just_used(
         await until(lambda: beats.states() == {"ada@1": "ready", "eve@1": "on_disk"})
         assert (await told(caller.broker, "load", "eve@1")).ok  # a command does
         await until(lambda: beats.states() == {"ada@1": "on_disk", "eve@1": "ready"})
+
+
+async def test_a_load_that_finds_no_room_is_done_once_there_is(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "eve")
+    config = SLOW.model_copy(update={"adapter_slots": 1, "adapters_in_memory": 1})
+    async with engine(config) as made, serving(broker, made):
+        call = await caller.submit(20, model="ada@1")
+        await call.reach(FrameKind.HEAD)
+        assert (await told(caller.broker, "load", "eve@1")).ok
+        await until(lambda: beats.states() == {"ada@1": "ready", "eve@1": "on_disk"})
+        await call.finishes()
+        await until(lambda: beats.states() == {"ada@1": "on_disk", "eve@1": "ready"})
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_version_whose_entry_was_made_anew_is_loaded_anew(
+    broker: MemoryBroker, caller: Caller, busy: bool
+) -> None:
+    await push(caller.broker, "ada")
+    other = await push(caller.broker, "eve", files(seed=5))
+    async with engine(SLOW) as made, serving(broker, made):
+        call = await caller.submit(20 if busy else 2, model="ada@1")
+        await (call.reach(FrameKind.HEAD) if busy else call.finishes())
+        anew = ModelEntry(name="ada", kind="adapter", base="sim", current=1, versions=(other,))
+        await caller.broker.put(subjects.KV_CATALOGUE, "ada", anew.model_dump_json().encode())
+        await (await caller.submit(2, model="ada@1")).finishes()
+        await call.finishes()
+        assert made.calls == ["load ada@1", "unload ada@1", "load ada@1"]
+        assert made.paths[0] != made.paths[1]
+
+
+async def test_a_want_that_comes_as_the_worker_ends_begins_nothing(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await push(caller.broker, "ada")
+    close = Adapters.close
+
+    async def late(adapters: Adapters) -> None:
+        await close(adapters)
+        await caller.broker.publish(subjects.want("sim", "ada@1"))
+        await adapters._broker.sync()
+        assert not adapters.loading.all
+
+    monkeypatch.setattr(Adapters, "close", late)
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3)).finishes()
 
 
 async def test_a_request_goes_to_the_worker_that_shall_have_its_adapter(
