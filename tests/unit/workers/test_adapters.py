@@ -618,17 +618,18 @@ async def test_a_want_that_comes_as_the_worker_ends_begins_nothing(
     broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await push(caller.broker, "ada")
-    close = Adapters.close
+    close, heard = Adapters.close, asyncio.Event()
 
     async def late(adapters: Adapters) -> None:
         await close(adapters)
         await caller.broker.publish(subjects.want("sim", "ada@1"))
-        await adapters._broker.sync()
+        await asyncio.wait_for(heard.wait(), LIMIT)
         assert not adapters.loading.all
 
     monkeypatch.setattr(Adapters, "close", late)
     async with engine() as made, serving(broker, made):
         await (await caller.submit(3)).finishes()
+        await caller.broker.subscribe(subjects.wants("sim"), lambda _: heard.set())  # after the worker
 
 
 async def test_a_request_goes_to_the_worker_that_shall_have_its_adapter(
