@@ -31,7 +31,7 @@ _SENT_ON = 2
 _FEW = 3
 """Workers among which a request that is handed back soon finds the one it shall go to; seldom among more."""
 
-_SOON, _LATE = 0.05, 1.0
+_SOON, _LATE = 0.05, 0.5
 """Seconds for which a request goes back that another worker can serve: at first, and at most."""
 
 
@@ -101,8 +101,8 @@ class Control:
         if self._engine.adapter_slots:
             await self._adapters.find(model)
         if not self._engine.adapter_slots or self._adapters.too_wide(model):
-            asked = asyncio.ensure_future(self._other_can(model))
-            able = await before_stop(job, asked, "for a worker that serves its adapter") and asked.result()
+            # At first it isn't asked who can: to hear that takes longer than to find out.
+            able = attempt <= _SENT_ON or await self._other_can(job)
             return min(_LATE, _SOON * 2 ** min(attempt - 1, 9)) if able else None
         if self._turns.full(model) and not self._adapters.here(model):
             return FULL
@@ -110,7 +110,12 @@ class Control:
             return 0.0
         return None
 
-    async def _other_can(self, model: str) -> bool:
+    async def _other_can(self, job: Job) -> bool:
+        """Whether another live worker can serve it; False too where it is stopped first."""
+        asked = asyncio.ensure_future(self._others_serve(job.request.subject.model))
+        return await before_stop(job, asked, "for a worker that serves its adapter") and asked.result()
+
+    async def _others_serve(self, model: str) -> bool:
         """Raises errors.Unavailable."""
         widest = await self._peers.max_rank()
         if not widest:
