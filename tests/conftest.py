@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import socketserver
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,13 @@ async def nats_url(anyio_backend: object, nats_server: NatsServer) -> str:
 def prompt_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     """A metrics server looks every 0.5 s whether to stop; the tests stop hundreds."""
     monkeypatch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.005,))
+
+
+@pytest.fixture(autouse=True)
+def broker_logs() -> Iterator[None]:
+    """A command that ran in the test's own process has had the broker's warnings held back."""
+    yield
+    logging.getLogger("broker").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

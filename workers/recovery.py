@@ -248,9 +248,11 @@ class Joint:
             tokens.clear()
             return b""
         body = self._skip(body)
-        if self._names is None and body:
-            self._names = renamed(self._past.body, self._again)
-        return _NAMED.sub(self._rename, body) if self._names else body
+        if self._names is not None or not body:
+            return self._renamed(body)
+        self._names = renamed(self._past.body, self._again or body)
+        body = self._renamed(body)
+        return body if self._again else self._unopened(body)
 
     @property
     def reached(self) -> bool:
@@ -280,6 +282,18 @@ class Joint:
             body = body[skipped:]
         self._again += whole[: len(whole) - len(body)]
         return body
+
+    def _unopened(self, body: bytes) -> bytes:
+        """Without the events that an answer begins with, where they come in one piece with a token of a
+        choice that had said nothing: which choice is the first to speak differs from run to run."""
+        for event in self._past.body.split(_END)[:-1]:
+            if not body.startswith(event + _END):
+                break
+            body = body[len(event + _END) :]
+        return body
+
+    def _renamed(self, body: bytes) -> bytes:
+        return _NAMED.sub(self._rename, body) if self._names else body
 
     def _rename(self, found: re.Match[bytes]) -> bytes:
         assert self._names is not None

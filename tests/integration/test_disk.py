@@ -26,6 +26,7 @@ CHAT = "/v1/chat/completions"
 SMALL = {
     "max_queued_bytes": 4 * 2**20,
     "payload_bytes": 2**20,
+    "artifact_bytes": 2**20,
     "usage_bytes": 2**20,
     "dead_bytes": 2**20,
 }

@@ -55,3 +55,20 @@ def test_without_its_first_frame_a_reply_is_lost() -> None:
 
 def test_an_answer_with_its_end_needs_nothing() -> None:
     assert recovery.past(attempt(1, [2, 2], ending=FrameKind.END)).ended
+
+
+def event(created: int, choice: int, text: str) -> bytes:
+    return b'data: {"id":"r1","created":%d,"index":%d,"text":"%s"}\n\n' % (created, choice, text.encode())
+
+
+def test_another_choice_may_speak_first_when_an_answer_goes_on() -> None:
+    """Its opening comes in one piece with a new token then, and is not said again."""
+    opening = [b"".join(event(created, choice, "") for choice in range(3)) for created in (7, 8)]
+    joint = recovery.Joint(recovery.Past(streamed=True, ids={0: [5]}, body=opening[0] + event(7, 0, "a")))
+    tokens = [(2, [9])]
+    assert joint.feed(opening[1] + event(8, 2, "c"), tokens) == event(7, 2, "c")
+    assert tokens == [(2, [9])]
+    known = [(0, [5])]
+    assert joint.feed(event(8, 0, "a"), known) == b""
+    assert (known, joint.reached) == ([], True)
+    assert joint.feed(event(8, 1, "b"), [(1, [6])]) == event(7, 1, "b")
