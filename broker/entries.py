@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from broker import base, errors, subjects
 from broker.messages import ServiceClass
@@ -19,6 +19,7 @@ from broker.messages import ServiceClass
 _log = logging.getLogger(__name__)
 
 Capability = Literal["chat", "completions", "tools", "json_schema", "vision", "embeddings", "reasoning"]
+_CAPABILITIES = get_args(Capability)
 Kind = Literal["base", "adapter", "alias", "router"]
 
 AUTO = "auto"
@@ -66,7 +67,7 @@ class Target(_Entry):
     """Where an alias leads, with what share of the requests."""
 
     model: str
-    weight: int = Field(1, ge=0)
+    weight: int = Field(1, ge=0, le=10**6)
 
 
 class ModelEntry(_Entry):
@@ -91,6 +92,14 @@ class ModelEntry(_Entry):
     min_replicas: int = Field(0, ge=0, description="workers that keep an adapter loaded, at least")
     source: str = ""
     updated_ms: int = 0
+
+    @field_validator("capabilities", mode="before")
+    @classmethod
+    def _known(cls, given: object) -> object:
+        """Those of a newer release say nothing here: the rest of the entry, its tenants above all, holds."""
+        if not isinstance(given, list | tuple):
+            return given
+        return [each for each in given if each in _CAPABILITIES or not isinstance(each, str)]
 
     def version(self, number: int) -> Version | None:
         return next((version for version in self.versions if version.number == number), None)
@@ -119,6 +128,7 @@ class Entries:
     def __init__(self, broker: base.Broker) -> None:
         self._broker = broker
         self.entries: dict[str, ModelEntry] = {}
+        self.unreadable: set[str] = set()  # by _changed: names with an entry of which nothing is known
         self.on_change: Callable[[str], None] = lambda name: None
 
     async def watch(self) -> base.Subscription:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Self
 
 from pydantic import ValidationError
@@ -126,6 +126,11 @@ class Catalogue:
             return live
         entry = self._registry.entries.get(model)
         return None if entry is None else entry.card
+
+    @property
+    def unreadable(self) -> Collection[str]:
+        """Names of which something is declared that can't be read."""
+        return self.entries.unreadable
 
     @property
     def declared(self) -> Mapping[str, ModelEntry]:

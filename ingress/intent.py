@@ -145,13 +145,13 @@ class Router:
         scores = self.scores(text)
         order = sorted(range(len(routes)), key=lambda index: -scores[index])
         lead = _lead(scores, order)
-        first = routes[order[0]].name
         found = [
             (routes[index].model, f"{name}: route {routes[index].name}, score {scores[index]:.2f}")
             for index in order
         ]
         if lead < self.learned.margin:
-            reason = f"{name}: default, {first} leads by {lead:.2f} only, margin {self.learned.margin:.2f}"
+            # No name: the route's model may be another tenant's.
+            reason = f"{name}: default, the best leads by {lead:.2f} only, margin {self.learned.margin:.2f}"
             return [(self.learned.default, reason), *found]
         found[0] = (found[0][0], f"{found[0][1]}, ahead by {lead:.2f}")
         return [found[0], (self.learned.default, f"{name}: default"), *found[1:]]

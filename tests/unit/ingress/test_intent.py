@@ -68,7 +68,7 @@ def test_below_the_margin_the_default_serves(trained: routes_learn.Trained) -> N
     careful = Router(trained.learned.model_copy(update={"margin": 2.0}), trained.tables)
     model, reason = careful.ranked("Write a Python function", "auto")[0]
     assert model == "general"
-    assert reason.startswith("auto: default, code leads by ")
+    assert reason.startswith("auto: default, the best leads by ")
 
 
 def test_every_model_is_ranked_so_that_another_serves_where_the_first_can_not(
