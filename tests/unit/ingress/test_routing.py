@@ -290,7 +290,7 @@ class TestCapabilities:
         world = World([f"m{i:02}" for i in range(40)])
         for i in range(40):
             world.add(f"m{i:02}", capabilities=("chat", "tools") if i > 35 else ("chat",))
-        with pytest.raises(errors.Incapable, match="these have it: m36, m37, m38, m39$"):
+        with pytest.raises(errors.Incapable, match=r"these have it: m36, m37, m38, m39$"):
             ask(world, "m00", needs(**self.TOOLS))
         with pytest.raises(errors.UnknownModel) as caught:
             ask(world, "gone")
