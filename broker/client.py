@@ -635,7 +635,7 @@ class _Watch:
         self._bucket = bucket
         self._prefix = len(f"$KV.{bucket}.")
         self._handler = handler
-        self._heard: set[str] = set()  # subjects that changed while the state is read: it may be older
+        self._heard: set[str] = set()  # subjects that changed since we listen: the state read may be older
         self._again: asyncio.Task[None] | None = None
         self.subscription: base.Subscription | None = None
 
@@ -651,11 +651,11 @@ class _Watch:
     async def replay(self) -> None:
         """All there is; and once more, soon."""
         self.stop()
+        self._heard.clear()  # what changed while we were cut off was heard by nobody
         await self._read()
         self._again = asyncio.create_task(self._read_again())
 
     async def _read(self) -> None:
-        self._heard.clear()
         records = await self._broker.read(f"KV_{self._bucket}", f"$KV.{self._bucket}.>", limit=100_000)
         for record in records:
             if record.subject not in self._heard:

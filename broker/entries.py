@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from broker import base, errors, subjects
-from broker.messages import ServiceClass
+from broker.messages import Name, ServiceClass
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ AUTO = "auto"
 
 _VERSIONED = re.compile(r"(.+)@([1-9][0-9]{0,8})", re.DOTALL)
 _TRIES = 20
+
+_LONGEST = 255
+"""Characters of a file's name and of a digest: workers tell of them in their heartbeats."""
 
 
 class _Entry(BaseModel):
@@ -44,20 +47,20 @@ class Price(_Entry):
 class File(_Entry):
     """One file of an adapter. `digest` is `sha256:<hex>`; `object` its name in the store `artifacts`."""
 
-    name: str
-    size: int
-    digest: str
-    object: str
+    name: str = Field(max_length=_LONGEST)
+    size: int = Field(ge=0)
+    digest: str = Field(max_length=_LONGEST)
+    object: str = Field(max_length=1000)
 
 
 class Version(_Entry):
     """One pushed version of an adapter; it never changes. `digest` covers all files."""
 
     number: int = Field(ge=1)
-    digest: str
-    rank: int
+    digest: str = Field(max_length=_LONGEST)
+    rank: int = Field(ge=1)
     targets: tuple[str, ...] = Field((), description="modules that it changes")
-    size: int = Field(0, description="bytes of its files")
+    size: int = Field(0, ge=0, description="bytes of its files")
     files: tuple[File, ...] = ()
     pushed_ms: int = 0
     source: str = Field("", description="where it came from, as its pusher says")
@@ -66,7 +69,7 @@ class Version(_Entry):
 class Target(_Entry):
     """Where an alias leads, with what share of the requests."""
 
-    model: str
+    model: Name
     weight: int = Field(1, ge=0, le=10**6)
 
 
@@ -100,6 +103,13 @@ class ModelEntry(_Entry):
         if not isinstance(given, list | tuple):
             return given
         return [each for each in given if each in _CAPABILITIES or not isinstance(each, str)]
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        for name in filter(None, (self.name, self.base)):
+            if not subjects.fits(name):
+                raise ValueError(f"a name has at most {subjects.MAX_NAME} bytes, not {name!r:.80}")
+        return self
 
     def version(self, number: int) -> Version | None:
         return next((version for version in self.versions if version.number == number), None)
@@ -151,14 +161,21 @@ class Entries:
     def _changed(self, key: str, value: bytes | None) -> None:
         try:
             name = subjects.name(key)
-            entry = None if value is None else ModelEntry.model_validate_json(value)
+        except UnicodeDecodeError:
+            _log.warning("the catalogue's key %.200s is no name", key)
+            return
+        self.unreadable.discard(name)
+        try:
+            entry = None if value is None else _parsed(name, value)
             if entry is None or entry.vacant:
                 self.entries.pop(name, None)
             else:
                 self.entries[name] = entry
-        except (ValidationError, UnicodeDecodeError):
+        except errors.MalformedMessage as exc:
             # A newer release's, or made by hand: what was known of the name stays.
-            _log.warning("the catalogue's entry %s is unreadable", key)
+            if name not in self.entries:
+                self.unreadable.add(name)
+            _log.warning("the catalogue's entry %.200s is not taken over: %s", key, exc)
             return
         self.on_change(name)
 
@@ -210,9 +227,13 @@ async def change(
 
 
 def _parsed(name: str, data: bytes) -> ModelEntry:
+    """The key is the name, whatever the entry says: others would answer for it, and it for others."""
     try:
-        return ModelEntry.model_validate_json(data)
+        entry = ModelEntry.model_validate_json(data)
+        return (
+            entry if entry.name == name else ModelEntry.model_validate({**entry.model_dump(), "name": name})
+        )
     except ValidationError as exc:
         raise errors.MalformedMessage(
-            f"the catalogue's entry {name!r} is unreadable: {exc.errors()[0]['msg']}"
+            f"the catalogue's entry {name!r:.200} is unreadable: {exc.errors()[0]['msg']}"
         ) from exc

@@ -5,9 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from broker import errors, subjects
 
@@ -213,6 +213,16 @@ class _Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+def _fits(name: str) -> str:
+    if not subjects.fits(name):
+        raise ValueError(f"a name has 1 to {subjects.MAX_NAME} bytes, not {name!r:.80}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_fits)]
+"""What becomes a token of subjects."""
+
+
 class Credit(_Wire):
     """What a worker could take now."""
 
@@ -250,9 +260,9 @@ class AdapterState(_Wire):
 class Heartbeat(_Wire):
     """`fleet.<worker>`, every 100 ms and on change. `started_ms` tells two lives of one name apart."""
 
-    worker: str
+    worker: Name
     engine: str
-    base: str
+    base: Name
     models: tuple[ModelCard, ...]
     started_ms: int
     seq: int
@@ -265,6 +275,9 @@ class Heartbeat(_Wire):
     adapters: tuple[AdapterState, ...] = ()
     slots: int = Field(0, description="adapters that may run at once; 0 = it serves none")
     max_rank: int = Field(0, description="largest rank of an adapter that it takes")
+    adapters_in_memory: int = Field(
+        0, description="adapters that may be loaded at once; 0 = it does not say, and `slots` are"
+    )
 
 
 class Command(_Wire):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -37,7 +38,14 @@ class Placement(_Kept):
 
     def workers(self, model: str) -> tuple[str, ...] | None:
         """Who shall hold an adapter version; None = nothing is planned of it."""
-        return next((each.workers for each in self.assignments if each.model == model), None)
+        if self._by_model[0] is not self.assignments:
+            del self._by_model  # it came along with a copy
+        return self._by_model[1].get(model)
+
+    @functools.cached_property
+    def _by_model(self) -> tuple[tuple[Assignment, ...], dict[str, tuple[str, ...]]]:
+        """An index: workers ask for each request."""
+        return self.assignments, {each.model: each.workers for each in self.assignments}
 
 
 class Placements:

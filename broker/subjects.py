@@ -81,6 +81,9 @@ MAX = 3000
 """Bytes of a subject. The server closes a connection that sends it a line of more than 4,096, and a line
 holds a second subject for the answer."""
 
+MAX_NAME = 256
+"""Bytes of a model's, a tenant's or a worker's name: percent-encoded, three of them fit a subject."""
+
 ROLLUP = "Nats-Rollup"
 """Header by which a message takes the place of those before it under its subject; the value is `sub`."""
 
@@ -98,6 +101,11 @@ def token(name: str) -> str:
         raise ValueError("an empty name can't be a subject token")
     raw = name.encode("utf-8", "surrogatepass")
     return _UNSAFE.sub(lambda m: b"%%%02X" % m[0][0], raw).decode("ascii")
+
+
+def fits(name: str) -> bool:
+    """Whether a name may be one of a subject's tokens."""
+    return 0 < len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME
 
 
 def name(tok: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from broker import errors
+from broker import errors, subjects
 from broker.messages import ServiceClass
 from ingress import keys
 from ingress.config import IngressConfig
@@ -36,9 +36,7 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _LANGUAGE = re.compile(rb"[a-z]{2,3}(-[a-z0-9]{1,8})*")
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-_MAX_NAME = 256
-"""Bytes of a model's or a tenant's name: both go into subjects, percent-encoded, and a broker's line
-holds 4,096."""
+_MAX_NAME = subjects.MAX_NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,8 +113,8 @@ def _ways(entry: ModelEntry) -> set[str]:
 
 def check_name(name: str) -> None:
     """Whether a new entry may have it. Raises errors.InvalidRequest."""
-    if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME or not name.isprintable():
-        raise errors.InvalidRequest(f"a name has at most {_MAX_NAME} bytes, all printable, not {name!r:.80}")
+    if not 0 < len(name.encode("utf-8", "surrogatepass")) <= _MAX_NAME or not name.isprintable():
+        raise errors.InvalidRequest(f"a name has 1 to {_MAX_NAME} bytes, all printable, not {name!r:.80}")
     if entries.split(name)[1]:
         raise errors.InvalidRequest(f"{name!r} would be read as a version of {entries.split(name)[0]!r}")
 

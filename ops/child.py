@@ -58,6 +58,7 @@ class Child:
         self._on_ready = on_ready
         self._process: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
+        self._grace = 0.0  # seconds that `stop` gives it
 
     @property
     def pid(self) -> int | None:
@@ -91,6 +92,7 @@ class Child:
     async def stop(self, grace: float) -> None:
         """SIGTERM, then SIGKILL after `grace` seconds; it is not started again. Idempotent."""
         self._stop.set()
+        self._grace = grace
         if self._process is not None and self._process.returncode is None:
             status = await processes.end(self._process, grace)
             logger.info("%s ended", self.name, extra={"status": status})
@@ -113,9 +115,9 @@ class Child:
                 preexec_fn=processes.bound_to_me(),
             )
         reading = asyncio.create_task(self._read_ready(read))
-        if self._stop.is_set():  # meanwhile
-            self._process.terminate()
         try:
+            if self._stop.is_set():  # meanwhile
+                await processes.end(self._process, self._grace)
             return await self._process.wait()
         except BaseException:
             await processes.end(self._process, 0)

@@ -22,6 +22,10 @@ _KV_SHARE = 0.8
 _SMOOTHING = 0.2
 """Weight of the newest sample of what saturated workers hold."""
 
+_FORGETTING = 0.01
+"""Part of the way back to a worker's room that this mean goes with each sample without a queue: what made
+workers full with little may be over, and only more load shows whether it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
@@ -64,28 +68,35 @@ class Target:
     reason: str
 
 
-def load(credits: Sequence[Credit], present: int, tokens: float) -> Load:
+def load(credits: Sequence[Credit], present: int, tokens: float, parked: Sequence[int] = ()) -> Load:
     """What the heartbeats and the queue say.
 
     Args:
+        parked: requests of each worker that wait in it for an adapter; empty = of none any.
         present: requests that are queued or run.
         tokens: that one of them takes.
     """
-    running = sum(credit.running + credit.waiting for credit in credits)
+    parked = parked or [0] * len(credits)
+    running = sum(credit.running + credit.waiting for credit in credits) + sum(parked)
     in_tokens = all(credit.kv_tokens_total for credit in credits)
-    replicas = tuple(map(_in_tokens if in_tokens else _in_requests, credits))
+    replicas = tuple(map(_in_tokens if in_tokens else _in_requests, credits, parked))
     return Load(replicas, max(0, present - running), tokens if in_tokens else 1.0)
 
 
-def _in_tokens(credit: Credit) -> Replica:
+def _full(credit: Credit, parked: int) -> bool:
+    """Not while it takes no more because requests wait for adapters that load: its engine is at rest."""
+    return credit.requests == 0 and not (parked and credit.running + credit.waiting < credit.slots_total)
+
+
+def _in_tokens(credit: Credit, parked: int) -> Replica:
     # The credit's free tokens are those below the ceiling that nothing holds or will take.
     held = budget.KV_CEILING * credit.kv_tokens_total - credit.kv_tokens_free
-    return Replica(_KV_SHARE * credit.kv_tokens_total, max(0.0, held), credit.requests == 0)
+    return Replica(_KV_SHARE * credit.kv_tokens_total, max(0.0, held), _full(credit, parked))
 
 
-def _in_requests(credit: Credit) -> Replica:
+def _in_requests(credit: Credit, parked: int) -> Replica:
     used = float(credit.running + credit.waiting)
-    return Replica(float(max(1, credit.slots_total)), used, credit.requests == 0)
+    return Replica(float(max(1, credit.slots_total)), used, _full(credit, parked))
 
 
 class Saturation:
@@ -95,20 +106,27 @@ class Saturation:
         self._mean: float | None = None
 
     def sample(self, load: Load) -> None:
-        """Only a queue shows that a worker without credit is full, and not at rest."""
-        if not load.queued:
-            return
+        """Only a queue shows that a worker without credit is full, and not at rest. What one holds it can
+        hold, full or not."""
         for replica in load.replicas:
-            if replica.full and replica.used:
-                mean = replica.used if self._mean is None else self._mean
-                self._mean = mean + _SMOOTHING * (replica.used - mean)
+            shown = replica.full and replica.used and load.queued
+            if self._mean is None:
+                self._mean = replica.used if shown else None
+            elif shown or replica.used > self._mean:
+                self._mean += _SMOOTHING * (replica.used - self._mean)
+        if self._mean is not None and not load.queued and load.replicas:
+            self._mean += _FORGETTING * max(0.0, _room(load) - self._mean)
 
     def balance(self, load: Load) -> Balance:
-        count = len(load.replicas)
-        room = sum(replica.room for replica in load.replicas) / count if count else 0.0
+        room = _room(load)
         supply = room if self._mean is None else min(room, self._mean)
         demand = sum(replica.used for replica in load.replicas) + load.queued * load.each
         return Balance(max(supply, load.each), demand)
+
+
+def _room(load: Load) -> float:
+    """Of one worker, on the average."""
+    return sum(replica.room for replica in load.replicas) / max(1, len(load.replicas))
 
 
 def target(

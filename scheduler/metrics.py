@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -44,6 +45,13 @@ def observe_plan(placed: Placement, demand: Mapping[str, Wanted]) -> None:
     PLACED.labels(placed.base).set(sum(len(each.workers) for each in placed.assignments))
     nowhere = (each for each in placed.assignments if not each.workers and each.model in demand)
     NOWHERE.labels(placed.base).set(sum(demand[each.model].asked for each in nowhere))
+
+
+def forget_plan(base: str) -> None:
+    """Of a base that is gone."""
+    for metric in (*_OF_PLANS, MOVES):
+        with contextlib.suppress(KeyError):
+            metric.remove(base)
 
 
 def forget_plans() -> None:

@@ -60,6 +60,7 @@ class Placing:
         self._targets: dict[str, autoscale.Target] = {}
         self._saturation: defaultdict[str, autoscale.Saturation] = defaultdict(autoscale.Saturation)
         self._wants: set[tuple[str, str]] = set()
+        self._nowhere: dict[str, set[str]] = {}  # asked for, and without a place in the last plan; by base
         self._wake = asyncio.Event()
         self._led = False  # in the last round
         self._new = False  # it leads, and has not written every plan yet: each is to bear its name
@@ -105,7 +106,8 @@ class Placing:
         plan = self._plans.get(base_model)
         if self._entries.adapter(model) is not None and not (plan and plan.workers(model)):
             self._wants.add((base_model, model))
-            self._wake.set()
+            if model not in self._nowhere.get(base_model, ()):
+                self._wake.set()  # else the last plan had no place for it, and the next one is soon enough
 
     # The rounds
 
@@ -114,6 +116,7 @@ class Placing:
         await asyncio.sleep(_LISTEN * self._config.lost_after)
         while True:
             self._wake.clear()
+            self._expire(time.monotonic())
             if self._leader.leads:
                 try:
                     await self._round(time.monotonic())
@@ -131,25 +134,44 @@ class Placing:
             except TimeoutError:
                 continue
 
+    def _expire(self, now: float) -> None:
+        """On a standby too: a fleet's workers come and go under ever new names."""
+        for worker, (seen, _) in list(self._beats.items()):
+            if now - seen > self._config.gone_after:
+                self._leave(worker)
+
     async def _round(self, now: float) -> None:
         if not self._led:
             self._led = self._new = True
             self._plans = dict(self._placements.bases)
             # What an earlier run asked for, or was asked, says nothing of now.
             self._targets.clear()
+            self._saturation.clear()
             self._demand = Demand(self._config.demand_window)
         self._demand.sample(await self._counts(), now)
-        for worker, (seen, beat) in list(self._beats.items()):
-            if now - seen > self._config.gone_after:
-                self._leave(worker)
-            else:
-                self._orders.heard(beat, now)
-        for base_model in self._bases():
-            await self._plan(base_model, now)
-        for base_model in self._plans.keys() - self._bases():
-            del self._plans[base_model]
-            await self._placements.remove(base_model)
-        self._new = False
+        for _, beat in list(self._beats.values()):
+            self._orders.heard(beat, now)
+        bases, failed = self._bases(), False
+        for base_model in sorted(bases):
+            try:
+                await self._plan(base_model, now)
+            except errors.Unavailable:
+                raise  # the others fare no better
+            except Exception:
+                failed = True
+                _log.exception("no plan of %.200s; the other bases' stand", base_model)
+        for base_model in self._plans.keys() - bases:
+            await self._forget(base_model)
+        self._new = self._new and failed
+
+    async def _forget(self, base_model: str) -> None:
+        """Nobody serves it, and nothing is for it."""
+        del self._plans[base_model]
+        self._targets.pop(base_model, None)
+        self._saturation.pop(base_model, None)
+        self._nowhere.pop(base_model, None)
+        metrics.forget_plan(base_model)
+        await self._placements.remove(base_model)
 
     async def _counts(self) -> Counter[tuple[str, str]]:
         """Requests in the queue, running ones included, by base and model."""
@@ -170,7 +192,8 @@ class Placing:
         direct publisher's typos are."""
         served = {beat.base for _, beat in self._beats.values()}
         remembered = {entry.card.base for entry in self._models.entries.values()}
-        return served | remembered | {e.base for e in self._entries.entries.values() if e.kind == "adapter"}
+        adapted = {e.base for e in self._entries.entries.values() if e.kind == "adapter"}
+        return {name for name in served | remembered | adapted if subjects.fits(name)}
 
     async def _plan(self, base_model: str, now: float) -> None:
         beats = [beat for _, beat in self._beats.values() if beat.base == base_model]
@@ -179,7 +202,10 @@ class Placing:
         snapshot = self._snapshot(base_model, serving, now)
         previous = self._plans.get(base_model)
         with metrics.PLAN_SECONDS.time():
-            placed = planner.plan(snapshot, demand, previous, replies.now_ms(), self._config)
+            # In a thread: the lease is renewed and lost workers are noticed meanwhile.
+            placed = await asyncio.to_thread(
+                planner.plan, snapshot, demand, previous, replies.now_ms(), self._config
+            )
         target = self._target(base_model, serving, now)
         placed = placed.model_copy(update={"replicas": target.replicas, "reason": target.reason})
         if self._new or placed != previous:
@@ -187,6 +213,11 @@ class Placing:
             await self._placements.put(placed)
             self._tell(previous, placed)
         self._plans[base_model] = placed
+        self._nowhere[base_model] = {
+            each.model
+            for each in placed.assignments
+            if not each.workers and each.model in demand and demand[each.model].asked
+        }
         metrics.observe_plan(placed, demand)
         known = {adapter.model: adapter.current for adapter in snapshot.adapters.values()}
         for order in self._orders.due(placed, serving, demand, known, now):
@@ -217,6 +248,7 @@ class Placing:
             [beat.credit for beat in serving],
             self._demand.present(base_model),
             self._demand.tokens(base_model),
+            [sum(each.waiting for each in beat.adapters) for beat in serving],
         )
         saturation = self._saturation[base_model]
         saturation.sample(load)

@@ -12,6 +12,7 @@ less.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -54,6 +55,10 @@ def _joined(*reasons: str | None) -> str:
     return "; ".join(reason for reason in reasons if reason)
 
 
+_Victim = tuple[tuple[bool, float], str, str]
+"""A replica that may go: what it is worth, its adapter, its worker."""
+
+
 class _Goal(NamedTuple):
     """How many replicas an adapter shall have, and why so many."""
 
@@ -79,6 +84,7 @@ class _Plan:
         self._pools: list[Pool] = []
         self._held: dict[str, list[str]] = defaultdict(list)
         self._why: dict[str, str] = {}
+        self._victims: dict[int, list[_Victim]] | None = None  # by the pool's rank, a heap; once it is needed
         for worker in sorted(snapshot.workers, key=lambda w: (w.max_rank, w.name)):
             if worker.slots > 0:
                 self._enter(worker)
@@ -231,20 +237,45 @@ class _Plan:
         needs_it = len(self._held[model]) < self._floor(self._snapshot.adapters[model])
         if self._held[model] and not needs_it:
             return None
-        wanted = self._wanted(model)
-        mine = math.inf if needs_it else wanted.concurrency
-        victims = [
-            (self._worth(other), -rendezvous.weight(rendezvous.point(model), site.point), other, site)
-            for site in self._eligible(model)
-            if model not in site.models
-            for other in site.models
-            if self._may_go(other, mine)
-        ]
-        if not victims:
+        barred = self._snapshot.barred.get(model, {})
+        if len(barred) >= GIVE_UP:
             return None
-        _, _, victim, site = min(victims, key=lambda found: found[:3])
-        self._take(victim, site.worker.name, f"its slot on {site.worker.name} went to {model}")
-        return site
+        rank = self._snapshot.adapters[model].rank
+        found = [self._cheapest(pool, model, barred) for pool in self._pools if pool.max_rank >= rank]
+        worth, victim, name = min(filter(None, found), default=((True, math.inf), "", ""))
+        alone, concurrency = worth
+        if not victim or (alone and not needs_it and concurrency * RIVAL >= self._wanted(model).concurrency):
+            return None
+        self._take(victim, name, f"its slot on {name} went to {model}")
+        return self._sites[name]
+
+    def _cheapest(self, pool: Pool, model: str, barred: Mapping[str, str]) -> _Victim | None:
+        """The replica in `pool` that is worth the least, of those whose slot `model` may have."""
+        if self._victims is None:
+            self._victims = {each.max_rank: [] for each in self._pools}
+            for site in self._sites.values():
+                for other in site.models:
+                    self._offer(other, site)
+        heap, left_out = self._victims[pool.max_rank], []
+        while heap:
+            worth, other, name = heap[0]
+            site = self._sites[name]
+            if other not in site.models or not self._may_go(other):
+                heapq.heappop(heap)
+            elif worth != self._worth(other):  # it has more or fewer replicas now
+                heapq.heapreplace(heap, (self._worth(other), other, name))
+            elif name in barred or model in site.models:
+                left_out.append(heapq.heappop(heap))
+            else:
+                break
+        found = heap[0] if heap else None
+        for each in left_out:
+            heapq.heappush(heap, each)
+        return found
+
+    def _offer(self, model: str, site: Site) -> None:
+        if self._victims is not None and self._may_go(model):
+            heapq.heappush(self._victims[site.pool.max_rank], (self._worth(model), model, site.worker.name))
 
     def _worth(self, model: str) -> tuple[bool, float]:
         """What a replica carries; one that is not the only one counts less."""
@@ -252,16 +283,14 @@ class _Plan:
             self._wanted(model).concurrency / len(self._held[model])
         )
 
-    def _may_go(self, model: str, rival: float) -> bool:
-        held, wanted = len(self._held[model]), self._wanted(model)
-        if held <= self._floor(self._snapshot.adapters[model]):
+    def _may_go(self, model: str) -> bool:
+        """Whether it may lose a replica at all, to one that is asked for more."""
+        if len(self._held[model]) <= self._floor(self._snapshot.adapters[model]):
             return False
-        if not wanted.asked:
+        if not self._wanted(model).asked:
             return True
         before = self._before.get(model)
-        if before is None or not before.workers or not self._settled(model):
-            return False
-        return held > 1 or wanted.concurrency * RIVAL < rival
+        return before is not None and bool(before.workers) and self._settled(model)
 
     def _why_nowhere(self, model: str) -> str:
         adapter, barred = self._snapshot.adapters[model], self._snapshot.barred.get(model, {})
@@ -316,6 +345,7 @@ class _Plan:
         site.models.add(model)
         site.pool.placed += 1
         self._held[model].append(site.worker.name)
+        self._offer(model, site)
 
     def _take(self, model: str, name: str, reason: str) -> None:
         site = self._sites[name]

@@ -68,8 +68,8 @@ class Orders:
         for each in beat.adapters:
             if each.state != "failed":
                 self._excused.discard((beat.worker, each.model))
-                if each.state == "ready" and each.model in self._failures:
-                    self._failures[each.model].pop(beat.worker, None)
+                if each.state == "ready":
+                    self._forgive(beat.worker, each.model)
             elif (beat.worker, each.model) not in self._excused and beat.worker not in self._failures.get(
                 each.model, ()
             ):
@@ -86,21 +86,29 @@ class Orders:
         if state is not None and state.state == "failed" and beat.seq > sent.after:
             self.failed(beat.worker, model, state.reason or "it did not say why", now)
             return True
-        if late:
-            self.failed(beat.worker, model, f"not loaded within {self._config.load_timeout:g} s", now)
-        return late
+        if state is not None and state.state in ("fetching", "loading"):
+            if late:
+                self.failed(beat.worker, model, f"not loaded within {self._config.load_timeout:g} s", now)
+            return late
+        # It is not at it: what it holds may all be in use, which is not this adapter's fault. Told again.
+        return now - sent.at > self._config.retry_load
 
     def gone(self, worker: str) -> None:
         """It serves no more: its next life begins without a past."""
         self._sent.pop(worker, None)
-        for failures in self._failures.values():
-            failures.pop(worker, None)
+        for model in list(self._failures):
+            self._forgive(worker, model)
         self._excused = {(of, model) for of, model in self._excused if of != worker}
 
     def changed(self, name: str) -> None:
         """The catalogue's entry is another one: what failed may work now."""
         for model in [model for model in self._failures if entries.split(model)[0] == name]:
             self._excused.update((worker, model) for worker in self._failures.pop(model))
+
+    def _forgive(self, worker: str, model: str) -> None:
+        failures = self._failures.get(model, {})
+        if failures.pop(worker, None) is not None and not failures:
+            del self._failures[model]
 
     def failed(self, worker: str, model: str, reason: str, now: float) -> None:
         self._excused.discard((worker, model))
@@ -180,7 +188,7 @@ class Orders:
         if not missing:
             return None
         model = min(missing, key=lambda m: (-_concurrency(demand, m), m))
-        if sum(each.state in _RESIDENT for each in beat.adapters) >= beat.slots:
+        if sum(each.state in _RESIDENT for each in beat.adapters) >= (beat.adapters_in_memory or beat.slots):
             spare = [each for each in beat.adapters if _idle(each) and each.model not in planned]
             if spare:
                 least = min(spare, key=lambda each: (_concurrency(demand, each.model), each.model))

@@ -128,6 +128,8 @@ class Scheduler:
             return
         now_ms = replies.now_ms()
         for card in beat.models:
+            if not subjects.fits(card.id):
+                continue  # no request can name it
             entry = self._registry.entries.get(card.id)
             if entry is None or now_ms - entry.served_ms > self._stamp_ms or self._outdated(entry.card, card):
                 self._spawn(self._registry.put(card, now_ms))  # what fails, the next heartbeat tries again

@@ -465,6 +465,7 @@ class Worker:
             adapters=self._control.states(),
             slots=self._engine.adapter_slots,
             max_rank=self._engine.max_rank,
+            adapters_in_memory=self._engine.adapters_in_memory,
         )
         self._beats += 1
         metrics.observe_engine(stats, credit)

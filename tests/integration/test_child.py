@@ -6,12 +6,14 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from ops.child import Child
 from ops.errors import StartFailed
+from tests.waiting import until
 
 
 def sim(log: Path) -> Child:
@@ -43,6 +45,30 @@ async def test_one_that_never_gets_ready_is_given_up_with_the_end_of_its_log(tmp
             StartFailed, match=r"worker ended 3 times.*status 2(.|\n)*worker\.colour = \"red\""
         ):
             await child.keep_alive()
+
+
+async def test_one_that_is_stopped_while_it_starts_has_its_grace_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stop finds no process yet, and the process ignores SIGTERM."""
+    deaf = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    )
+    monkeypatch.setattr("ops.child.PROGRAM", ("-c", deaf))
+    child = sim(tmp_path / "log")
+    create = asyncio.create_subprocess_exec
+
+    async def slow(*arguments: Any, **more: Any) -> asyncio.subprocess.Process:
+        process = await create(*arguments, **more)
+        await until(lambda: "deaf" in child.log.read_text())
+        await child.stop(grace=0.1)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
+    async with asyncio.timeout(60):
+        await child.keep_alive()
+    assert child.pid is not None
+    assert not psutil.pid_exists(child.pid)
 
 
 async def test_leaves_no_process_when_cancelled(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Puppet:
         self.broken: dict[str, str] = {}
         self.states: dict[str, AdapterState] = {}
         self.told: list[tuple[str, str]] = []
+        self.told_last = b""  # its last heartbeat
         self.loading = asyncio.Event()
         self.loading.set()
         self._broker = broker
@@ -82,7 +83,8 @@ class Puppet:
             max_rank=self.max_rank,
             adapters=tuple(self.states.values()),
         )
-        await self._broker.publish(subjects.heartbeat(self.name), told.model_dump_json().encode())
+        self.told_last = told.model_dump_json().encode()
+        await self._broker.publish(subjects.heartbeat(self.name), self.told_last)
 
     async def live(self) -> None:
         while True:
@@ -192,6 +194,32 @@ async def test_a_want_has_it_placed_before_the_next_plan_is_due(
         assert held(placed, "ada@1") == ("w1",)
 
 
+async def test_a_want_that_finds_no_place_does_not_have_the_plan_made_over_and_over(
+    nats_server: NatsServer, broker: base.Broker
+) -> None:
+    async with puppet(broker, "w1") as one, plans(broker) as placed, planning(nats_server, plan_interval=600):
+        await declare(broker, "ada", 8)
+        await declare(broker, "tall", 64)
+
+        async def planned(model: str) -> bool:
+            await broker.publish(subjects.want("sim", model))
+            plan = placed.bases.get("sim")
+            return plan is not None and any(each.model == model for each in plan.assignments)
+
+        await until(lambda: planned("tall@1"))
+        made = metric("headrace_plan_seconds_count")
+        asked = iter(range(50))
+
+        async def often() -> bool:
+            await broker.publish(subjects.want("sim", "tall@1"))
+            return next(asked, None) is None
+
+        await until(often)
+        assert metric("headrace_plan_seconds_count") <= made + 1
+        await until(lambda: planned("ada@1"))
+        await until(lambda: one.ready == {"ada@1"})
+
+
 async def test_min_replicas_follow_the_catalogue_and_the_fleet(
     nats_server: NatsServer, broker: base.Broker
 ) -> None:
@@ -275,6 +303,18 @@ async def test_the_next_leader_goes_on_with_the_plan(nats_server: NatsServer, br
             assert len(one.told + two.told) == 1
 
 
+async def test_a_standby_keeps_no_worker_that_fell_silent(
+    nats_server: NatsServer, broker: base.Broker
+) -> None:
+    async with planning(nats_server), planning(nats_server, "s2") as standby, puppet(broker, "w1") as one:
+        beat = json.loads(await until(lambda: one.told_last)) | {"worker": "silent"}
+        await broker.publish(subjects.heartbeat("silent"), json.dumps(beat).encode())
+        await until(lambda: "silent" in standby._placing._beats)
+        await until(lambda: "silent" not in standby._placing._beats)
+        assert not standby.leads
+        assert "w1" in standby._placing._beats
+
+
 async def test_the_wanted_workers_rise_with_the_queue_and_sink_again(
     nats_server: NatsServer, broker: base.Broker
 ) -> None:
@@ -301,6 +341,57 @@ async def test_a_base_that_nobody_has_ever_served_is_not_planned(
         made = metric("headrace_plan_seconds_count")
         await until(lambda: metric("headrace_plan_seconds_count") >= made + 3)
         assert set(placed.bases) == {"sim"}
+
+
+@pytest.mark.parametrize("wrong", ["", "b" * 5000])
+async def test_a_base_without_a_proper_name_does_not_hold_up_the_others(
+    nats_server: NatsServer, broker: base.Broker, wrong: str
+) -> None:
+    """A subject can't hold it, and the server cuts who tries."""
+    async with planning(nats_server) as scheduler, puppet(broker, "w1") as one, plans(broker) as placed:
+        await declare(broker, "ada", 8)
+        value = await broker.get(subjects.KV_CATALOGUE, "ada")
+        assert value.data is not None
+        entry = json.loads(value.data) | {"name": "bad", "base": wrong}
+        await broker.put(subjects.KV_CATALOGUE, "bad", json.dumps(entry).encode())
+        beat = json.loads(await until(lambda: one.told_last)) | {"worker": "w2", "base": wrong}
+        cards = [{"id": wrong, "base": wrong}]
+        for more in ({}, {"base": "sim", "models": cards}):
+            await broker.publish(subjects.heartbeat("w2"), json.dumps(beat | more).encode())
+        await queue(broker, "ada@1")
+        await until(lambda: one.ready == {"ada@1"})
+        made = metric("headrace_plan_seconds_count")
+        await until(lambda: metric("headrace_plan_seconds_count") >= made + 3)
+        assert scheduler.leads
+        assert set(placed.bases) == {"sim"}
+
+
+async def test_a_base_that_can_not_be_planned_leaves_the_others_their_plans(
+    nats_server: NatsServer, broker: base.Broker
+) -> None:
+    async with planning(nats_server), puppet(broker, "w1") as one, plans(broker):
+        beat = json.loads(await until(lambda: one.told_last))
+        beat["credit"]["kv_tokens_total"] = 10**400  # no float holds it
+
+        async def absurd() -> bool:
+            for base_model in ("a", "b", "c", "d"):
+                told = beat | {"worker": base_model, "base": base_model}
+                await broker.publish(subjects.heartbeat(base_model), json.dumps(told).encode())
+            return one.ready == {"ada@1"}
+
+        await absurd()
+        await declare(broker, "ada", 8)
+        await queue(broker, "ada@1")
+        await until(absurd)
+
+
+async def test_a_base_that_is_gone_leaves_no_figures(nats_server: NatsServer, broker: base.Broker) -> None:
+    async with planning(nats_server), plans(broker) as placed:
+        await declare(broker, "ada", 8, base="gone")
+        await until(lambda: metric("headrace_desired_replicas", base="gone") == 1)
+        await broker.remove(subjects.KV_CATALOGUE, "ada")
+        await until(lambda: "gone" not in placed.bases)
+        assert metric("headrace_desired_replicas", base="gone") == 0
 
 
 # The command

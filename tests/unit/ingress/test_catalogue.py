@@ -12,7 +12,11 @@ from broker import errors, subjects
 from broker.memory import MemoryBroker
 from broker.messages import Credit, Heartbeat, Instance, ModelCard, PoolBeat
 from ingress import catalogue as catalogue_module
+from ingress import routing
 from ingress.catalogue import Catalogue
+from ingress.listing import Listing
+from ingress.needs import Needs
+from tests.waiting import until
 
 
 def card(name: str, **more: Any) -> ModelCard:
@@ -111,3 +115,33 @@ async def test_what_a_pool_can_start_is_up_though_nobody_serves_it(clock: Simple
         assert not catalogue.served("cold")
         clock.at += 10
         assert [catalogue.up(name) for name in ("cold", "broken", "other")] == [False, False, False]
+
+
+async def test_an_entry_of_a_newer_release_opens_nothing() -> None:
+    broker = MemoryBroker()
+    newer = b'{"name":"a","kind":"base","tenants":["acme"],"capabilities":["chat","smell"]}'
+    async with Catalogue(broker) as catalogue:
+        for name, data in (("a", newer), ("b", b'{"name":"b","kind":"orchestra","tenants":["acme"]}')):
+            await broker.put(subjects.KV_CATALOGUE, name, data)
+            await broker.put(subjects.KV_MODELS, name, card(name).model_dump_json().encode())
+        await until(lambda: catalogue.unreadable == {"b"})
+        assert catalogue.declared["a"].tenants == ("acme",)
+        assert catalogue.declared["a"].capabilities == ("chat",)
+        for name in ("a", "b"):
+            with pytest.raises(errors.UnknownModel):
+                ask(catalogue, name)
+        assert Listing.of(catalogue, "t").names() == []
+        assert Listing.of(catalogue, "acme").names() == ["a"]
+        await broker.put(subjects.KV_CATALOGUE, "b", b'{"name":"b","kind":"base"}')
+        await until(lambda: not catalogue.unreadable)
+        assert ask(catalogue, "b").model == "b"
+        # What was known goes on to hold.
+        await broker.put(subjects.KV_CATALOGUE, "a", b'{"name":"a","kind":"orchestra"}')
+        await broker.put(subjects.KV_CATALOGUE, "c", b"{}")
+        await until(lambda: catalogue.unreadable == {"c"})
+        assert catalogue.declared["a"].tenants == ("acme",)
+
+
+def ask(catalogue: Catalogue, name: str) -> routing.Choice:
+    wants = Needs("/v1/chat/completions", {"messages": []})
+    return routing.resolve(name, wants, routing.Caller("t", lambda: "c"), catalogue)

@@ -50,6 +50,36 @@ def test_what_a_saturated_worker_holds_is_its_supply() -> None:
     assert saturation.balance(of(2, each=400)).supply == 400  # one request fits, whatever the samples say
 
 
+def test_a_supply_that_was_low_rises_with_what_workers_hold() -> None:
+    saturation = Saturation()
+    saturation.sample(of(1, used=100, queued=5, full=True))
+    assert saturation.balance(of(1)).supply == 100
+    for _ in range(50):
+        saturation.sample(of(1, used=600, queued=5))  # it holds more, and still takes requests
+    assert round(saturation.balance(of(1)).supply) == 600
+
+
+def test_a_low_supply_is_forgotten_where_nothing_waits() -> None:
+    saturation = Saturation()
+    saturation.sample(of(1, used=100, queued=5, full=True))
+    supplies = []
+    for _ in range(1000):
+        saturation.sample(of(1, used=50))
+        supplies.append(saturation.balance(of(1)).supply)
+    assert 100 < supplies[0] < 120  # not all at once
+    assert supplies == sorted(supplies)
+    assert round(supplies[-1]) == 1000
+
+
+def test_a_worker_is_not_full_for_requests_that_wait_for_their_adapters() -> None:
+    idle = Credit(requests=0, slots_total=4, kv_tokens_free=700, kv_tokens_total=1000, running=1)
+    load = autoscale.load([idle], present=10, tokens=70.0, parked=[3])
+    assert load == Load((Replica(800, 250, False),), 6, 70.0)  # what waits in a worker is not queued
+    busy = idle.model_copy(update={"running": 4})
+    assert autoscale.load([busy], present=10, tokens=70.0, parked=[3]).replicas[0].full
+    assert autoscale.load([idle], present=10, tokens=70.0).replicas[0].full
+
+
 def test_a_spike_is_answered_at_once() -> None:
     calm = target(of(1))
     assert calm.replicas == 1

@@ -53,6 +53,25 @@ def settle(
     return previous
 
 
+def test_what_finds_no_place_costs_no_look_at_every_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    may_go = planner._Plan._may_go
+
+    def counted(self: planner._Plan, *model: str) -> bool:
+        nonlocal looks
+        looks += 1
+        return may_go(self, *model)
+
+    monkeypatch.setattr(planner._Plan, "_may_go", counted)
+    seen = Snapshot("b", fleet(50), adapters(1000))
+    demand = asked(*seen.adapters)
+    packed = plan(seen, demand)
+    assert sum(len(each.workers) for each in packed.assignments) == 200
+    looks = 0
+    assert where(plan(seen, demand, packed, DWELL_MS)) == where(packed)
+    assert looks <= 200 + 1000
+
+
 def where(placed: Placement) -> dict[str, frozenset[str]]:
     return {each.model: frozenset(each.workers) for each in placed.assignments}
 

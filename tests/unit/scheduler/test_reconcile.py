@@ -98,6 +98,14 @@ def test_room_is_made_by_an_idle_adapter_that_is_not_planned_here(orders: Orders
     assert due(orders, plan, beat(a1="ready", x1="on_disk"), known=known, now=1) == [("w1", "load", "b@1")]
 
 
+def test_no_room_is_made_while_the_engine_has_memory_for_one_more(orders: Orders) -> None:
+    known = {"a@1": True, "b@1": True, "x@1": True}
+    roomy = beat(a1="ready", x1="ready").model_copy(update={"adapters_in_memory": 3})
+    assert due(orders, placed(a1="w1", b1="w1"), roomy, known=known) == [("w1", "load", "b@1")]
+    full = beat("w2", a1="ready", x1="ready", y1="ready").model_copy(update={"adapters_in_memory": 3})
+    assert due(orders, placed(a1="w2", b1="w2"), full, known=known) == [("w2", "unload", "x@1")]
+
+
 def test_one_that_runs_is_not_unloaded_for_room(orders: Orders) -> None:
     """The worker has it wait for its end, or holds more in memory than run at once."""
     busy = beat(a1="ready", x1="ready")
@@ -159,6 +167,29 @@ def test_a_load_that_never_ends_counts_as_failed(orders: Orders) -> None:
     assert orders.barred(30.0) == {}
     orders.heard(beat(seq=99, a1="loading"), 30.1)
     assert orders.barred(30.1) == {"a@1": {"w1": "not loaded within 30 s"}}
+
+
+@pytest.mark.parametrize("state", [{}, {"a1": "on_disk"}])
+def test_a_load_that_the_worker_is_not_at_is_told_again_and_is_no_failure(
+    orders: Orders, state: dict[str, Any]
+) -> None:
+    """It took the order on, and all that its engine holds was in use then."""
+    plan = placed(a1="w1")
+    for now in (0.0, 5.1, 10.2):
+        assert due(orders, plan, beat(**state), now=now) == [("w1", "load", "a@1")]
+        orders.heard(beat(seq=99, **state), now + 5.0)
+        assert due(orders, plan, beat(**state), now=now + 5.0) == []
+        orders.heard(beat(seq=99, **state), now + 5.1)
+    assert orders.barred(15.3) == {}
+
+
+def test_nothing_is_kept_of_workers_that_are_gone_or_well_again(orders: Orders) -> None:
+    for number in range(3):
+        orders.heard(beat(f"w{number}", a1="failed", b1="failed"), 0.0)
+    orders.heard(beat("w0", a1="ready", b1="ready"), 1.0)
+    orders.gone("w1")
+    orders.gone("w2")
+    assert orders._failures == {}
 
 
 def test_a_changed_entry_and_a_new_life_are_given_another_try(orders: Orders) -> None:
