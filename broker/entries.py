@@ -93,6 +93,7 @@ class ModelEntry(_Entry):
     targets: tuple[Target, ...] = Field((), description="of an alias, or the candidates of a router")
     fallbacks: tuple[str, ...] = Field((), description="models that serve when this one can't, in order")
     min_replicas: int = Field(0, ge=0, description="workers that keep an adapter loaded, at least")
+    wakes: bool = Field(False, description="a base that is started for its requests though nobody tells so")
     source: str = ""
     updated_ms: int = 0
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from broker import errors, subjects
+from broker import entries, errors, subjects
+from broker.entries import ModelEntry
 from broker.memory import MemoryBroker
 from broker.messages import Credit, Heartbeat, Instance, ModelCard, PoolBeat
 from ingress import catalogue as catalogue_module
@@ -111,10 +112,33 @@ async def test_what_a_pool_can_start_is_up_though_nobody_serves_it(clock: Simple
             await broker.publish(subjects.pool("h"), data)
             await asyncio.sleep(0)
         assert catalogue.serving
+        clock.at += 2
         assert [catalogue.up(name) for name in ("cold", "broken", "other")] == [True, False, False]
         assert not catalogue.served("cold")
         clock.at += 10
         assert [catalogue.up(name) for name in ("cold", "broken", "other")] == [False, False, False]
+
+
+async def test_nothing_is_down_before_it_could_be_heard(clock: SimpleNamespace) -> None:
+    async with Catalogue(MemoryBroker()) as catalogue:
+        assert catalogue.up("m")
+        clock.at += 2
+        assert not catalogue.up("m")
+
+
+async def test_a_base_that_others_start_for_its_requests_is_up(clock: SimpleNamespace) -> None:
+    broker = MemoryBroker()
+    async with Catalogue(broker) as catalogue:
+        clock.at += 2
+        for wakes in (True, False):
+            await declare(broker, "far", catalogue, wakes=wakes)
+            assert catalogue.up("far") is wakes
+
+
+async def declare(broker: MemoryBroker, name: str, catalogue: Catalogue, **more: Any) -> None:
+    entry = ModelEntry(name=name, kind="base", **more)
+    await entries.change(broker, name, lambda _: entry)
+    await until(lambda: catalogue.declared.get(name) == entry)
 
 
 async def test_an_entry_of_a_newer_release_opens_nothing() -> None:
