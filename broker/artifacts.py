@@ -24,7 +24,7 @@ FILES = frozenset({CONFIG, WEIGHTS})
 """What an adapter consists of; nothing else is stored, nor written into a worker's directory."""
 
 MAX_BYTES = 2 * 2**30
-"""Bytes of an adapter. Each file is held in memory whole while it is stored or fetched."""
+"""Bytes of an adapter. Each file is held in memory whole while it is stored."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -69,44 +69,65 @@ async def put(broker: base.Broker, name: str, files: Mapping[str, bytes]) -> tup
     return tuple(stored)
 
 
+def size(version: Version) -> int:
+    """Bytes of its files, as the catalogue has them. Raises errors.AdapterFailed where it can't be."""
+    sizes = [file.size for file in version.files]
+    if any(size < 0 for size in sizes):
+        raise errors.AdapterFailed("the catalogue names a file of fewer than 0 bytes")
+    if sum(sizes) > MAX_BYTES:
+        raise errors.AdapterFailed(f"the adapter has more than {MAX_BYTES:,} bytes")
+    return sum(sizes)
+
+
 async def fetch(broker: base.Broker, version: Version, into: Path) -> None:
     """Write a version's files into the directory `into`, which exists and is empty, each checked.
 
-    Raises errors.AdapterFailed that names the file and what is wrong with it, errors.Unavailable; what was
-    written until then stays.
+    Raises errors.AdapterFailed that names the file and what is wrong with it, errors.Unavailable, OSError;
+    the whole files that were written until then stay.
     """
     names = [file.name for file in version.files]
     if set(names) != FILES or len(names) != len(FILES):
-        raise errors.AdapterFailed(f"an adapter has the files {_listed(FILES)}, the catalogue names {names}")
-    if sum(file.size for file in version.files) > MAX_BYTES:
-        raise errors.AdapterFailed(f"the adapter has more than {MAX_BYTES:,} bytes")
+        raise errors.AdapterFailed(
+            f"an adapter has the files {_listed(FILES)}, the catalogue names {names!r:.200}"
+        )
+    size(version)
     for file in version.files:
-        data = await _checked(broker, file)
         try:
-            await asyncio.to_thread((into / file.name).write_bytes, data)
-        except OSError as exc:
-            raise errors.AdapterFailed(f"{file.name} could not be written: {exc}") from exc
+            await _write(broker, file, into / file.name)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                (into / file.name).unlink(missing_ok=True)
+            raise
 
 
-async def _checked(broker: base.Broker, file: File) -> bytes:
+async def _write(broker: base.Broker, file: File, path: Path) -> None:
     if not _DIGEST.fullmatch(file.digest):
         raise errors.AdapterFailed(
             f"{file.name}: the catalogue has no sha256 digest, but {file.digest!r:.80}"
         )
-    try:
-        data = await objects.get(broker, subjects.ARTIFACTS, file.object, file.size)
-    except objects.Missing as exc:
-        raise errors.AdapterFailed(f"{file.name} is missing or damaged in the store: {exc}") from exc
-    except errors.TooLarge as exc:
-        raise errors.AdapterFailed(f"{file.name} is another than was pushed: {exc.message}") from exc
-    if len(data) != file.size:
+    sha = hashlib.sha256()
+    with await asyncio.to_thread(path.open, "wb") as out:
+
+        def keep(part: bytes) -> None:
+            out.write(part)
+            sha.update(part)
+
+        try:
+            async for part in objects.parts(broker, subjects.ARTIFACTS, file.object, file.size):
+                await asyncio.to_thread(keep, part)
+        except objects.Missing as exc:
+            raise errors.AdapterFailed(
+                f"{file.name} is missing or damaged in the store: {exc!s:.200}"
+            ) from exc
+        except errors.TooLarge as exc:
+            raise errors.AdapterFailed(f"{file.name} is another than was pushed: {exc.message:.200}") from exc
+        length = out.tell()
+    if length != file.size:
         raise errors.AdapterFailed(
-            f"{file.name} is truncated: {len(data):,} bytes in the store, {file.size:,} were pushed"
+            f"{file.name} is truncated: {length:,} bytes in the store, {file.size:,} were pushed"
         )
-    found = await asyncio.to_thread(digest, data)
-    if found != file.digest:
+    if (found := f"sha256:{sha.hexdigest()}") != file.digest:
         raise errors.AdapterFailed(f"{file.name} is corrupt: its digest is {found}, not {file.digest}")
-    return data
 
 
 async def remove(broker: base.Broker, files: Iterable[File]) -> None:

@@ -311,6 +311,14 @@ class MemoryBroker(base.Broker):
             raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
         self.hub.nak(self.hub.queues[consumer], int(seq))
 
+    async def hand_back(self, delivery: base.Delivery, delay: float) -> None:
+        self.check()
+        asyncio.get_running_loop().call_later(delay, self._give_back, delivery.receipt)
+
+    def _give_back(self, receipt: str) -> None:
+        consumer, _, seq = receipt.rpartition(".")
+        self.hub.nak(self.hub.queues[consumer], int(seq))
+
     async def delivered(self, base_model: str, service_class: ServiceClass) -> dict[int, str]:
         self.check()
         queue = self.hub.queue(base_model, service_class)
@@ -322,8 +330,7 @@ class MemoryBroker(base.Broker):
         return await self.subscribe(inbox, self._hand_back)
 
     def _hand_back(self, message: Message) -> None:
-        consumer, _, seq = message.reply.rpartition(".")
-        self.hub.nak(self.hub.queues[consumer], int(seq))
+        self._give_back(message.reply)
 
     async def delete(self, stream: str, seq: int) -> bool:
         self.check()

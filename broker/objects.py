@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import logging
 import uuid
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 
 from pydantic import BaseModel
 
@@ -86,26 +86,32 @@ async def _store(
 
 async def get(broker: base.Broker, bucket: str, name: str, limit: int) -> bytes:
     """The object's bytes, checked. Raises Missing, errors.TooLarge past `limit` bytes, errors.Unavailable."""
+    found = [part async for part in parts(broker, bucket, name, limit)]
+    # In a thread: a token stream would stand still for the time that it takes.
+    return found[0] if len(found) == 1 else await asyncio.to_thread(b"".join, found)
+
+
+async def parts(broker: base.Broker, bucket: str, name: str, limit: int) -> AsyncIterator[bytes]:
+    """The object's bytes, of which no more than a part is in memory. They are checked when the last has come:
+    until this ends without an error, what came may be anything. Raises as `get`."""
     meta = await _meta(broker, bucket, name)
     if meta is None:
         raise Missing(f"there is no object {name!r}")
     if meta.size > limit:
         raise errors.TooLarge(f"object {name!r} has {meta.size:,} bytes, more than the {limit:,} taken")
     subject = subjects.object_chunks(bucket, meta.nuid)
-    chunks: list[bytes] = []
-    size, start = 0, 1
-    while size < meta.size and len(chunks) < meta.chunks:
+    sha = hashlib.sha256()
+    size, chunks, start = 0, 0, 1
+    while size < meta.size and chunks < meta.chunks:
         page = await broker.read(subjects.objects(bucket), subject, start, _AT_ONCE)
         if not page:
             break
-        chunks += [record.data for record in page]
-        size += sum(len(record.data) for record in page)
-        start = page[-1].seq + 1
-    data = b"".join(chunks)
-    # In a thread: a token stream would stand still for the time that it takes.
-    if size != meta.size or await asyncio.to_thread(_digest, data) != meta.digest:
+        part = b"".join(record.data for record in page)
+        size, chunks, start = size + len(part), chunks + len(page), page[-1].seq + 1
+        await asyncio.to_thread(sha.update, part)
+        yield part
+    if size != meta.size or _told(sha.digest()) != meta.digest:
         raise Missing(f"object {name!r} is not whole")
-    return data
 
 
 async def remove(broker: base.Broker, bucket: str, name: str) -> None:
@@ -164,4 +170,8 @@ def _parsed(record: base.Record, bucket: str) -> _Meta | None:
 
 
 def _digest(data: bytes) -> str:
-    return "SHA-256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
+    return _told(hashlib.sha256(data).digest())
+
+
+def _told(digest: bytes) -> str:
+    return "SHA-256=" + base64.urlsafe_b64encode(digest).decode()

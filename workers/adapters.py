@@ -17,13 +17,17 @@ from collections.abc import Awaitable, Callable
 from broker import base, entries, errors
 from broker.messages import AdapterState
 from workers.adapter import Adapter
-from workers.engines.base import Engine
+from workers.engines.base import Engine, Refused
+from workers.job import HandBack
 from workers.loading import Loading
 
 _log = logging.getLogger(__name__)
 
 _TOLD = 64
 """Versions that only lie on disk, or failed, of which a heartbeat tells; and wants that wait their turn."""
+
+_ANEW = 0.5
+"""Seconds for which a request goes back whose adapter has other files now, while some run with the old."""
 
 
 class Adapters:
@@ -35,6 +39,7 @@ class Adapters:
         self.loading = loading
         self._tasks: set[asyncio.Task[None]] = set()
         self._wanted: dict[str, None] = {}  # in the order in which they are to be had beforehand
+        self._put_off: dict[str, None] = {}  # loads that were told, and found no room
         self._prefetching: asyncio.Task[None] | None = None
 
     # What there is
@@ -89,11 +94,14 @@ class Adapters:
 
     async def hold(self, model: str) -> None:
         """Until it is loaded, which it stays until `release`. No more may be held at once than the engine has
-        slots. Raises as `fetched`, and errors.EngineFailed."""
+        slots. Raises as `fetched`, and errors.EngineFailed, HandBack."""
         adapter = self.loading.of(model)
         adapter.running += 1
         try:
-            while adapter.state != "ready":
+            while adapter.state != "ready" or self.loading.stale(adapter):
+                if adapter.state == "ready":
+                    adapter.unload = True  # once the last that runs with it has ended
+                    raise HandBack("other files are to be loaded first", _ANEW)
                 if adapter.state in ("absent", "fetching", "failed"):
                     await self._step(adapter, self.loading.fetch)
                 else:
@@ -114,8 +122,14 @@ class Adapters:
 
     def _let_go(self, adapter: Adapter) -> None:
         adapter.running -= 1
-        if adapter.unload and not adapter.running:
+        if adapter.running:
+            return
+        if adapter.unload:
             self._spawn(self.loading.unload(adapter))
+        if self._put_off:
+            model = next(iter(self._put_off))
+            del self._put_off[model]
+            self._spawn(self._prefetch(model, evict=True))
 
     # Commands and news
 
@@ -135,6 +149,7 @@ class Adapters:
 
     def unload(self, model: str) -> bool:
         """Have the engine lose it once its requests have ended. False when it is not loaded."""
+        self._put_off.pop(model, None)
         adapter = self.loading.all.get(model)
         if adapter is None or adapter.state not in ("loading", "ready", "draining"):
             return False
@@ -148,7 +163,9 @@ class Adapters:
         for model, adapter in list(self.loading.all.items()):
             if entries.split(model)[0] != name:
                 continue
-            if self.loading.version(model) is None:
+            if self.loading.version(model) is None or (
+                self.loading.stale(adapter) and adapter.state in ("on_disk", "ready")
+            ):
                 self.unload(model)
                 self.loading.forget(adapter)
             elif adapter.state == "failed":
@@ -190,12 +207,19 @@ class Adapters:
     async def _prefetch(self, model: str, evict: bool) -> None:
         adapter = self.loading.of(model)
         try:
-            while adapter.state in ("absent", "fetching"):
-                await self._step(adapter, self.loading.fetch)
-            if adapter.state == "failed" and evict:
-                await self._step(adapter, self.loading.fetch)
-            if adapter.state in ("on_disk", "loading"):
-                await self._step(adapter, lambda each: self.loading.load(each, evict))
+            for _ in range(2):  # files that turn out to be gone, or another version's, are fetched anew
+                while adapter.state in ("absent", "fetching"):
+                    await self._step(adapter, self.loading.fetch)
+                if adapter.state == "failed" and evict:
+                    await self._step(adapter, self.loading.fetch)
+                if adapter.state in ("on_disk", "loading"):
+                    await self._step(adapter, lambda each: self.loading.load(each, evict))
+                if adapter.state != "absent":
+                    break
+        except Refused as exc:
+            _log.info("an adapter has to wait: %s", exc.message, extra={"model": model})
+            if evict and len(self._put_off) < _TOLD:
+                self._put_off[model] = None
         except errors.HeadraceError as exc:
             _log.info("an adapter is not here beforehand: %s", exc.message, extra={"model": model})
 

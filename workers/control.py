@@ -15,21 +15,24 @@ from pydantic import ValidationError
 
 from broker import base, entries, errors, placement, subjects
 from broker.messages import AdapterState, Answer, Command
-from workers import disk
+from workers import disk, peers
 from workers.adapters import Adapters
 from workers.config import WorkerConfig
 from workers.engines.base import Engine
 from workers.job import Job
 from workers.loading import Loading
-from workers.turns import Turns
+from workers.turns import FULL, Turns, before_stop
 
 _log = logging.getLogger(__name__)
 
 _SENT_ON = 2
 """Deliveries up to which a request goes back for a worker that shall have its adapter; then any loads it."""
 
-_CANNOT = 8
-"""Likewise at a worker that can't serve it, where another of the base may; then its caller is told."""
+_FEW = 3
+"""Workers among which a request that is handed back soon finds the one it shall go to; seldom among more."""
+
+_SOON, _LATE = 0.05, 0.5
+"""Seconds for which a request goes back that another worker can serve: at first, and at most."""
 
 
 class Control:
@@ -54,8 +57,12 @@ class Control:
         self._placements = placement.Placements(broker)
         self._catalogue = entries.Entries(broker)
         self._adapters = Adapters(broker, engine, Loading(broker, engine, self._catalogue, self._open_disk))
-        self._turns = Turns(self._adapters, engine.adapter_slots, config.adapter_turn)
+        self._turns = Turns(
+            self._adapters, engine.adapter_slots, config.adapter_turn, lambda: engine.stats().max_running
+        )
+        self._peers = peers.Peers(broker, name, engine.base, config.heartbeat)
         self._stack = contextlib.AsyncExitStack()
+        self._cache = contextlib.ExitStack()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -69,8 +76,11 @@ class Control:
             await self._listen(await self._broker.subscribe(wants, self._on_want))
 
     async def close(self) -> None:
-        await self._adapters.close()
+        # What is still told must not begin anything that nobody ends.
         await self._stack.aclose()
+        await self._peers.close()
+        await self._adapters.close()
+        self._cache.close()
 
     async def serves(self, job: Job) -> bool:
         """Whether it asks for an adapter of our base. Raises errors.Unavailable."""
@@ -79,24 +89,70 @@ class Control:
             return False
         return await self._adapters.find(model)
 
-    def elsewhere(self, job: Job) -> bool:
-        """Whether another worker shall have its adapter, or may be able to serve it, and may get it yet."""
+    async def elsewhere(self, job: Job) -> float | None:
+        """Seconds after which another worker shall have it; None = this one answers it.
+
+        It goes to the worker that shall have its adapter, where that is likely to get it; and from one that
+        can't serve it, to any that can, for as long as one lives. Raises errors.Unavailable.
+        """
         model, attempt = job.request.subject.model, job.delivery.attempt
-        if model == self._engine.base or not entries.split(model)[1] or attempt > _CANNOT:
-            return False
+        if model == self._engine.base or not entries.split(model)[1] or job.over:
+            return None
+        if self._engine.adapter_slots:
+            await self._adapters.find(model)
         if not self._engine.adapter_slots or self._adapters.too_wide(model):
-            return True
-        planned = self._planned(model)
-        return (
-            attempt <= _SENT_ON
-            and bool(planned)
-            and self._name not in planned
-            and not self._adapters.here(model)
-        )
+            # At first it isn't asked who can: to hear that takes longer than to find out.
+            able = attempt <= _SENT_ON or await self._other_can(job)
+            return min(_LATE, _SOON * 2 ** min(attempt - 1, 9)) if able else None
+        if self._turns.full(model) and not self._adapters.here(model):
+            return FULL
+        if attempt <= _SENT_ON and self._named_elsewhere(model) and not self._adapters.here(model):
+            return 0.0
+        return None
+
+    async def _other_can(self, job: Job) -> bool:
+        """Whether another live worker can serve it; False too where it is stopped first."""
+        asked = asyncio.ensure_future(self._others_serve(job.request.subject.model))
+        return await before_stop(job, asked, "for a worker that serves its adapter") and asked.result()
+
+    async def _others_serve(self, model: str) -> bool:
+        """Raises errors.Unavailable."""
+        widest = await self._peers.max_rank()
+        if not widest:
+            return False
+        found = self._catalogue.adapter(model)
+        if found is None:  # a worker without slots does not follow the catalogue
+            name, number = entries.split(model)
+            try:
+                entry = await entries.read(self._broker, name)
+            except errors.MalformedMessage:
+                return False
+            version = entry.version(number) if entry is not None and entry.base == self._engine.base else None
+        else:
+            version = found[1]
+        return version is not None and version.rank <= widest
+
+    def _named_elsewhere(self, model: str) -> bool:
+        """Whether others shall have it, in a fleet so small that one of them is soon found."""
+        planned = self._placements.bases.get(self._engine.base)
+        named = self._planned(model)
+        if planned is None or not named or self._name in named:
+            return False
+        workers = {self._name, *(worker for each in planned.assignments for worker in each.workers)}
+        return max(len(workers), planned.replicas) <= _FEW
 
     def turn(self, job: Job) -> contextlib.AbstractAsyncContextManager[errors.HeadraceError | None]:
         """See `Turns.turn`."""
         return self._turns.turn(job)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their adapters, and have nothing of the engine."""
+        return self._turns.waiting
+
+    def on_wait(self, handler: Callable[[], None]) -> None:
+        """Call `handler` as a request begins to wait."""
+        self._turns.on_wait = handler
 
     def hand_back(self) -> None:
         """Requests that wait for their adapters go to other workers at once."""
@@ -136,7 +192,7 @@ class Control:
             task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, reply: str, answer: Answer) -> None:
-        with contextlib.suppress(errors.Unavailable):
+        with contextlib.suppress(errors.HeadraceError):
             await self._broker.publish(reply, answer.model_dump_json().encode())
 
     def _obey(self, data: bytes) -> Answer:
@@ -153,11 +209,11 @@ class Control:
                 return Answer(ok=True, message=f"{model} is being loaded")
             case "load":
                 reason = self._adapters.refusal(model) or "too many are wanted"
-                return Answer(ok=False, message=f"{model!r} can't be loaded: {reason}")
+                return Answer(ok=False, message=f"{model!r:.200} can't be loaded: {reason}")
             case "unload" if self._adapters.unload(model):
                 return Answer(ok=True, message=f"{model} goes once its requests have ended")
             case "unload":
-                return Answer(ok=True, message=f"{model!r} is not loaded")
+                return Answer(ok=True, message=f"{model!r:.200} is not loaded")
             case "sleep" | "wake":
                 return self._rest(command)
             case _:
@@ -169,7 +225,7 @@ class Control:
     def _open_disk(self) -> disk.Disk:
         root = self._config.adapter_cache
         if not root:
-            root = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="headrace-adapters-"))
+            root = self._cache.enter_context(tempfile.TemporaryDirectory(prefix="headrace-adapters-"))
         return disk.Disk(Path(root), self._config.adapter_bytes)
 
     async def _listen(self, subscription: base.Subscription) -> None:

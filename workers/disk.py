@@ -10,6 +10,7 @@ Each worker of a machine takes a directory that no other has, and finds in it wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import itertools
 import os
@@ -96,12 +97,13 @@ class Disk:
         self.used += size
 
     def remove(self, key: str) -> None:
-        """Its files go, if they are there."""
+        """Its files go, if they are there; who removed them before us does no harm."""
         if key in self._sizes:
             self.used -= self._sizes.pop(key)
             # Out of sight in one step: what half-goes with a crash must not be found again.
             part = self._directory / f"{_PART}{uuid.uuid4().hex}"
-            (self._directory / key).rename(part)
+            with contextlib.suppress(FileNotFoundError):
+                (self._directory / key).rename(part)
             shutil.rmtree(part, ignore_errors=True)
 
     def close(self) -> None:

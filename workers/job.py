@@ -25,8 +25,11 @@ _ABORT_GRACE = 2.0
 """Seconds an engine gets to end its run after a disconnect, before its task is cancelled."""
 
 _HAND_BACKS = 3
-"""Deliveries up to which a request that the engine refused goes to another worker. Later ones are
-answered: where every worker's engine refuses, it would go round until its deadline."""
+"""Times that a request which engines refused goes to another worker. Then it is answered: where every
+worker's engine refuses, it would go round until its deadline."""
+
+_REASON = 200
+"""Characters of why a request was handed back that go into the journal."""
 
 _AWAY = 5.0
 """Seconds that the end of a request waits for the broker to come back; then it is left to the ack wait."""
@@ -39,6 +42,11 @@ class HandBack(errors.HeadraceError):
     """Not an outcome: the request leaves this worker unfinished, for another one to run."""
 
     code = "handed_back"
+
+    def __init__(self, message: str, delay: float = 0.0) -> None:
+        """`delay`: seconds before which nobody gets it."""
+        super().__init__(message)
+        self.delay = delay
 
 
 class Superseded(errors.HeadraceError):
@@ -186,6 +194,12 @@ class Job:
             self.stopped.set()
             if self._limit is not None:
                 self._limit.reschedule(asyncio.get_running_loop().time() + _ABORT_GRACE)
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for it any more, whoever runs it."""
+        deadline_ms = self.request.deadline_ms
+        return self.stopped.is_set() or bool(deadline_ms and deadline_ms <= time.time() * 1000)
 
     @property
     def superseded(self) -> bool:
@@ -401,7 +415,7 @@ class Job:
         movable = self._engine.continues or not self._streams
         if movable and isinstance(self._fault, errors.EngineFailed) and await self._engine_died():
             self._fault = HandBack("the engine died")
-        elif isinstance(self._fault, Refused) and self.delivery.attempt <= _HAND_BACKS:
+        elif isinstance(self._fault, Refused) and self.past.left < _HAND_BACKS:
             self._fault = HandBack(self._fault.message)
         if isinstance(self._fault, HandBack):
             if movable:
@@ -425,12 +439,27 @@ class Job:
         """To another worker, with what was said so far in the journal."""
         metrics.RETURNED.labels(reason.code).inc()
         died = self._ran and self._engine.died.done()
-        if died != bool(self._writer.frames):
-            # An attempt that leaves a trace counts as a death, unless it says why it ended.
-            await self._writer.beat(self._worker, left="" if died else reason.message)
+        if not died:
+            # An attempt that leaves a trace counts as a death, unless it says why it ended; and of one that
+            # leaves none, the next can't know that it said nothing.
+            left = recovery.PASSED_ON if reason.delay else reason.message[:_REASON]
+            await self._writer.beat(self._worker, left=left)
+        elif not self._writer.frames:
+            await self._writer.beat(self._worker)
         if await self._ours(sure=True):
-            await self.delivery.nak()
+            await self._give_back(reason.delay)
         _log.info("request handed back: %s", reason.message, extra=self.log_extra())
+
+    async def pass_on(self, delay: float) -> None:
+        """To another worker, in `delay` seconds, instead of running it here."""
+        await self._writer.beat(self._worker, left=recovery.PASSED_ON)
+        await self._give_back(delay)
+
+    async def _give_back(self, delay: float) -> None:
+        if delay:
+            await self._broker.hand_back(self.delivery, delay)
+        else:
+            await self.delivery.nak()
 
     async def _ours(self, sure: bool = False) -> bool:
         """Whether no other worker has taken the request over; `sure` takes a round trip to the broker.

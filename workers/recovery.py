@@ -32,6 +32,9 @@ _HEARD = 0.05
 
 _POLL = 0.1
 
+PASSED_ON = "passed on"
+"""Why an attempt left the request whose worker never meant to run it."""
+
 _END = b"\n\n"
 
 
@@ -47,6 +50,7 @@ class Past:
         part: bytes that went out of the event after those.
         body: all payload that went out.
         died: attempts that ended with their worker or its engine.
+        left: attempts whose worker took it on, and gave it to another.
     """
 
     ended: bool = False
@@ -56,6 +60,7 @@ class Past:
     part: int = 0
     body: bytes = b""
     died: tuple[Attempt, ...] = ()
+    left: int = 0
 
 
 NOTHING = Past()
@@ -80,7 +85,10 @@ async def fence(
             told = past(await replies.journal(broker, request.reply_to, delivery.enqueued_ms))
             if told.ended:
                 return told
-    await _fill(broker, request, delivery)
+    if newest is None or not mute(
+        await replies.journal(broker, request.reply_to, delivery.enqueued_ms), writer.epoch
+    ):
+        await _fill(broker, request, delivery)
     await writer.beat(worker)
     try:
         return past(await _before(broker, request, delivery, writer.epoch))
@@ -157,6 +165,22 @@ def past(frames: Sequence[Frame]) -> Past:
         part=len(part),
         body=b"".join(frame.payload for frame in said),
         died=died(frames),
+        left=sum(frame.extra.get("left") not in (None, PASSED_ON) for frame in frames),
+    )
+
+
+def mute(frames: Sequence[Frame], epoch: int) -> bool:
+    """Whether all attempts before `epoch` gave the request to another worker and said nothing of an answer:
+    then no reader has heard what the journal lacks."""
+    said: dict[int, set[int]] = {}
+    left: dict[int, int] = {}
+    for frame in frames:
+        if frame.kind is FrameKind.BEAT:
+            said.setdefault(frame.epoch, set()).add(frame.seq)
+            if frame.extra.get("left"):
+                left[frame.epoch] = frame.seq
+    return all(
+        attempt in left and said[attempt] >= set(range(left[attempt] + 1)) for attempt in range(1, epoch)
     )
 
 

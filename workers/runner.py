@@ -61,6 +61,7 @@ class Worker:
         self._control = Control(
             self.name, config, broker, engine, self._told_to_drain.set, self._sleeper.obey
         )
+        self._control.on_wait(self._top_up)
         self._mean_prompt = 256.0
         self._mean_output = 128.0
         self._starved = False
@@ -204,10 +205,11 @@ class Worker:
         """In constant time, since every take, first token and end asks for it."""
         stats = self._engine.stats()
         prefilling = len(self._prefilling)
+        running = len(self._jobs) - self._control.waiting
         # A request that decodes is, on average, half through its output.
-        growth = self._mean_output * (prefilling + (len(self._jobs) - prefilling) / 2)
+        growth = self._mean_output * (prefilling + (running - prefilling) / 2)
         return budget.Load(
-            slots_free=stats.max_running - max(len(self._jobs), stats.running + stats.waiting),
+            slots_free=stats.max_running - max(running, stats.running + stats.waiting),
             prefill_limit=self._config.prefill_steps * stats.step_tokens,
             prefill_held=self._prefill_held,
             kv_total=stats.kv_tokens_total,
@@ -279,9 +281,7 @@ class Worker:
         """Run it, alone among those under which workers died: else these would bury what ran beside them."""
         try:
             await self._held.tell()  # from here on it is handed on if we die
-            if self._control.elsewhere(job):
-                metrics.RETURNED.labels("elsewhere").inc()
-                await job.delivery.nak()
+            if await self._goes_elsewhere(job):
                 return
             # The last death that it may cause: whatever died beside a killer has no more deaths than it.
             suspect = max(1, self._config.max_deaths - 1)
@@ -305,6 +305,16 @@ class Worker:
             if not self._jobs:
                 self._idle.set()
             self._prefilled(job)
+
+    async def _goes_elsewhere(self, job: Job) -> bool:
+        if self._tombstones.has(job.request.key, job.delivery.enqueued_ms):
+            return False
+        delay = await self._control.elsewhere(job)
+        if delay is None or job.over:
+            return False
+        metrics.RETURNED.labels("elsewhere").inc()
+        await job.pass_on(delay)
+        return True
 
     @contextlib.asynccontextmanager
     async def _turn(self, job: Job) -> AsyncIterator[None]:
@@ -472,5 +482,5 @@ class Worker:
         if self._broker.connected:
             try:
                 await self._broker.publish(subjects.heartbeat(self.name), beat.model_dump_json().encode())
-            except errors.Unavailable as exc:
+            except errors.HeadraceError as exc:
                 _log.warning("no heartbeat went out: %s", exc.message)

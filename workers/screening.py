@@ -36,13 +36,19 @@ class Tombstones:
         if len(self._keys) > self._limit:
             self._keys.popitem(last=False)
 
+    def has(self, key: str, enqueued_ms: float) -> bool:
+        """As `pop`, but it is remembered."""
+        at = self._keys.get(key)
+        return at is not None and at >= enqueued_ms - _CLOCKS_APART
+
     def pop(self, key: str, enqueued_ms: float) -> bool:
         """Whether the request `key`, queued at that unix time, was cancelled; it is forgotten with that.
 
         A cancel well before the request was meant for an earlier one of the same id.
         """
-        at = self._keys.pop(key, None)
-        return at is not None and at >= enqueued_ms - _CLOCKS_APART
+        cancelled = self.has(key, enqueued_ms)
+        self._keys.pop(key, None)
+        return cancelled
 
 
 def cancelled_at(message: base.Message) -> int:

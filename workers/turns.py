@@ -1,15 +1,17 @@
 """A request for an adapter waits here until that is loaded and has a slot, before it reaches the engine.
 
-While it waits it holds the credit that it came against, and can be cancelled, pass its deadline, or be handed
-back, as one that runs.
+While it waits it can be cancelled, pass its deadline, or be handed back, as one that runs. It has nothing of
+the engine, and counts against nothing that the engine may take; how many wait is bounded apart, in all and
+for each adapter, and one too many goes back into the queue for a moment.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,11 @@ from workers import metrics
 from workers.adapters import Adapters
 from workers.job import HandBack, Job
 from workers.slots import Slots
+
+_log = logging.getLogger(__name__)
+
+FULL = 0.5
+"""Seconds for which a request goes back that finds too many waiting."""
 
 
 async def before_stop(job: Job, wanted: asyncio.Future[Any], what: str) -> bool:
@@ -46,11 +53,25 @@ class _Ticket:
 class Turns:
     """See the module. Owned by the worker's event loop."""
 
-    def __init__(self, adapters: Adapters, slots: int, turn: float) -> None:
+    def __init__(self, adapters: Adapters, slots: int, turn: float, room: Callable[[], int]) -> None:
+        """`room`: requests that may wait; half of them for one adapter. `on_wait`, when set, is called as one
+        begins to wait."""
         self.adapters = adapters
+        self.on_wait: Callable[[], None] = lambda: None
+        self._room = room
         self._slots: Slots[_Ticket] = Slots(slots, turn)
-        self._waiting: set[Job] = set()
+        self._waiting: dict[Job, str] = {}
         adapters.loading.on_unload = self._slots.forget
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def full(self, model: str) -> bool:
+        """Whether no further request of `model` may wait."""
+        room = self._room()
+        of_model = sum(each == model for each in self._waiting.values())
+        return len(self._waiting) >= room or of_model >= max(1, room // 2)
 
     @contextlib.asynccontextmanager
     async def turn(self, job: Job) -> AsyncIterator[errors.HeadraceError | None]:
@@ -59,19 +80,27 @@ class Turns:
         model = job.request.subject.model
         entered = time.monotonic()
         had, fault = False, None
-        self._waiting.add(job)
         self.adapters.wait(model, +1)
         try:
             entering = asyncio.create_task(self._enter(model))
+            await asyncio.sleep(0)  # one whose adapter is loaded and has its slot is in by now
+            if not entering.done():
+                if self.full(model):
+                    job.stop(HandBack("too many wait for adapters here", FULL))
+                self._waiting[job] = model
+                self._tell()
+                self.on_wait()
             if await before_stop(job, entering, "for its adapter"):
                 had = not (failed := entering.exception())
-                if failed is not None and not isinstance(failed, errors.HeadraceError):
-                    raise failed
-                fault = failed
+                if failed is None or isinstance(failed, errors.HeadraceError):
+                    fault = failed
+                else:
+                    _log.error("a request's adapter could not be had", exc_info=failed, extra=job.log_extra())
+                    fault = errors.EngineFailed(f"the worker failed on its adapter: {type(failed).__name__}")
             elif not job.stopped.is_set():
                 fault = HandBack("drained")  # the adapters were closed under it
         finally:
-            self._waiting.discard(job)
+            self._waiting.pop(job, None)
             self.adapters.wait(model, -1)
             metrics.ADAPTER_WAIT.observe(time.monotonic() - entered)
             self._tell()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,17 @@ def changed(files: tuple[File, ...], **changes: Any) -> Version:
     return version(tuple(f.model_copy(update=changes) if f.name == artifacts.WEIGHTS else f for f in files))
 
 
+def bigger(files: tuple[File, ...], by: int) -> Version:
+    """A version whose weights have `by` bytes more, as its catalogue says, and its configuration fewer."""
+    config, weights = files
+    return version(
+        (
+            config.model_copy(update={"size": config.size - by}),
+            weights.model_copy(update={"size": weights.size + by}),
+        )
+    )
+
+
 async def test_what_is_put_is_fetched(broker: Broker, into: Path) -> None:
     files = await artifacts.put(broker, "my org/support*", FILES)
     assert {file.name: file.size for file in files} == {name: len(data) for name, data in FILES.items()}
@@ -75,6 +87,7 @@ async def test_what_is_not_what_was_pushed_is_never_handed_out(broker: Broker, i
         (changed(files, size=weights.size + 1), "safetensors is truncated"),
         (changed(files, size=weights.size - 1), "safetensors is another"),
         (changed(files, size=artifacts.MAX_BYTES), "more than"),
+        (bigger(files, 10**15), "fewer than 0"),
         (changed(files, object="nothing"), "safetensors is missing"),
         (changed(files, name="../adapter_model.safetensors"), "has the files"),
         (changed(files, name="adapter_model.bin"), "has the files"),
@@ -97,6 +110,33 @@ async def test_what_is_not_what_was_pushed_is_never_handed_out(broker: Broker, i
         errors.AdapterFailed, match=r"adapter_model\.safetensors is missing or damaged.* not whole"
     ):
         await artifacts.fetch(broker, version(files), into)
+
+
+async def test_a_file_is_never_in_memory_whole(into: Path) -> None:
+    size = 16 * 2**20
+    async with MemoryBroker(BrokerConfig()) as broker:
+        files = await artifacts.put(broker, "support", {**FILES, artifacts.WEIGHTS: bytes(size)})
+        tracemalloc.start()
+        try:
+            await artifacts.fetch(broker, version(files), into)
+            assert tracemalloc.get_traced_memory()[1] < size / 2
+        finally:
+            tracemalloc.stop()
+    assert (into / artifacts.WEIGHTS).stat().st_size == size
+
+
+async def test_a_full_disk_is_no_fault_of_the_adapter(broker: Broker, into: Path) -> None:
+    files = await artifacts.put(broker, "support", FILES)
+    (into / artifacts.CONFIG).mkdir()  # the likes of it: it can't be written
+    with pytest.raises(IsADirectoryError):
+        await artifacts.fetch(broker, version(files), into)
+
+
+async def test_names_of_any_length_make_a_short_reason(broker: Broker, into: Path) -> None:
+    file = File(name="\ue000" * 200_000, size=1, digest="", object="o")
+    with pytest.raises(errors.AdapterFailed) as caught:
+        await artifacts.fetch(broker, version((file,)), into)
+    assert len(caught.value.message) < 500
 
 
 async def test_other_files_are_not_taken(broker: Broker) -> None:

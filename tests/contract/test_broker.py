@@ -461,6 +461,18 @@ async def test_a_nak_reaches_a_standing_pull(fleet: Fleet) -> None:
     assert (again.data, [again.seq], again.attempt) == (b"a", seqs, 2)
 
 
+async def test_what_is_handed_back_for_a_while_lets_others_pass(fleet: Fleet) -> None:
+    broker = await fleet.connect(ack_wait=3600)
+    puller, box = await pull(broker)
+    await puller.ask(1)
+    await enqueue(broker, b"a", b"b")
+    first = await box.next()
+    await broker.hand_back(first, 0.2)
+    await puller.ask(2)
+    behind, again = await box.next(), await box.next()
+    assert (behind.data, again.data, again.attempt) == (b"b", b"a", 2)
+
+
 async def test_a_third_party_hands_a_message_on(fleet: Fleet) -> None:
     holder, other, third = [await fleet.connect(ack_wait=3600) for _ in range(3)]
     puller, box = await pull(holder)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
 from broker import artifacts, base, errors, objects, placement, subjects
 from broker.config import BrokerConfig
+from broker.entries import ModelEntry
 from broker.memory import MemoryBroker
 from broker.messages import AdapterState, Answer, Command, FrameKind, Heartbeat
 from tests import asgi
 from tests.pushing import drop, files, push
 from tests.waiting import until
-from tests.workbench import FAST, Caller, calling, idle, metric, serving, soon
+from tests.workbench import FAST, LIMIT, Caller, calling, idle, metric, serving, soon
 from workers import loading
+from workers.adapters import Adapters
 from workers.config import SimConfig
 from workers.engines import sim
 from workers.engines.sim import SimEngine
@@ -45,12 +50,14 @@ class Watched(SimEngine):
     def __init__(self, config: SimConfig) -> None:
         super().__init__(config)
         self.calls: list[str] = []
+        self.paths: list[Path] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.most_skipped = 0
 
     async def load_adapter(self, model: str, path: Path, rank: int) -> None:
         self.calls.append(f"load {model}")
+        self.paths.append(path)
         await self.gate.wait()
         await super().load_adapter(model, path, rank)
 
@@ -303,6 +310,108 @@ async def test_what_lies_on_disk_is_not_fetched_again(
         await (await caller.submit(3, model="ada@1")).finishes()
 
 
+async def test_files_that_somebody_removed_meanwhile_are_fetched_anew(
+    broker: MemoryBroker, caller: Caller, tmp_path: Path
+) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "eve")
+    config = FAST.model_copy(update={"adapter_slots": 1, "adapters_in_memory": 1})
+    async with engine(config) as made, serving(broker, made, adapter_cache=str(tmp_path)):
+        await (await caller.submit(3, model="ada@1")).finishes()
+        await (await caller.submit(3, model="eve@1")).finishes()
+        for weights in stored(tmp_path):
+            shutil.rmtree(weights.parent)
+        await (await caller.submit(3, model="ada@1")).finishes()
+        assert len(stored(tmp_path)) == 1
+
+
+async def test_files_that_went_while_the_engine_refused_them_leave_the_worker_in_order(
+    broker: MemoryBroker, caller: Caller, tmp_path: Path
+) -> None:
+    await push(caller.broker, "bad", no_json(files()))
+    async with engine() as made, serving(broker, made, adapter_cache=str(tmp_path)):
+        made.gate.clear()
+        call = await caller.submit(3, model="bad@1")
+        await until(lambda: made.calls)
+        shutil.rmtree(stored(tmp_path)[0].parent)
+        made.gate.set()
+        await call.fails("adapter_failed")
+        await (await caller.submit(3)).finishes()
+
+
+@pytest.mark.parametrize("where", ["broker.artifacts.fetch", "workers.engines.sim.SimEngine.load_adapter"])
+async def test_what_nobody_foresaw_fails_the_adapter_alone(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    await push(caller.broker, "ada")
+
+    async def breaks(*_: object) -> None:
+        raise ZeroDivisionError("x" * 100_000)
+
+    async with engine() as made, serving(broker, made):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, breaks)
+            frame = await (await caller.submit(3, model="ada@1")).fails("adapter_failed")
+            assert b"ZeroDivisionError" in frame.payload
+            assert len(frame.payload) < 1000
+        await (await caller.submit(3)).finishes()
+
+
+async def test_no_more_than_two_are_fetched_at_once(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        await push(caller.broker, f"a{number}")
+    fetch, under_way, most = artifacts.fetch, 0, 0
+
+    async def counted(*args: Any) -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await fetch(*args)
+        under_way -= 1
+
+    monkeypatch.setattr(artifacts, "fetch", counted)
+    async with engine() as made, serving(broker, made):
+        calls = [await caller.submit(3, model=f"a{number}@1") for number in range(5)]
+        for call in calls:
+            await call.finishes()
+    assert most == 2
+
+
+async def test_a_full_disk_sends_requests_to_another_worker(
+    broker: MemoryBroker, caller: Caller, beats: Beats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await push(caller.broker, "ada")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with engine() as made, serving(broker, made):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", full)
+            before = metric("headrace_returned_total", reason="handed_back")
+            frame = await (await caller.submit(3, model="ada@1")).fails("unavailable")
+            assert b"No space left" in frame.payload
+            assert metric("headrace_returned_total", reason="handed_back") == before + 3
+        assert "ada@1" not in beats.states()  # not failed
+        await (await caller.submit(3, model="ada@1")).finishes()
+
+
+async def test_a_fault_of_the_worker_s_own_answers_the_request(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await push(caller.broker, "ada")
+
+    async def breaks(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("workers.adapters.Adapters.hold", breaks)
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3, model="ada@1")).fails("engine_failed")
+        await (await caller.submit(3)).finishes()
+
+
 async def test_no_store_is_no_fault_of_the_adapter(
     broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,7 +504,7 @@ async def test_requests_that_wait_are_handed_back_at_once_on_a_drain(
         assert (await told(caller.broker, "drain")).ok
         async with serving(broker, second, "w2"):
             await call.finishes()
-            assert call.frames[0].extra["worker"] == "w2"
+            assert (await call.reach(FrameKind.HEAD)).extra["worker"] == "w2"
 
 
 # Commands, wants and placement
@@ -473,6 +582,56 @@ async def test_what_is_only_wanted_pushes_nothing_out_that_was_just_used(
         await until(lambda: beats.states() == {"ada@1": "on_disk", "eve@1": "ready"})
 
 
+async def test_a_load_that_finds_no_room_is_done_once_there_is(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "eve")
+    config = SLOW.model_copy(update={"adapter_slots": 1, "adapters_in_memory": 1})
+    async with engine(config) as made, serving(broker, made):
+        call = await caller.submit(20, model="ada@1")
+        await call.reach(FrameKind.HEAD)
+        assert (await told(caller.broker, "load", "eve@1")).ok
+        await until(lambda: beats.states() == {"ada@1": "ready", "eve@1": "on_disk"})
+        await call.finishes()
+        await until(lambda: beats.states() == {"ada@1": "on_disk", "eve@1": "ready"})
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_version_whose_entry_was_made_anew_is_loaded_anew(
+    broker: MemoryBroker, caller: Caller, busy: bool
+) -> None:
+    await push(caller.broker, "ada")
+    other = await push(caller.broker, "eve", files(seed=5))
+    async with engine(SLOW) as made, serving(broker, made):
+        call = await caller.submit(20 if busy else 2, model="ada@1")
+        await (call.reach(FrameKind.HEAD) if busy else call.finishes())
+        anew = ModelEntry(name="ada", kind="adapter", base="sim", current=1, versions=(other,))
+        await caller.broker.put(subjects.KV_CATALOGUE, "ada", anew.model_dump_json().encode())
+        await (await caller.submit(2, model="ada@1")).finishes()
+        await call.finishes()
+        assert made.calls == ["load ada@1", "unload ada@1", "load ada@1"]
+        assert made.paths[0] != made.paths[1]
+
+
+async def test_a_want_that_comes_as_the_worker_ends_begins_nothing(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await push(caller.broker, "ada")
+    close, heard = Adapters.close, asyncio.Event()
+
+    async def late(adapters: Adapters) -> None:
+        await close(adapters)
+        await caller.broker.publish(subjects.want("sim", "ada@1"))
+        await asyncio.wait_for(heard.wait(), LIMIT)
+        assert not adapters.loading.all
+
+    monkeypatch.setattr(Adapters, "close", late)
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3)).finishes()
+        await caller.broker.subscribe(subjects.wants("sim"), lambda _: heard.set())  # after the worker
+
+
 async def test_a_request_goes_to_the_worker_that_shall_have_its_adapter(
     broker: MemoryBroker, caller: Caller, beats: Beats
 ) -> None:
@@ -485,12 +644,39 @@ async def test_a_request_goes_to_the_worker_that_shall_have_its_adapter(
             # Nobody else is there: after two tries it is served where it is.
             call = await caller.submit(3, model="ada@1")
             await call.finishes()
-            assert {frame.epoch for frame in call.frames} == {3}
+            assert call.frames[-1].epoch == 3
             assert first.calls == ["load ada@1"]
         async with serving(broker, second, "w2"):
             call = await caller.submit(3, model="ada@1")
             await call.finishes()
             assert second.calls == ["load ada@1"]
+
+
+async def test_what_was_only_passed_on_has_no_past_to_be_asked_for(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    await push(caller.broker, "ada")
+    plan = placement.Assignment(model="ada@1", workers=("w2",))
+    await placement.Placements(caller.broker).put(placement.Placement(base="sim", assignments=(plan,)))
+    asked: list[base.Message] = []
+    await broker.client().subscribe("again.>", asked.append)
+    async with engine() as made, serving(broker, made, "w1"):
+        call = await caller.submit(3, model="ada@1")
+        await call.finishes()
+        assert call.frames[-1].epoch == 3
+        assert not asked
+
+
+async def test_a_large_fleet_serves_a_request_where_it_is(broker: MemoryBroker, caller: Caller) -> None:
+    await push(caller.broker, "ada")
+    plan = placement.Assignment(model="ada@1", workers=("w2",))
+    await placement.Placements(caller.broker).put(
+        placement.Placement(base="sim", assignments=(plan,), replicas=10)
+    )
+    async with engine() as made, serving(broker, made, "w1"):
+        call = await caller.submit(3, model="ada@1")
+        await call.finishes()
+        assert {frame.epoch for frame in call.frames} == {1}
 
 
 async def test_a_request_that_is_quicker_than_the_catalogue_s_news_is_served(
@@ -538,6 +724,77 @@ async def test_what_one_worker_can_t_serve_goes_to_another_that_can(
         for _ in range(5):
             await (await caller.submit(3, model="ada@1")).finishes()
         assert not first.calls
+
+
+@pytest.mark.parametrize("lacks", [{"adapter_slots": 0}, {"max_rank": 4}])
+async def test_who_can_t_serve_refuses_nothing_while_another_can_and_is_busy(
+    broker: MemoryBroker, caller: Caller, beats: Beats, lacks: dict[str, int]
+) -> None:
+    await push(caller.broker, "ada")
+    one_at_a_time = SLOW.model_copy(update={"max_num_seqs": 1})
+    async with (
+        engine(FAST.model_copy(update=lacks)) as first,
+        engine(one_at_a_time) as second,
+        serving(broker, second, "w2"),
+    ):
+        busy = await caller.submit(40, model="ada@1")
+        await busy.reach(FrameKind.HEAD)
+        async with serving(broker, first, "w1"):
+            late = await caller.submit(3, model="ada@1", deadline_ms=soon(0.4))
+            waits = await caller.submit(3, model="ada@1")
+            await (await caller.submit(3)).finishes()
+            await late.fails("deadline_exceeded")
+            await waits.finishes()
+            assert not first.calls
+            assert beats.states() == {}
+        await busy.finishes()
+
+
+async def test_a_rank_that_only_this_worker_lacks_is_no_failure_of_the_adapter(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "wide", rank=128)
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3, model="wide@1")).fails("adapter_failed")
+        seq = beats.newest["w1"].seq
+        await until(lambda: beats.newest["w1"].seq > seq)
+        assert beats.states() == {}
+
+
+async def test_requests_that_wait_for_an_adapter_leave_the_engine_to_others(
+    broker: MemoryBroker, caller: Caller, beats: Beats
+) -> None:
+    await push(caller.broker, "ada")
+    await push(caller.broker, "eve")
+    async with engine() as made, serving(broker, made):
+        await (await caller.submit(3, model="eve@1")).finishes()
+        made.gate.clear()
+        calls = [await caller.submit(3, model="ada@1") for _ in range(20)]
+        await until(lambda: beats.states().get("ada@1") == "loading")
+        await (await caller.submit(3)).finishes()
+        await (await caller.submit(3, model="eve@1")).finishes()
+        assert beats.of("ada@1").waiting <= 4  # half of what the engine runs
+        await until(lambda: beats.newest["w1"].credit.slots_free == 8)
+        made.gate.set()
+        for call in calls:
+            await call.finishes()
+
+
+async def test_a_heartbeat_that_does_not_fit_is_no_end_of_the_worker(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = asyncio.Event()
+
+    def states(_: object) -> tuple[AdapterState, ...]:
+        tried.set()
+        return (AdapterState(model="ada@1", state="failed", reason="x" * 2**21),)
+
+    async with engine() as made, serving(broker, made) as it:
+        with monkeypatch.context() as patch:
+            patch.setattr("workers.control.Control.states", states)
+            await asyncio.wait_for(tried.wait(), LIMIT)
+            await (await caller.submit(3)).finishes()
+        assert not it.task.done()
 
 
 async def test_the_sim_engine_counts_what_it_skips() -> None:

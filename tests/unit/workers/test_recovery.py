@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import errors
-from broker.messages import FrameKind
+from broker.messages import Frame, FrameKind
 from tests.unit.broker.frames import attempt, sizes, tokens_of
 from workers import recovery
 
@@ -25,6 +25,27 @@ def test_what_stands_behind_a_hole_counts_for_nothing(sizes: list[int], data: st
     missing = data.draw(st.integers(1, len(frames) - 1))
     past = recovery.past(frames[:missing] + frames[missing + 1 :])
     assert past.ids.get(0, []) == tokens_of(frames[:missing])
+
+
+def beat(epoch: int, seq: int, left: str = "") -> Frame:
+    return Frame(epoch, seq, FrameKind.BEAT, extra={"worker": "w1"} | ({"left": left} if left else {}))
+
+
+def test_only_attempts_that_all_left_without_a_word_are_mute() -> None:
+    first, second = beat(1, 0, "passed on"), beat(2, 1, "drained")
+    assert recovery.mute([], 1)
+    assert recovery.mute([beat(0, 0), first], 2)
+    assert recovery.mute([first, beat(2, 0), second], 3)
+    assert not recovery.mute([], 2), "the first may have said what the journal lacks"
+    assert not recovery.mute([beat(1, 0)], 2), "its worker died, perhaps while it answered"
+    assert not recovery.mute([first, second], 3), "a frame is missing before its last"
+    assert not recovery.mute([*attempt(1, [2, 2], ending=None), beat(1, 2, "drained")], 2)
+    assert not recovery.mute([second], 3)
+
+
+def test_what_was_only_passed_on_counts_as_no_hand_back() -> None:
+    frames = [beat(1, 0, recovery.PASSED_ON), beat(2, 0, "drained"), beat(3, 0, "all in use")]
+    assert recovery.past(frames).left == 2
 
 
 def test_without_its_first_frame_a_reply_is_lost() -> None:
