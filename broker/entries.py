@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from broker import base, errors, subjects
 from broker.messages import Name, ServiceClass
@@ -19,6 +19,7 @@ from broker.messages import Name, ServiceClass
 _log = logging.getLogger(__name__)
 
 Capability = Literal["chat", "completions", "tools", "json_schema", "vision", "embeddings", "reasoning"]
+_CAPABILITIES = get_args(Capability)
 Kind = Literal["base", "adapter", "alias", "router"]
 
 AUTO = "auto"
@@ -69,7 +70,7 @@ class Target(_Entry):
     """Where an alias leads, with what share of the requests."""
 
     model: Name
-    weight: int = Field(1, ge=0)
+    weight: int = Field(1, ge=0, le=10**6)
 
 
 class ModelEntry(_Entry):
@@ -92,8 +93,17 @@ class ModelEntry(_Entry):
     targets: tuple[Target, ...] = Field((), description="of an alias, or the candidates of a router")
     fallbacks: tuple[str, ...] = Field((), description="models that serve when this one can't, in order")
     min_replicas: int = Field(0, ge=0, description="workers that keep an adapter loaded, at least")
+    wakes: bool = Field(False, description="a base that is started for its requests though nobody tells so")
     source: str = ""
     updated_ms: int = 0
+
+    @field_validator("capabilities", mode="before")
+    @classmethod
+    def _known(cls, given: object) -> object:
+        """Those of a newer release say nothing here: the rest of the entry, its tenants above all, holds."""
+        if not isinstance(given, list | tuple):
+            return given
+        return [each for each in given if each in _CAPABILITIES or not isinstance(each, str)]
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -129,6 +139,7 @@ class Entries:
     def __init__(self, broker: base.Broker) -> None:
         self._broker = broker
         self.entries: dict[str, ModelEntry] = {}
+        self.unreadable: set[str] = set()  # by _changed: names with an entry of which nothing is known
         self.on_change: Callable[[str], None] = lambda name: None
 
     async def watch(self) -> base.Subscription:
@@ -151,13 +162,20 @@ class Entries:
     def _changed(self, key: str, value: bytes | None) -> None:
         try:
             name = subjects.name(key)
+        except UnicodeDecodeError:
+            _log.warning("the catalogue's key %.200s is no name", key)
+            return
+        self.unreadable.discard(name)
+        try:
             entry = None if value is None else _parsed(name, value)
             if entry is None or entry.vacant:
                 self.entries.pop(name, None)
             else:
                 self.entries[name] = entry
-        except (errors.MalformedMessage, UnicodeDecodeError) as exc:
+        except errors.MalformedMessage as exc:
             # A newer release's, or made by hand: what was known of the name stays.
+            if name not in self.entries:
+                self.unreadable.add(name)
             _log.warning("the catalogue's entry %.200s is not taken over: %s", key, exc)
             return
         self.on_change(name)

@@ -64,17 +64,20 @@ def lacks(known: Profile, needs: Needs) -> list[str]:
         missing += [_WORDS[each] for each in sorted(needs.capabilities - known.declared)]
     if known.context_tokens and needs.least_tokens >= known.context_tokens:
         missing.append(f"a context of more than {known.context_tokens} tokens")
-    if known.languages and needs.languages and not known.languages & needs.languages:
-        missing.append(f"language {' or '.join(sorted(needs.languages))}")
+    if known.languages and needs.sure_languages and not known.languages & needs.sure_languages:
+        missing.append(f"language {' or '.join(sorted(needs.sure_languages))}")
     return missing
 
 
 def suits(known: Profile, needs: Needs) -> int:
     """How surely the model has what is needed, for a choice among several: 2 = all that is known of it says
-    so, 1 = nothing speaks against it, 0 = its engine serves other paths, or the prompt may be too long."""
+    so, 1 = nothing speaks against it, 0 = its engine serves other paths, the prompt may be too long, or be in
+    a language that it isn't said to have."""
     shown = needs.capabilities & {"chat", "completions", "embeddings"}
     if known.declared is None and known.shown and shown - known.shown:
         return 0
     if known.context_tokens and needs.likely_tokens > known.context_tokens:
+        return 0
+    if known.languages and needs.languages and not known.languages & needs.languages:
         return 0
     return 2 if known.declared is not None or needs.capabilities <= known.shown else 1

@@ -8,8 +8,9 @@ queue: its requests wait instead of failing as unknown.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Self
 
 from pydantic import ValidationError
@@ -25,6 +26,9 @@ _log = logging.getLogger(__name__)
 _LOST_AFTER = 5.0
 """Seconds: lenient, since an unknown model costs a caller more than a wait in the queue."""
 
+_HEARD_AFTER = 1.5
+"""Seconds after which every live worker and pool has been heard: pools beat once a second."""
+
 
 class Catalogue:
     """Fed by broker callbacks on the event loop; an async context manager."""
@@ -38,6 +42,7 @@ class Catalogue:
         self.entries = entries.Entries(broker)
         self.learned: dict[str, Router] = {}  # by _on_router
         self._subscriptions: list[base.Subscription] = []
+        self._since = -math.inf  # when it began to listen
 
     async def __aenter__(self) -> Self:
         self._subscriptions = [
@@ -47,6 +52,7 @@ class Catalogue:
             await self.entries.watch(),
             await routes.Watch(self._broker, self._on_router).start(),
         ]
+        self._since = time.monotonic()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -108,8 +114,15 @@ class Catalogue:
         )
 
     def up(self, base_model: str) -> bool:
-        """Whether a live worker serves a base, or a live pool starts one when requests wait for it."""
-        return self.served(base_model) or base_model in self._startable()
+        """Whether a live worker serves a base, or one is started when requests wait for it: by a live pool,
+        or by whom its entry means with `wakes`. Of what isn't heard of yet it is taken for granted."""
+        entry = self.declared.get(base_model)
+        return (
+            time.monotonic() - self._since < _HEARD_AFTER
+            or (entry is not None and entry.wakes)
+            or self.served(base_model)
+            or base_model in self._startable()
+        )
 
     def full(self, base_model: str) -> bool:
         """Whether all workers of a base have had no room for a while."""
@@ -128,6 +141,11 @@ class Catalogue:
             return live
         entry = self._registry.entries.get(model)
         return None if entry is None else entry.card
+
+    @property
+    def unreadable(self) -> Collection[str]:
+        """Names of which something is declared that can't be read."""
+        return self.entries.unreadable
 
     @property
     def declared(self) -> Mapping[str, ModelEntry]:

@@ -13,7 +13,7 @@ import math
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from broker.routes import Learned
@@ -25,8 +25,9 @@ _PIECE = 16
 """Characters of a piece, at most."""
 _RUN = re.compile(r"\S{1,47}")
 """A word; what has no spaces is cut."""
-_LOOKUPS = 2500
-"""Of one text: what has no spaces must not take longer than what has."""
+_LOOKUPS = 1000
+"""Of one text, with those in vain: what has no spaces, or is in no vocabulary, must not take longer than what
+has words."""
 _CACHED = 8192
 """Words of each router whose scores are kept."""
 
@@ -82,7 +83,9 @@ class Table:
 
     def row(self, feature: str) -> int:
         """Its number, -1 where it is unknown."""
-        wanted = crc(feature)
+        return self.at(crc(feature))
+
+    def at(self, wanted: int) -> int:
         at = bisect.bisect_left(self._hashes, wanted)
         return at if at < len(self._hashes) and self._hashes[at] == wanted else -1
 
@@ -91,16 +94,24 @@ class Table:
         return [score * self._scale for score in self._scores[at : at + self._width]]
 
 
-def pieces(word: str, known: Table) -> Iterator[int]:
-    """The rows of a word's pieces, the longest known one first each time; characters of none are left out."""
-    rest = _START + word
-    while rest:
-        for length in range(min(_PIECE, len(rest)), 0, -1):
-            row = known.row(rest[:length])
-            if row >= 0:
-                yield row
-                break
-        rest = rest[length:]
+def pieces(word: str, known: Table) -> tuple[list[int], int]:
+    """The rows of a word's pieces, the longest known one first each time; characters of none are left out.
+    And how many lookups it took."""
+    letters = [letter.encode("utf-8", "surrogatepass") for letter in _START + word]
+    found: list[int] = []
+    at = looked_up = 0
+    while at < len(letters):
+        crcs = [0]  # of the pieces that begin here, by their length
+        for letter in letters[at : at + _PIECE]:
+            crcs.append(zlib.crc32(letter, crcs[-1]))
+        row = -1
+        while row < 0 and len(crcs) > 1:
+            looked_up += 1
+            row = known.at(crcs.pop())
+        at += len(crcs)
+        if row >= 0:
+            found.append(row)
+    return found, looked_up
 
 
 class Router:
@@ -145,13 +156,13 @@ class Router:
         scores = self.scores(text)
         order = sorted(range(len(routes)), key=lambda index: -scores[index])
         lead = _lead(scores, order)
-        first = routes[order[0]].name
         found = [
             (routes[index].model, f"{name}: route {routes[index].name}, score {scores[index]:.2f}")
             for index in order
         ]
         if lead < self.learned.margin:
-            reason = f"{name}: default, {first} leads by {lead:.2f} only, margin {self.learned.margin:.2f}"
+            # No name: the route's model may be another tenant's.
+            reason = f"{name}: default, the best leads by {lead:.2f} only, margin {self.learned.margin:.2f}"
             return [(self.learned.default, reason), *found]
         found[0] = (found[0][0], f"{found[0][1]}, ahead by {lead:.2f}")
         return [found[0], (self.learned.default, f"{name}: default"), *found[1:]]
@@ -164,11 +175,10 @@ class Router:
     def _sum(self, word: str) -> tuple[list[float], int, int]:
         """A word's scores, summed; its pieces; what it cost, in lookups."""
         total = [0.0] * len(self.learned.bias)
-        count = 0
-        for row in pieces(word, self._pieces):
+        rows, looked_up = pieces(word, self._pieces)
+        for row in rows:
             total = [a + b for a, b in zip(total, self._pieces.scores(row), strict=True)]
-            count += 1
-        return total, count, 1 if count < 2 else _PIECE * count
+        return total, len(rows), looked_up
 
     def _known(self, word: str) -> list[float] | None:
         row = self._words.row(word)

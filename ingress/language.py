@@ -1,6 +1,6 @@
 """Which languages a text may be in: by its script, and in Latin script by its commonest words.
 
-Cheap and careful: it says nothing rather than something doubtful, since a request may be refused by it.
+Cheap and careful: it says nothing rather than something doubtful.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ _LEAST_SHARE = 0.12
 
 _LETTERS = re.compile(r"[^\W\d_]")
 _WORDS = re.compile(r"[^\W\d_]+")
+_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
 
 # Ranges of code points, and the languages that are written with them.
 _SCRIPTS: list[tuple[re.Pattern[str], frozenset[str]]] = [
@@ -27,6 +28,7 @@ _SCRIPTS: list[tuple[re.Pattern[str], frozenset[str]]] = [
     (re.compile(r"[\u0e00-\u0e7f]"), frozenset({"th"})),
     (re.compile(r"[\u0900-\u097f]"), frozenset({"hi", "mr", "ne", "sa"})),
 ]
+_HAN = 2
 _SHARE = 0.5
 """Of the letters that must be of a script; kana beside Han tell Japanese by far fewer."""
 _KANA_SHARE = 0.1
@@ -47,16 +49,31 @@ for _language, _words in _COMMON.items():
 
 
 def of(text: str) -> frozenset[str]:
-    """Primary subtags of BCP 47; empty where it does not show."""
-    letters = len(_LETTERS.findall(text))
-    if not letters:
+    """Primary subtags of BCP 47; empty where it does not show. Words tell it by statistics: good enough for a
+    choice among several models, none to refuse a request for."""
+    return _by_script(text, _SHARE) or _latin(text)
+
+
+def surely(text: str) -> frozenset[str]:
+    """Of a text that is in one script other than Latin and in nothing else; empty for any other: a request in
+    one language may well be about a text in another."""
+    return frozenset() if _LATIN.search(text) else _by_script(text, 1.0)
+
+
+def _by_script(text: str, share: float) -> frozenset[str]:
+    """By the first script that has `share` of the letters; kana beside Han by far fewer."""
+    if text.isascii():
         return frozenset()
-    if not text.isascii():
-        for script, languages in _SCRIPTS:
-            share = _KANA_SHARE if languages == {"ja"} else _SHARE
-            if len(script.findall(text)) >= max(2, share * letters):
-                return languages
-    return _latin(text)
+    letters = len(_LETTERS.findall(text))
+    of_script = [len(script.findall(text)) for script, _ in _SCRIPTS]
+    if of_script[0] >= max(2, _KANA_SHARE * letters) and (
+        share < 1 or of_script[0] + of_script[_HAN] >= letters
+    ):
+        return _SCRIPTS[0][1]
+    for count, (_, languages) in zip(of_script[1:], _SCRIPTS[1:], strict=True):
+        if count >= max(2, share * letters):
+            return languages
+    return frozenset()
 
 
 def _latin(text: str) -> frozenset[str]:

@@ -3,7 +3,7 @@ beyond it. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ class Known(Protocol):
 
     @property
     def declared(self) -> Mapping[str, ModelEntry]: ...
+    @property
+    def unreadable(self) -> Collection[str]: ...
     def cards(self) -> Mapping[str, ModelCard]: ...
     def beats(self) -> list[Heartbeat]: ...
 
@@ -33,10 +35,11 @@ class Listing:
     cards: Mapping[str, ModelCard]
     beats: list[Heartbeat]
     tenant: str
+    unreadable: Collection[str] = ()
 
     @classmethod
     def of(cls, known: Known, tenant: str) -> Listing:
-        return cls(known.declared, known.cards(), known.beats(), tenant)
+        return cls(known.declared, known.cards(), known.beats(), tenant, frozenset(known.unreadable))
 
     def names(self) -> list[str]:
         """The names that a request may ask for, sorted; versions of adapters are not among them."""
@@ -72,6 +75,8 @@ class Listing:
         return entry
 
     def _allowed(self, model: str) -> bool:
+        if model in self.unreadable or entries.split(model)[0] in self.unreadable:
+            return False
         entry = self._entry(model)
         return entry is None or not entry.tenants or self.tenant in entry.tenants
 

@@ -14,7 +14,8 @@ caller takes another.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +39,8 @@ class View(Protocol):
     def declared(self) -> Mapping[str, ModelEntry]: ...
     @property
     def learned(self) -> Mapping[str, Router]: ...
+    @property
+    def unreadable(self) -> Collection[str]: ...
     def card(self, model: str) -> ModelCard | None: ...
     def cards(self) -> Mapping[str, ModelCard]: ...
     def served(self, model: str) -> bool: ...
@@ -78,10 +81,11 @@ def options(asked: str, needs: Needs, caller: Caller, view: View) -> tuple[Choic
     Raises errors.UnknownModel, errors.Incapable.
     """
     entry = view.declared.get(asked)
-    if entry is None and asked != AUTO and asked not in view.learned and not entries.split(asked)[1]:
-        # Nothing is declared of it: the fast path.
+    known = asked == AUTO or asked in view.learned or asked in view.unreadable
+    if entry is None and not known and not entries.split(asked)[1]:
+        # Nothing is declared of it: the fast path. A token has two bytes of the body at least.
         card = view.card(asked)
-        fits = card is not None and (not card.context_tokens or needs.size <= card.context_tokens)
+        fits = card is not None and (not card.context_tokens or needs.size <= 2 * card.context_tokens)
         if card is not None and fits and card.id == card.base:
             return (Choice(card.id, card.base),)
     return _Search(needs, caller, view).named(asked)
@@ -98,9 +102,25 @@ def chosen(found: tuple[Choice, ...], caller: Caller, view: View) -> Choice:
     if best.model == first.model:
         return first
     state = "has no room" if view.up(first.base) else "is served by no worker now"
-    return dataclasses.replace(
-        best, why=(*first.why[:1], f"{first.model} {state}", *best.why[-1:], f"fallback to {best.model}")
-    )
+    why = (*first.why[:1], f"{first.model} {state}", *best.why[-1:], f"fallback to {best.model}")
+    return dataclasses.replace(best, why=why, latency_class=first.latency_class)
+
+
+def allowed(name: str, tenant: str, view: View) -> bool:
+    """Whether a tenant may know of a name. Of what stands in an entry that can't be read, nobody may: it may
+    have a list of tenants."""
+    if name in view.unreadable or entries.split(name)[0] in view.unreadable:
+        return False
+    entry = _entry(name, view)
+    return entry is None or not entry.tenants or tenant in entry.tenants
+
+
+def _entry(name: str, view: View) -> ModelEntry | None:
+    entry = view.declared.get(name)
+    if entry is None:
+        adapter = view.declared.get(entries.split(name)[0])
+        entry = adapter if adapter is not None and adapter.kind == "adapter" else None
+    return entry
 
 
 class _Search:
@@ -130,7 +150,7 @@ class _Search:
                 f"model {asked[:200]!r} leads to none that is served: {reasons}", param="model"
             )
         usable = self._usable()
-        known = ", ".join(name for name in usable if name != asked)
+        known = ", ".join(itertools.islice((name for name in usable if name != asked), _MOST))
         known = known or "none yet: no worker has announced itself"
         state = "leads to none that is served" if asked in usable else "is not served"
         raise errors.UnknownModel(f"model {asked[:200]!r} {state}; known models: {known}", param="model")
@@ -145,14 +165,15 @@ class _Search:
         self._trail.append(name)
         found = self._of_kind(name)
         self._trail.pop()
-        unique = {each.model: each for each in reversed(found)}
-        found = sorted(unique.values(), key=found.index)[:_MOST]
-        self._known[name] = tuple(found)
+        unique: dict[str, Choice] = {}
+        for each in found:
+            unique.setdefault(each.model, each)
+        self._known[name] = tuple(itertools.islice(unique.values(), _MOST))
         return self._known[name]
 
     def _of_kind(self, name: str) -> list[Choice]:
         entry = self._entry(name)
-        if entry is not None and not self._allowed(entry):
+        if not self._may(name):
             return []
         if entry is not None and entry.kind == "alias":
             return self._alias(entry)
@@ -161,17 +182,15 @@ class _Search:
         leaf = self._leaf(name, entry)
         if leaf is None and name in self._lacking:
             return []  # the caller named it, and is told
-        return [*([leaf] if leaf else []), *self._fallbacks(name, entry)]
+        if leaf is not None:
+            return [leaf, *self._fallbacks(name, entry)]
+        return self._instead(name, entry)
 
     def _entry(self, name: str) -> ModelEntry | None:
-        entry = self._view.declared.get(name)
-        if entry is None:
-            adapter = self._view.declared.get(entries.split(name)[0])
-            entry = adapter if adapter is not None and adapter.kind == "adapter" else None
-        return entry
+        return _entry(name, self._view)
 
-    def _allowed(self, entry: ModelEntry) -> bool:
-        return not entry.tenants or self._caller.tenant in entry.tenants
+    def _may(self, name: str) -> bool:
+        return allowed(name, self._caller.tenant, self._view)
 
     def _leaf(self, name: str, entry: ModelEntry | None) -> Choice | None:
         """A base or an adapter, if it can serve; else `_lacking` or `_broken` has why not."""
@@ -186,8 +205,9 @@ class _Search:
         card = view.card(base)
         if card is None:
             if entry is not None:
+                needed = f"base {base!r}" if self._may(base) else "a base"
                 self._broken[name] = (
-                    f"adapter {name!r} needs base {base!r}, which no worker has ever served: start one"
+                    f"adapter {name!r} needs {needed}, which no worker has ever served: start one"
                     if entry.kind == "adapter"
                     else f"model {name!r} is declared, but no worker has ever served it: start one"
                 )
@@ -206,6 +226,13 @@ class _Search:
             return []
         return [each for other in entry.fallbacks for each in self._options(other)]
 
+    def _instead(self, name: str, entry: ModelEntry | None) -> list[Choice]:
+        """Fallbacks of a name that has nothing of its own to serve it: they say so."""
+        return [
+            _because(f"{name} was never served; fallback to {each.model}", each, entry)
+            for each in self._fallbacks(name, entry)
+        ]
+
     # Several
 
     def _alias(self, entry: ModelEntry) -> list[Choice]:
@@ -214,14 +241,16 @@ class _Search:
         best = max((options[0].suits > 0 for _, options in able), default=False)
         able = [(target, options) for target, options in able if (options[0].suits > 0) is best]
         if not able:
-            return self._fallbacks(entry.name, entry)
-        weights = [target.weight for target, _ in able]
-        at = sticky.fraction(self._caller.conversation(), entry.name) if len(able) > 1 else 0.0
-        first = sticky.pick(weights, at)
-        order = [able[first], *able[:first], *able[first + 1 :]]
+            return self._instead(entry.name, entry)
+        weights = [(target.model, target.weight) for target, _ in able]
+        order = able
+        if len(able) > 1:
+            ranked = sticky.order(self._caller.conversation(), entry.name, weights)
+            order = [able[index] for index in ranked]
+        whole = sum(weight for _, weight in weights)
         reasons = [
             f"alias {entry.name}: {target.model}"
-            + (f", {target.weight} of {sum(weights)}" if len(weights) > 1 else "")
+            + (f", {target.weight} of {whole}" if len(weights) > 1 else "")
             for target, _ in order
         ]
         found_here = [
@@ -247,6 +276,8 @@ class _Search:
             if other != name
             for option in self._options(other)
         ]
+        if not found:
+            return self._instead(name, entry)
         found.sort(key=lambda option: option.suits == 0)  # stable
         return [*found, *self._fallbacks(name, entry)]
 
@@ -270,9 +301,9 @@ class _Search:
         able = {name: found[0].suits for name in self._usable() if (found := self._options(name))}
         sure = [name for name, suits in able.items() if suits == 2]
         if sure:
-            hint = f"these have it: {', '.join(sure)}"
+            hint = f"these have it: {', '.join(sure[:_MOST])}"
         elif able:
-            hint = f"it is not known of these whether they have it: {', '.join(able)}"
+            hint = f"it is not known of these whether they have it: {', '.join(list(able)[:_MOST])}"
         else:
             hint = "no model here has it"
         return errors.Incapable(f"{text}; {hint}", param="model")
@@ -281,10 +312,10 @@ class _Search:
         """Names that this caller may use."""
         view = self._view
         names: Iterable[str] = {
-            *(name for name, card in view.cards().items() if self._entry(name) is None and _plain(card)),
-            *(name for name, entry in view.declared.items() if self._allowed(entry)),
+            *(name for name, card in view.cards().items() if _plain(card)),
+            *view.declared,
         }
-        return sorted(names)[:_MOST]
+        return sorted(name for name in names if self._may(name))
 
 
 def _because(reason: str, option: Choice, entry: ModelEntry | None) -> Choice:

@@ -47,7 +47,7 @@ class Steering:
             "object": "route",
             "asked": asked.model,
             "model": choice.model,
-            "base": choice.base,
+            "base": self._base(choice, tenant),
             "service_class": service_class(asked, choice),
             "why": choice.why,
             "needs": {
@@ -59,7 +59,7 @@ class Steering:
             "candidates": [
                 {
                     "model": each.model,
-                    "base": each.base,
+                    "base": self._base(each, tenant),
                     "serving": catalogue.served(each.base),
                     "full": catalogue.full(each.base),
                     "why": each.why,
@@ -67,6 +67,10 @@ class Steering:
                 for each in found
             ],
         }
+
+    def _base(self, choice: routing.Choice, tenant: str) -> str | None:
+        """None where it is not the tenant's to know, though an adapter of it is."""
+        return choice.base if routing.allowed(choice.base, tenant, self._catalogue) else None
 
     def _question(
         self, path: str, asked: Asked, size: int, headers: Mapping[bytes, bytes], tenant: str

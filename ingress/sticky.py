@@ -4,6 +4,7 @@ ingress, with no state. What is known of a conversation is its tenant and how it
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 
@@ -14,20 +15,19 @@ def key(tenant: str, opening: str) -> str:
 
 
 def fraction(conversation: str, name: str) -> float:
-    """0 ≤ f < 1, uniform over conversations, independent for each `name` where ways part."""
+    """0 < f < 1, uniform over conversations, independent for each `name`."""
     digest = hashlib.sha256(f"{conversation}\0{name}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+    return (int.from_bytes(digest[:6], "big") + 0.5) / 2**48
 
 
-def pick(weights: Sequence[int], at: float) -> int:
-    """The index whose share of the whole holds `at`; the first where all weights are 0.
+def order(conversation: str, way: str, targets: Sequence[tuple[str, int]]) -> list[int]:
+    """Indexes of (name, weight), the conversation's first choice first; those without weight come last.
 
-    The shares lie one after the other, so that growing the last one takes conversations from its
-    neighbours alone.
+    Weighted rendezvous hashing: each target's score depends on itself alone, so that a target which leaves,
+    or can't serve, moves none but its own conversations, and growing one takes conversations to it alone.
     """
-    left = at * sum(weights)
-    for index, weight in enumerate(weights):
-        left -= weight
-        if left < 0:
-            return index
-    return max((index for index, weight in enumerate(weights) if weight), default=0)
+    scores = [
+        math.log(fraction(conversation, f"{way}\0{name}")) / weight if weight else -math.inf
+        for name, weight in targets
+    ]
+    return sorted(range(len(targets)), key=lambda index: -scores[index])

@@ -60,6 +60,12 @@ def _add_set(action: argparse.ArgumentParser) -> None:
     action.add_argument(
         "--min-replicas", type=number, metavar="N", help="workers that keep an adapter loaded"
     )
+    action.add_argument(
+        "--wakes",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="its first worker is started for waiting requests, by KEDA for one: no fallback takes them",
+    )
     action.add_argument("--source", metavar="TEXT", help="where it is from")
     action.add_argument("--declare", action="store_true", help="a base that no worker serves yet")
 

@@ -78,6 +78,7 @@ def described(known: Catalogue, name: str) -> str:
         ("leads to", _ways(entry)),
         ("led to by", _many(known.leading_to(name))),
         ("min replicas", str(entry.min_replicas or "")),
+        ("wakes", "when requests wait" if entry.wakes else ""),
         ("source", entry.source),
         ("changed", when(entry.updated_ms) if entry.updated_ms else ""),
     ]

@@ -140,7 +140,7 @@ def changes_of(args: argparse.Namespace) -> dict[str, Any]:
     for key in ("tenants", "fallbacks"):
         if getattr(args, key) is not None:
             changes[key] = tuple(getattr(args, key))
-    for key in ("min_replicas", "source"):
+    for key in ("min_replicas", "source", "wakes"):
         if getattr(args, key) is not None:
             changes[key] = getattr(args, key)
     if args.no_price:
@@ -192,6 +192,8 @@ async def declare(
     def changed(entry: ModelEntry | None) -> ModelEntry:
         if entry is None or entry.vacant:
             entry = ModelEntry(name=name, kind="base", last=entry.last if entry is not None else 0)
+        if changes.get("wakes") and entry.kind != "base":
+            raise errors.InvalidRequest(f"--wakes is a base's, and {name!r} is {catalogue.a(entry.kind)}")
         if "min_replicas" in changes and entry.kind != "adapter":
             raise errors.InvalidRequest(
                 f"--min-replicas is an adapter's, and {name!r} is {catalogue.a(entry.kind)}"

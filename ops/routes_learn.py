@@ -157,7 +157,7 @@ def _lookup(pieces: Sequence[str]) -> tuple[list[int], intent.Table]:
 
 
 def _mean(text: str, lookup: intent.Table, vectors: Matrix) -> Matrix:
-    rows = [row for word in intent.runs(intent.relevant(text)) for row in intent.pieces(word, lookup)]
+    rows = [row for word in intent.runs(intent.relevant(text)) for row in intent.pieces(word, lookup)[0]]
     total: Matrix = vectors[rows].sum(0) / max(1, len(rows))
     return total
 

@@ -304,9 +304,22 @@ class TestRouter:
         completion = {"model": "way", "prompt": "hello"}
         found = (await http.post("/v1/route?path=/v1/completions", json=completion)).json()
         assert found["needs"]["capabilities"] == ["completions"]
+        assert await _is_named(http, chat("way", max_tokens=2**64 - 1), "one", "two")
         assert (await http.post("/v1/route?path=/nope", json=completion)).status_code == 400
         assert (await http.get("/v1/route")).status_code == 405
         assert await broker.counts(subjects.USAGE, subjects.ALL_USAGE) == before
+
+    async def test_a_dry_run_names_no_base_that_is_hidden(
+        self, http: httpx.AsyncClient, broker: base.Broker
+    ) -> None:
+        made = Version(number=1, digest="sha256:0", rank=8)
+        await declare(broker, "one", tenants=("acme",))
+        await declare(broker, "tuned", "adapter", base="one", versions=(made,), current=1)
+        await until(lambda: _is(http, "tuned", 200))
+        await until(lambda: _is(http, "one", 404))
+        for headers, told in (({}, None), ({"X-Headrace-Tenant": "acme"}, "one")):
+            found = (await http.post("/v1/route", json=chat("tuned"), headers=headers)).json()
+            assert (found["base"], [each["base"] for each in found["candidates"]]) == (told, [told])
 
     async def test_a_name_that_a_model_has_is_no_routers(
         self, config: BrokerConfig, broker: base.Broker, tmp_path: Path
@@ -316,6 +329,11 @@ class TestRouter:
         file.write_text(ROUTES)
         arguments = ["routes", "learn", str(file), "--no-embeddings", "--router", "way", "--nats", config.url]
         assert await asyncio.to_thread(cli.main, arguments) == 1
+
+
+async def _is_named(http: httpx.AsyncClient, body: dict[str, Any], *models: str) -> bool:
+    response = await http.post("/v1/route", content=orjson.dumps(body))
+    return response.status_code == 200 and response.json()["model"] in models
 
 
 async def _headrace(config: BrokerConfig, *arguments: str) -> str:

@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
-from broker import errors, subjects
+from broker import entries, errors, subjects
+from broker.entries import ModelEntry
 from broker.memory import MemoryBroker
 from broker.messages import Credit, Heartbeat, Instance, ModelCard, PoolBeat
 from ingress import catalogue as catalogue_module
+from ingress import routing
 from ingress.catalogue import Catalogue
+from ingress.listing import Listing
+from ingress.needs import Needs
+from tests.waiting import until
 
 
 def card(name: str, **more: Any) -> ModelCard:
@@ -111,8 +116,61 @@ async def test_what_a_pool_can_start_is_up_though_nobody_serves_it(clock: Simple
             await broker.publish(subjects.pool("h"), data)
             await asyncio.sleep(0)
         assert catalogue.serving
+        clock.at += 2
         names = ("cold", "broken", "again", "other")
         assert [catalogue.up(name) for name in names] == [True, False, False, False]
         assert not catalogue.served("cold")
         clock.at += 10
         assert not any(catalogue.up(name) for name in names)
+
+
+async def test_nothing_is_down_before_it_could_be_heard(clock: SimpleNamespace) -> None:
+    async with Catalogue(MemoryBroker()) as catalogue:
+        assert catalogue.up("m")
+        clock.at += 2
+        assert not catalogue.up("m")
+
+
+async def test_a_base_that_others_start_for_its_requests_is_up(clock: SimpleNamespace) -> None:
+    broker = MemoryBroker()
+    async with Catalogue(broker) as catalogue:
+        clock.at += 2
+        for wakes in (True, False):
+            await declare(broker, "far", catalogue, wakes=wakes)
+            assert catalogue.up("far") is wakes
+
+
+async def declare(broker: MemoryBroker, name: str, catalogue: Catalogue, **more: Any) -> None:
+    entry = ModelEntry(name=name, kind="base", **more)
+    await entries.change(broker, name, lambda _: entry)
+    await until(lambda: catalogue.declared.get(name) == entry)
+
+
+async def test_an_entry_of_a_newer_release_opens_nothing() -> None:
+    broker = MemoryBroker()
+    newer = b'{"name":"a","kind":"base","tenants":["acme"],"capabilities":["chat","smell"]}'
+    async with Catalogue(broker) as catalogue:
+        for name, data in (("a", newer), ("b", b'{"name":"b","kind":"orchestra","tenants":["acme"]}')):
+            await broker.put(subjects.KV_CATALOGUE, name, data)
+            await broker.put(subjects.KV_MODELS, name, card(name).model_dump_json().encode())
+        await until(lambda: catalogue.unreadable == {"b"})
+        assert catalogue.declared["a"].tenants == ("acme",)
+        assert catalogue.declared["a"].capabilities == ("chat",)
+        for name in ("a", "b"):
+            with pytest.raises(errors.UnknownModel):
+                ask(catalogue, name)
+        assert Listing.of(catalogue, "t").names() == []
+        assert Listing.of(catalogue, "acme").names() == ["a"]
+        await broker.put(subjects.KV_CATALOGUE, "b", b'{"name":"b","kind":"base"}')
+        await until(lambda: not catalogue.unreadable)
+        assert ask(catalogue, "b").model == "b"
+        # What was known goes on to hold.
+        await broker.put(subjects.KV_CATALOGUE, "a", b'{"name":"a","kind":"orchestra"}')
+        await broker.put(subjects.KV_CATALOGUE, "c", b"{}")
+        await until(lambda: catalogue.unreadable == {"c"})
+        assert catalogue.declared["a"].tenants == ("acme",)
+
+
+def ask(catalogue: Catalogue, name: str) -> routing.Choice:
+    wants = Needs("/v1/chat/completions", {"messages": []})
+    return routing.resolve(name, wants, routing.Caller("t", lambda: "c"), catalogue)

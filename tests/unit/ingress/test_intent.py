@@ -68,7 +68,7 @@ def test_below_the_margin_the_default_serves(trained: routes_learn.Trained) -> N
     careful = Router(trained.learned.model_copy(update={"margin": 2.0}), trained.tables)
     model, reason = careful.ranked("Write a Python function", "auto")[0]
     assert model == "general"
-    assert reason.startswith("auto: default, code leads by ")
+    assert reason.startswith("auto: default, the best leads by ")
 
 
 def test_every_model_is_ranked_so_that_another_serves_where_the_first_can_not(
@@ -102,8 +102,28 @@ def test_tables_of_another_size_are_refused(trained: routes_learn.Trained) -> No
 def test_a_word_is_cut_into_the_longest_known_pieces() -> None:
     hashes = sorted(intent.crc(piece) for piece in ("\u2581work", "\u2581wo", "er", "s"))
     table = intent.Table(array.array("I", hashes), array.array("b"), 0, 1.0)
-    rows = [hashes[row] for row in intent.pieces("workXers", table)]
-    assert rows == [intent.crc(piece) for piece in ("\u2581work", "er", "s")]
+    rows, looked_up = intent.pieces("workXers", table)
+    assert looked_up == 5 + 4 + 2 + 1  # from _workXers to _work, from Xers to X in vain, ers and er, s
+    assert [hashes[row] for row in rows] == [intent.crc(piece) for piece in ("\u2581work", "er", "s")]
+
+
+@pytest.mark.parametrize("ends", [(0x61, 0x7B), (0x4E00, 0x9FFF), (0x12000, 0x12400), (0x1F300, 0x1F900)])
+def test_what_is_in_no_vocabulary_costs_no_more_lookups_than_a_text_may(
+    router: Router, ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = 0
+    at = intent.Table.at
+
+    def counted(table: intent.Table, wanted: int) -> int:
+        nonlocal made
+        made += 1
+        return at(table, wanted)
+
+    monkeypatch.setattr(intent.Table, "at", counted)
+    rng = random.Random(ends[0])
+    router.scores("".join(chr(rng.randrange(*ends)) for _ in range(1000)))
+    # The last word is looked up whole, and each word or sign of the text once more, as itself.
+    assert made <= 1000 + 48 * 16 + 1000
 
 
 class TestWire:

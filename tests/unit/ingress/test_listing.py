@@ -34,6 +34,7 @@ class Known:
     beats_now: list[Heartbeat] = field(default_factory=list)
     declared: dict[str, ModelEntry] = field(default_factory=dict)
     remembered: tuple[ModelCard, ...] = ()
+    unreadable: set[str] = field(default_factory=set)
 
     def beats(self) -> list[Heartbeat]:
         return self.beats_now
@@ -163,3 +164,11 @@ def test_a_mesh_of_aliases_costs_no_more_than_its_names() -> None:
     to = {"kind": "alias", "targets": tuple(Target(model=name) for name in [*names, "llama"])}
     # By paths this would never end.
     assert len(listing(known(beat("llama"), **dict.fromkeys(names, to))).all()) == 61
+
+
+def test_what_stands_in_an_unreadable_entry_is_shown_to_nobody() -> None:
+    found = known(beat("hidden", ModelCard(id="hidden@1", base="hidden")), beat("open"))
+    found.unreadable.add("hidden")
+    shown = listing(found)
+    assert shown.names() == ["open"]
+    assert shown.one("hidden") is shown.one("hidden@1") is None

@@ -31,6 +31,7 @@ class World:
     down: set[str] = field(default_factory=set)
     cold: set[str] = field(default_factory=set)
     crowded: set[str] = field(default_factory=set)
+    unreadable: set[str] = field(default_factory=set)
     context: int = 0
 
     def add(self, name: str, kind: Any = "base", **more: Any) -> None:
@@ -140,6 +141,30 @@ class TestNames:
         assert ask(world, "quick").latency_class is ServiceClass.INTERACTIVE
         assert ask(world, "plain").latency_class is ServiceClass.BATCH
 
+    @pytest.mark.parametrize("name", ["hidden", "hidden@1", "auto"])
+    def test_what_stands_in_an_unreadable_entry_is_unknown_to_all(self, name: str) -> None:
+        world = World(["hidden", "hidden@1", "open"], unreadable={"hidden", "auto"})
+        world.alias("way", ("hidden", 1))
+        for asked in (name, "way"):
+            with pytest.raises(errors.UnknownModel) as caught:
+                ask(world, asked)
+            assert str(caught.value).endswith("known models: open, way" if asked == name else "models: open")
+
+    def test_a_base_that_is_hidden_is_not_named(self) -> None:
+        world = World([])
+        world.add("secret", tenants=("other",))
+        world.adapter("ad", "secret", versions=1, current=1)
+        with pytest.raises(errors.UnknownModel, match="needs a base, which no worker has ever served"):
+            ask(world, "ad")
+        with pytest.raises(errors.UnknownModel, match="needs base 'secret', which"):
+            ask(world, "ad", tenant="other")
+
+    def test_a_body_that_surely_fits_is_read_no_further(self) -> None:
+        body = {"messages": [{"role": "user", "content": "word " * 20}]}
+        wants = Needs(CHAT, body, size=150)
+        assert ask(World(["m"], context=100), "m", wants).model == "m"
+        assert "_read" not in vars(wants)
+
 
 class TestAliases:
     @given(st.lists(st.integers(0, 100), min_size=2, max_size=5).filter(any), st.integers(0, 10**6))
@@ -184,6 +209,37 @@ class TestAliases:
             "support@3": ("alias help: support@3, 90 of 100",),
             "support@4": ("alias help: support@4, 10 of 100",),
         }
+
+    def test_one_that_leaves_moves_none_but_its_own_conversations(self) -> None:
+        whole, world = World(["a", "b", "c"]), World(["a", "b", "c"])
+        for each in (whole, world):
+            each.alias("way", ("a", 50), ("b", 40), ("c", 10))
+        world.add("a", capabilities=("chat",))
+        image = needs(messages=[{"role": "user", "content": [{"type": "image_url"}]}])
+        moved: Counter[str] = Counter()
+        for key in map(str, range(500)):
+            before, after = (
+                ask(whole, "way", conversation=key).model,
+                ask(world, "way", image, conversation=key),
+            )
+            if before == "a":
+                moved[after.model] += 1
+            else:
+                assert after.model == before
+        assert moved["b"] > 2 * moved["c"] > 0  # by their weights
+
+    def test_the_others_serve_in_the_order_of_the_conversation(self) -> None:
+        world = World(["a", "b", "c"])
+        world.alias("way", ("a", 1), ("b", 1), ("c", 1))
+        before = [ask(world, "way", conversation=str(i)).model for i in range(300)]
+        world.down.add("a")
+        after = [ask(world, "way", conversation=str(i)).model for i in range(300)]
+        assert all(b == a or b == "a" for b, a in zip(before, after, strict=True))
+        assert {a for b, a in zip(before, after, strict=True) if b == "a"} == {"b", "c"}
+
+    def test_a_weight_beyond_all_measure_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="less than or equal"):
+            Target(model="m", weight=10**400)
 
     def test_circles_lead_nowhere_and_harm_nothing(self) -> None:
         world = World(["base"])
@@ -230,6 +286,16 @@ class TestCapabilities:
         with pytest.raises(errors.Incapable, match="lacks JSON schemas and vision; no model here has it"):
             ask(world, "plain", needs(**self.IMAGE, **self.SCHEMA))
 
+    def test_one_that_has_it_is_found_among_however_many(self) -> None:
+        world = World([f"m{i:02}" for i in range(40)])
+        for i in range(40):
+            world.add(f"m{i:02}", capabilities=("chat", "tools") if i > 35 else ("chat",))
+        with pytest.raises(errors.Incapable, match=r"these have it: m36, m37, m38, m39$"):
+            ask(world, "m00", needs(**self.TOOLS))
+        with pytest.raises(errors.UnknownModel) as caught:
+            ask(world, "gone")
+        assert str(caught.value).endswith(", m31")
+
     def test_a_refusal_names_nothing_that_is_hidden(self) -> None:
         world = World(["plain", "able"])
         world.add("plain", capabilities=("chat",))
@@ -260,8 +326,13 @@ class TestCapabilities:
     def test_a_language_that_a_model_lacks_is_refused(self) -> None:
         world = World(["english", "any"])
         world.add("english", languages=("en",))
-        with pytest.raises(errors.Incapable, match="lacks language de; these have it: any"):
-            ask(world, "english", needs("Wie ist das Wetter und was soll ich mit dem Rad machen?"))
+        german = "Wie ist das Wetter und was soll ich mit dem Rad machen?"
+        assert ask(world, "english", needs(german)).model == "english"  # by its words alone
+        for wants in (needs("Какая сегодня погода?"), Needs(CHAT, {"prompt": german}, declared="de")):
+            with pytest.raises(errors.Incapable, match=r"lacks language .*de|ru.*; these have it: any"):
+                ask(world, "english", wants)
+        world.alias("way", ("english", 99), ("any", 1))
+        assert {ask(world, "way", needs(german), conversation=str(i)).model for i in range(20)} == {"any"}
         assert ask(world, "english", needs("How is the weather and what should I do?")).model == "english"
         assert ask(world, "english", needs("Hmm")).model == "english"
 
@@ -330,6 +401,21 @@ class TestFallbacks:
         choice = ask(world, "first")
         assert choice.model == "second"
         assert choice.why == ("first is served by no worker now", "fallback to second")
+
+    def test_one_that_was_never_served_is_told_with_who_serves_instead(self) -> None:
+        world = self.world()
+        world.add("new", fallbacks=("first",))
+        assert ask(world, "new").why == ("new was never served; fallback to first",)
+        world.alias("way", ("gone", 1), fallbacks=("first",))
+        assert ask(world, "way").why == ("way was never served; fallback to first",)
+
+    def test_the_class_stays_that_of_the_first(self) -> None:
+        world = self.world()
+        world.add("first", fallbacks=("second",), latency_class=ServiceClass.INTERACTIVE)
+        world.add("second", latency_class=ServiceClass.BATCH)
+        world.down.add("first")
+        choice = ask(world, "first")
+        assert (choice.model, choice.latency_class) == ("second", ServiceClass.INTERACTIVE)
 
     def test_one_that_a_pool_starts_for_its_requests_is_not_down(self) -> None:
         world = self.world()

@@ -68,7 +68,7 @@ def test_flags_set_what_they_name_and_nothing_else() -> None:
     args = flags(
         *("--context", "4096", "--capabilities", "chat,tools", "--languages", "en-US,de,EN"),
         *("--latency-class", "batch", "--tenants", "a,b", "--fallbacks", "x", "--min-replicas", "2"),
-        *("--price-input", "0.5"),
+        *("--wakes", "--price-input", "0.5"),
     )
     assert models.changes_of(args) == {
         "context_tokens": 4096,
@@ -78,7 +78,9 @@ def test_flags_set_what_they_name_and_nothing_else() -> None:
         "tenants": ("a", "b"),
         "fallbacks": ("x",),
         "min_replicas": 2,
+        "wakes": True,
     }
+    assert models.changes_of(flags("--no-wakes")) == {"wakes": False}
     assert models.prices_of(args) == {"input": 0.5}
 
 
@@ -195,6 +197,10 @@ async def test_what_is_declared_of_a_base_adds_up(broker: MemoryBroker) -> None:
     assert (await models.declare(broker, "llama", {"price": None}, {})).price is None
     with pytest.raises(errors.InvalidRequest, match="--min-replicas is an adapter's"):
         await models.declare(broker, "llama", {"min_replicas": 1}, {})
+    await models.lead(broker, "way", {"kind": "alias", "targets": (Target(model="llama"),)})
+    with pytest.raises(errors.InvalidRequest, match="--wakes is a base's, and 'way' is an alias"):
+        await models.declare(broker, "way", {"wakes": True}, {})
+    await models.remove(broker, "way")
     await models.remove(broker, "llama")
     assert await entries.read_all(broker) == ({}, [])
     with pytest.raises(errors.NotFound):
