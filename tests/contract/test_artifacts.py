@@ -135,7 +135,7 @@ async def test_a_full_disk_is_no_fault_of_the_adapter(broker: Broker, into: Path
 async def test_many_long_names_make_a_short_reason(broker: Broker, into: Path) -> None:
     files = [File(name="\ue000" * 250 + str(n), size=1, digest="", object="o") for n in range(100)]
     with pytest.raises(errors.AdapterFailed) as caught:
-        await artifacts.fetch(broker, version(files), into)
+        await artifacts.fetch(broker, version(tuple(files)), into)
     assert len(caught.value.message) < 500
 
 
