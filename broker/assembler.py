@@ -214,8 +214,12 @@ class _Said:
 
 
 def _tokens(frame: Frame) -> list[tuple[int, int, list[int]]]:
-    """(choice, tokens before, tokens) for each choice in a frame; choice 0 stands for a frame without any."""
-    more = [(index, off, ids) for index, off, ids in frame.choices]
+    """(choice, tokens before, tokens) for each choice of a frame; choice 0 stands for one without any."""
+    found: dict[int, tuple[int, list[int]]] = {}
+    for index, off, ids in frame.choices:
+        before, earlier = found.get(index, (off, []))
+        found[index] = before, [*earlier, *ids]  # a frame names a choice for each of its outputs
+    more = [(index, off, ids) for index, (off, ids) in found.items()]
     return more if more and not frame.ids else [(0, frame.off, frame.ids), *more]
 
 

@@ -24,9 +24,9 @@ import orjson
 from nats.aio.msg import Msg
 from tenacity import (
     AsyncRetrying,
+    RetryCallState,
     before_sleep_log,
     retry_if_exception_type,
-    stop_after_attempt,
     wait_exponential,
 )
 
@@ -56,7 +56,7 @@ _TAIL_SECONDS = 12.0
 _TAIL_BYTES = 32 * 2**20
 """Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
 _ELECTION = 10.0
-"""Seconds for which a process that ends waits for a journal without a leader."""
+"""Seconds for which a stream without a leader is waited for."""
 _TRIES = 3
 _STORED_BY = 1.0
 """Seconds by which a change that was on its way is stored."""
@@ -360,9 +360,17 @@ class NatsBroker(base.Broker):
             nak.add_done_callback(self._naks.discard)
 
     async def _insist(self, act: Callable[[], Awaitable[Any]]) -> None:
-        """A cluster leaves one of several who make the same consumer at once without an answer."""
+        """A cluster leaves one of several who make the same consumer at once without an answer, and all of
+        them while the queue has no leader."""
+
+        def enough(state: RetryCallState) -> bool:
+            exc = state.outcome.exception() if state.outcome else None
+            silent = self._nc.is_connected and isinstance(exc and exc.__cause__, TimeoutError)
+            elects = silent and (state.seconds_since_start or 0.0) < _ELECTION
+            return state.attempt_number >= _TRIES and not elects
+
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(errors.Unavailable), stop=stop_after_attempt(_TRIES), reraise=True
+            retry=retry_if_exception_type(errors.Unavailable), stop=enough, reraise=True
         ):
             with attempt, _translated:
                 await act()

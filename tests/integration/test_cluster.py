@@ -294,3 +294,13 @@ async def test_a_process_that_ends_while_the_journal_has_no_leader_leaves_it_its
             return False
 
         await until(kept)
+
+
+async def test_a_worker_that_starts_while_the_queue_has_no_leader_waits_for_one(cluster: NatsCluster) -> None:
+    async with await client.connect(cluster.config, "worker") as worker:
+        leader = await cluster.leader(subjects.REQUESTS)
+        assert leader is not None
+        await cluster.kill(leader)
+        await until(lambda: worker.connected)
+        queue = await worker.pull("late", ServiceClass.STANDARD, lambda delivery: None, lambda: None)
+        await queue.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -167,6 +168,17 @@ def test_any_interleaving_gives_each_token_once_in_order_or_says_that_frames_are
     assert said == sorted(set(said))
     assert len({(f.epoch, f.seq) for f in seen}) == len(seen)
     assert sum(f.kind is FrameKind.END for f in seen) == (assembler.finished and not lost)
+
+
+def test_a_frame_may_name_a_choice_several_times() -> None:
+    """Outputs that came together are one frame, and its whole answer may be read from the journal."""
+    choices: list[list[Any]] = [[1, 0, [7]], [1, 1, [8, 9]]]
+    for head in (Frame(1, 0, FrameKind.HEAD, 0, [5, 6], choices, b"x", extra) for extra in (SSE, {})):
+        end = Frame(1, 1, FrameKind.END, 2)
+        assembler = Assembler()
+        assert assembler.feed_all([head, end]) == [head, end]
+        assert Assembler().rest([head, end]) == [head, end]
+        assert assembler.tokens == ({0: 2, 1: 3} if head.extra else {})
 
 
 def test_an_attempt_that_starts_past_what_was_seen_is_a_loss() -> None:
