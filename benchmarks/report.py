@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,33 @@ Record = dict[str, Any]
 
 
 def write() -> Path:
-    """Write the document and the plot; what was not measured on this machine is left out."""
-    sections = [
-        render(record)
-        for name, render in (
-            ("overhead", _overhead),
-            ("forward", _forward),
-            ("memory", _memory),
-            ("journal", _journal),
-            ("vllm_throughput", _vllm),
-            ("batching", _batching),
-            ("adapters", _adapters),
-            ("planner", _planner),
-            ("routing", _routing),
+    """Write the document and the plot; of what was not measured here, the document's section stays."""
+    before = sections(path.read_text()) if (path := DOCS / "benchmarks.md").exists() else {}
+    parts = [
+        render(record) if (record := results.load(name)) is not None else before.get(title, "")
+        for name, title, render in (
+            ("overhead", "Added latency", _overhead),
+            ("forward", "Forwarding", _forward),
+            ("memory", "Memory", _memory),
+            ("journal", "Journal and recovery", _journal),
+            ("vllm_throughput", "Throughput of real vLLM", _vllm),
+            ("batching", "Continuous against static batching", _batching),
+            ("adapters", "Adapters", _adapters),
+            ("planner", "Planner", _planner),
+            ("routing", "Intent routing", _routing),
         )
-        if (record := results.load(name)) is not None
     ]
     if (record := results.load("overhead")) is not None:
         plot(record, results.load("vllm_throughput"))
-    path = DOCS / "benchmarks.md"
     head = _HEAD.format(foreign=quiet.FOREIGN, tries=quiet.TRIES)
-    path.write_text("\n".join([head, *sections]))
+    path.write_text("\n".join([head, *filter(None, parts)]))
     return path
+
+
+def sections(document: str) -> dict[str, str]:
+    """The document's sections, from their heading to the line before the next, by title."""
+    found = re.findall(r"^## (.+)\n([\s\S]*?)(?=^## |\Z)", document, re.MULTILINE)
+    return {title: f"## {title}\n{text.rstrip()}\n" for title, text in found}
 
 
 _HEAD = """\
