@@ -136,7 +136,7 @@ async def staged(engine: Engine) -> AsyncIterator[Stage]:
 
 async def first_steps(quick: bool) -> dict[str, Any]:
     """Seconds until the first scheduled step, and the memory that adapters take."""
-    count, rounds = (5, 4) if quick else (ADAPTERS, 20)
+    count, rounds = (5, 4) if quick else (ADAPTERS, 8)
     model = demo_model.ensure(Path(".data"), progress=True)
     config = VllmConfig(model=str(model), adapter_slots=2, adapters_in_memory=2 * ADAPTERS)
     engine = await vllm.start(config)
@@ -244,7 +244,7 @@ def _swaps() -> float:
 
 
 async def measure(quick: bool) -> dict[str, Any]:
-    seconds = 5.0 if quick else 60.0
+    seconds = 5.0 if quick else 20.0
     rates = RATES[-1:] if quick else RATES
     runs = [await zipf(ADAPTERS, rate, seconds, turns=turns) for rate in rates for turns in (True, False)]
     fitting = await zipf(SLOTS, rates[-1], seconds, turns=True)
