@@ -198,8 +198,11 @@ class NatsBroker(base.Broker):
             self._repeat([key], self._tail, self._heard, answer=message.reply)
 
     def _on_journal_elected(self, _: base.Message) -> None:
-        """What was published since the journal's last leader went is in no journal."""
-        self._repeat(self._tail.keys(asyncio.get_running_loop().time()), self._tail)
+        """What was published since the journal's last leader went is in no journal: ours, and what we heard
+        of workers that may have gone since."""
+        now = asyncio.get_running_loop().time()
+        keys = dict.fromkeys([*self._tail.keys(now), *self._heard.keys(now)])
+        self._repeat(list(keys), self._tail, self._heard)
 
     def _repeat(self, keys: list[str], *tails: tail.Tail, answer: str = "") -> None:
         self._repeating.update(keys)

@@ -267,7 +267,10 @@ class Stream:
                 return []
         ready: list[Frame] = []
         silent = (ask_journal or self._doubted) and not self._waiting
-        self._doubted = False
+        if self._doubted:
+            self._doubted = False
+            with contextlib.suppress(errors.Unavailable):  # the journal may have no leader: its writer has it
+                await self._broker.publish(subjects.again(self.subject), b"{}")
         while self._waiting and not self._behind:
             data = self._waiting.popleft()
             self._unread -= len(data)

@@ -83,7 +83,7 @@ class Client(MemoryBroker):
 
     async def start(self) -> None:
         await self.subscribe(subjects.ALL_AGAIN, self._on_again)
-        await self.subscribe(_ELECTED, lambda _: self._repeat_all())
+        await self.subscribe(_ELECTED, lambda _: self._repeat_all(heard=True))
 
     # The line
 
@@ -149,9 +149,12 @@ class Client(MemoryBroker):
         for subject, data in frames:
             self.send(self.server.publish, Message(subject, data))
 
-    def _repeat_all(self) -> None:
-        for key in self._tail.keys(asyncio.get_running_loop().time()):
+    def _repeat_all(self, heard: bool = False) -> None:
+        now = asyncio.get_running_loop().time()
+        for key in self._tail.keys(now):
             self._repeat(self._tail.of(key))
+        for key in self._heard.keys(now) if heard else ():
+            self._repeat(self._heard.of(key))
 
     # What befalls it
 
