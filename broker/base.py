@@ -198,10 +198,9 @@ class Broker(abc.ABC):
         Raises errors.MalformedMessage when `receipt` is none.
         """
 
+    @abc.abstractmethod
     async def hand_back(self, delivery: Delivery, delay: float) -> None:
         """NAK a delivery of our own: the message comes again after `delay` seconds, others before it."""
-        # As JetStream reads it, in nanoseconds.
-        await self.publish(delivery.receipt, b'-NAK {"delay": %d}' % (delay * 1e9))
 
     @abc.abstractmethod
     async def delivered(self, base: str, service_class: ServiceClass) -> dict[int, str]:

@@ -333,6 +333,10 @@ class NatsBroker(base.Broker):
             raise errors.Unavailable("the broker can't be reached")
         await self.publish(receipt, b"-NAK")
 
+    async def hand_back(self, delivery: base.Delivery, delay: float) -> None:
+        # As JetStream reads it, in nanoseconds.
+        await self.publish(delivery.receipt, b'-NAK {"delay": %d}' % (delay * 1e9))
+
     async def delivered(self, base_model: str, service_class: ServiceClass) -> dict[int, str]:
         consumer = subjects.consumer(base_model, service_class)
         info = await self._api(f"CONSUMER.INFO.{subjects.REQUESTS}.{consumer}", {}, may_fail=(_NO_CONSUMER,))

@@ -79,15 +79,14 @@ async def fence(
     someone else wrote there.
     """
     newest = await _newest(broker, request, delivery)
+    frames = [] if newest is None else await replies.journal(broker, request.reply_to, delivery.enqueued_ms)
     if newest is not None and newest.kind in TERMINAL:
         # It may be of an attempt that was given up, whose end readers do not take.
         with contextlib.suppress(errors.FramesLost):
-            told = past(await replies.journal(broker, request.reply_to, delivery.enqueued_ms))
+            told = past(frames)
             if told.ended:
                 return told
-    if newest is None or not mute(
-        await replies.journal(broker, request.reply_to, delivery.enqueued_ms), writer.epoch
-    ):
+    if newest is None or not mute(frames, writer.epoch):
         await _fill(broker, request, delivery)
     await writer.beat(worker)
     try:

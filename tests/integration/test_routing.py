@@ -14,11 +14,10 @@ import openai
 import orjson
 import pytest
 
-from broker import base, client, entries, subjects
+from broker import base, entries, subjects
 from broker.config import BrokerConfig
 from broker.entries import ModelEntry, Target, Version
 from broker.messages import parse_request
-from broker.server import NatsServer
 from ops import cli
 from tests.integration.serving import ingress, register, worker
 from tests.pushing import push
@@ -37,20 +36,6 @@ name = "greetings"
 model = "one"
 examples = ["Hello there", "Good morning to you", "Hi, nice to meet you", "Good evening"]
 """
-
-
-@pytest.fixture(scope="module")
-async def config(
-    anyio_backend: object, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[BrokerConfig]:
-    async with NatsServer(tmp_path_factory.mktemp("nats")) as server:
-        yield BrokerConfig(url=server.url)
-
-
-@pytest.fixture(scope="module")
-async def broker(config: BrokerConfig) -> AsyncIterator[base.Broker]:
-    async with await client.connect(config, "test") as connection:
-        yield connection
 
 
 @pytest.fixture(scope="module")
