@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import sys
 
 import httpx
 import orjson
@@ -14,6 +11,7 @@ from broker import base, client, errors, letters, replies, subjects
 from broker.config import BrokerConfig
 from broker.messages import Attempt, Request
 from broker.server import NatsServer
+from tests.integration import command
 from tests.integration.serving import answer, ingress, ready, register, worker
 from tests.waiting import LIMIT, until
 
@@ -23,19 +21,7 @@ HISTORY = tuple(
 
 
 async def dead(url: str, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout, stderr."""
-    process = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "ops", "dead", *arguments, "--nats", url],
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=os.environ | {"TZ": "UTC"},
-    )
-    async with asyncio.timeout(LIMIT):
-        out, err = await process.communicate()
-    assert process.returncode is not None
-    assert b"Traceback" not in err
-    return process.returncode, out.decode(), err.decode()
+    return await command.run("dead", url, *arguments)
 
 
 async def die(broker: base.Broker, request: Request) -> None:

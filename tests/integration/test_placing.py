@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,6 +21,7 @@ from broker.placement import Placement, Placements
 from broker.server import NatsServer
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
+from tests.integration import command
 from tests.waiting import LIMIT, until
 from tests.workbench import PATH, metric
 
@@ -397,25 +396,13 @@ async def test_a_base_that_is_gone_leaves_no_figures(nats_server: NatsServer, br
 # The command
 
 
-async def command(url: str, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout, stderr."""
-    process = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "ops", "placement", *arguments, "--nats", url],
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=os.environ | {"TZ": "UTC"},
-    )
-    async with asyncio.timeout(LIMIT):
-        out, err = await process.communicate()
-    assert process.returncode is not None
-    assert b"Traceback" not in err, err.decode()
-    return process.returncode, out.decode(), err.decode()
+async def placement_of(url: str, *arguments: str) -> tuple[int, str, str]:
+    return await command.run("placement", url, *arguments)
 
 
 async def test_the_plan_is_shown_and_explained(nats_server: NatsServer, broker: base.Broker) -> None:
     url = nats_server.url
-    assert (await command(url, "show"))[1] == ""
+    assert (await placement_of(url, "show"))[1] == ""
     async with planning(nats_server), puppet(broker, "w1", slots=1), plans(broker) as placed:
         await declare(broker, "ada", 8)
         await declare(broker, "bob", 8, 8)
@@ -425,7 +412,7 @@ async def test_the_plan_is_shown_and_explained(nats_server: NatsServer, broker: 
         await queue(broker, "bob@2")
         await queue(broker, "tall@1")
         await until(lambda: len(placed.bases["sim"].assignments) == 3)
-        status, out, _ = await command(url, "show")
+        status, out, _ = await placement_of(url, "show")
         assert status == 0
         lines = [line.split() for line in out.splitlines()]
         assert lines[0] == ["BASE", "WORKERS", "WANTED", "SLOTS", "QUEUED"]
@@ -433,17 +420,17 @@ async def test_the_plan_is_shown_and_explained(nats_server: NatsServer, broker: 
         assert lines[1][3:] == ["1", "of", "1", "5"]
         assert next(line for line in lines if line[:1] == ["ada@1"])[1:4] == ["sim", "w1", "3"]
 
-        _, out, _ = await command(url, "explain", "ada", "--json")
+        _, out, _ = await placement_of(url, "explain", "ada", "--json")
         (fact,) = map(json.loads, out.splitlines())
         assert (fact["planned"], fact["states"], fact["queued"]) == (["w1"], {"w1": "ready"}, 3)
         assert fact["reason"] == "asked for, and loaded nowhere"
-        _, out, _ = await command(url, "explain", "tall@1")
+        _, out, _ = await placement_of(url, "explain", "tall@1")
         assert "its rank, 64, is more than any worker takes: 16 at most" in out
-        _, out, _ = await command(url, "explain")
+        _, out, _ = await placement_of(url, "explain")
         assert out.startswith("base sim\n")
         assert "model bob@1" in out
         assert "an earlier version, and nobody asks for it" in out
-        status, _, err = await command(url, "explain", "nobody")
+        status, _, err = await placement_of(url, "explain", "nobody")
         assert (status, "there is no base or adapter 'nobody'" in err) == (1, True)
 
 
