@@ -394,7 +394,7 @@ async def test_a_full_disk_sends_requests_to_another_worker(
             frame = await (await caller.submit(3, model="ada@1")).fails("unavailable")
             assert b"No space left" in frame.payload
             assert metric("headrace_returned_total", reason="handed_back") == before + 3
-        assert "ada@1" not in beats.states()  # not failed
+        await until(lambda: "ada@1" not in beats.states())  # not failed; a beat may be from before
         await (await caller.submit(3, model="ada@1")).finishes()
 
 
