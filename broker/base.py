@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
+from broker import errors, subjects
 from broker.messages import ServiceClass
 
 
@@ -83,6 +84,15 @@ class Delivery(Protocol):
     async def ack(self) -> None: ...
     async def nak(self) -> None: ...
     async def in_progress(self) -> None: ...
+
+
+class Parcel(NamedTuple):
+    """A delivery as one process passes it on to another. `data` None: it is read from the queue there."""
+
+    subject: str
+    headers: Mapping[str, str]
+    data: bytes | None
+    receipt: str
 
 
 class Puller(Protocol):
@@ -196,6 +206,49 @@ class Broker(abc.ABC):
         redelivers a message that runs. One whose message was acked changes nothing.
 
         Raises errors.MalformedMessage when `receipt` is none.
+        """
+
+    @abc.abstractmethod
+    async def prolong(self, receipt: str) -> None:
+        """`in_progress` in the stead of who has the delivery. Raises as `hand_on`."""
+
+    async def relay(self, to: str, parcel: Parcel, note: str) -> None:
+        """Pass a delivery on to whoever listens to the subject `to`, with a `note` for it. Nobody tells whether
+        it got there. A body that is not in the parcel, or finds no room beside its headers, is read from the
+        queue over there."""
+        head = {**parcel.headers, subjects.SUBJECT: parcel.subject, subjects.SENT: note}
+        if parcel.data is not None:
+            try:
+                await self.publish(to, parcel.data, head, parcel.receipt)
+            except errors.TooLarge:
+                pass
+            else:
+                return
+        await self.publish(to, b"", head | {subjects.STORED: "1"}, parcel.receipt)
+
+    async def relayed(self, message: Message) -> Delivery | None:
+        """The delivery that a `relay` passed on; None when the queue has it no more.
+
+        Raises errors.MalformedMessage for what is none.
+        """
+        head = dict(message.headers or {})
+        data: bytes = message.data
+        stored, subject = subjects.STORED in head, head.get(subjects.SUBJECT, "")
+        for name in subjects.RELAYED:
+            head.pop(name, None)
+        delivery = self.delivery(Message(subject, data, head, message.reply))
+        if stored:
+            record = await self.record(subjects.REQUESTS, delivery.seq)
+            if record is None:
+                return None
+            delivery = self.delivery(Message(subject, record.data, head, message.reply))
+        return delivery
+
+    @abc.abstractmethod
+    def delivery(self, message: Message) -> Delivery:
+        """One of our own, of a message of REQUESTS whose `reply` is its receipt.
+
+        Raises errors.MalformedMessage when that is none.
         """
 
     @abc.abstractmethod
