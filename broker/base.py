@@ -216,32 +216,32 @@ class Broker(abc.ABC):
         """Pass a delivery on to whoever listens to the subject `to`, with a `note` for it. Nobody tells whether
         it got there. A body that is not in the parcel, or finds no room beside its headers, is read from the
         queue over there."""
-        head = {**parcel.headers, subjects.SUBJECT: parcel.subject, subjects.SENT: note}
+        # Not as the reply subject: a server lets nobody but itself publish with an ack subject there.
+        head = {**parcel.headers, subjects.SUBJECT: parcel.subject, subjects.RECEIPT: parcel.receipt}
+        head[subjects.SENT] = note
         if parcel.data is not None:
             try:
-                await self.publish(to, parcel.data, head, parcel.receipt)
+                await self.publish(to, parcel.data, head)
             except errors.TooLarge:
                 pass
             else:
                 return
-        await self.publish(to, b"", head | {subjects.STORED: "1"}, parcel.receipt)
+        await self.publish(to, b"", head | {subjects.STORED: "1"})
 
     async def relayed(self, message: Message) -> Delivery | None:
         """The delivery that a `relay` passed on; None when the queue has it no more.
 
         Raises errors.MalformedMessage for what is none.
         """
-        head = dict(message.headers or {})
-        data: bytes = message.data
-        stored, subject = subjects.STORED in head, head.get(subjects.SUBJECT, "")
-        for name in subjects.RELAYED:
-            head.pop(name, None)
-        delivery = self.delivery(Message(subject, data, head, message.reply))
-        if stored:
+        head = message.headers or {}
+        subject, receipt = head.get(subjects.SUBJECT, ""), head.get(subjects.RECEIPT, "")
+        own = {name: value for name, value in head.items() if name not in subjects.RELAYED}
+        delivery = self.delivery(Message(subject, message.data, own, receipt))
+        if subjects.STORED in head:
             record = await self.record(subjects.REQUESTS, delivery.seq)
             if record is None:
                 return None
-            delivery = self.delivery(Message(subject, record.data, head, message.reply))
+            delivery = self.delivery(Message(subject, record.data, own, receipt))
         return delivery
 
     @abc.abstractmethod

@@ -88,10 +88,11 @@ BUDGET = "Budget"
 
 # And what it has besides on its way from the dispatcher to a worker.
 SUBJECT = "Subject"
+RECEIPT = "Receipt"
 SENT = "Sent"
 STORED = "Stored"
 """The body is to be read from the queue."""
-RELAYED = frozenset({SUBJECT, SENT, STORED})
+RELAYED = frozenset({SUBJECT, RECEIPT, SENT, STORED})
 
 MAX = 3000
 """Bytes of a subject. The server closes a connection that sends it a line of more than 4,096, and a line

@@ -121,6 +121,12 @@ def _placement(args: argparse.Namespace, settings: Settings, _: dict[str, str]) 
     return placement.run(args, settings.broker)
 
 
+def _explain(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
+    from ops import explain
+
+    return explain.run(args, settings.broker)
+
+
 def _routes(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
     from ops import routes
 
@@ -149,6 +155,7 @@ _COMMANDS = {
     "config": _config,
     "dead": _dead,
     "placement": _placement,
+    "explain": _explain,
     "routes": _routes,
     "models": _models,
     "adapters": _adapters,
@@ -216,6 +223,12 @@ def parser() -> argparse.ArgumentParser:
     add_adapters(adapters, [common, nats])
     placement = commands.add_parser("placement", help="which worker holds which adapter, and why")
     add_placement(placement, [common, nats])
+    explain = commands.add_parser(
+        "explain", parents=[common, nats], help="why a request waited, and went to the worker it went to"
+    )
+    explain.add_argument("request", type=name, metavar="REQUEST", help="its id, as in X-Request-Id")
+    explain.add_argument("--tenant", type=name, metavar="T", help="default: whoever's is the newest")
+    explain.add_argument("--json", action="store_true")
     routes = commands.add_parser("routes", help="what `model: auto` and routers go by: learn, try")
     add_routes(routes, [common, nats])
     return top

@@ -155,6 +155,7 @@ class Dispatching:
 
     async def _tick(self) -> None:
         if not (self._config.enabled and self._leader.leads):
+            self._beats = {beat.worker: beat for beat in self._workers()}
             if self._epoch:
                 await self._stop(give_back=False)  # whoever leads has them, or will
             return
@@ -180,7 +181,7 @@ class Dispatching:
     # Taking what is queued
 
     async def _open(self, base_model: str) -> None:
-        queue = _Queue(Dispatcher(self._config))
+        queue = _Queue(Dispatcher(base_model, self._config))
         for service_class in ServiceClass:
             queue.pullers[service_class] = await self._broker.pull(
                 base_model,

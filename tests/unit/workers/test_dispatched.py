@@ -1,0 +1,87 @@
+"""Who hands a worker its requests."""
+
+from __future__ import annotations
+
+import pytest
+
+from broker.base import Message
+from broker.messages import Dispatch, Sent
+from tests.waiting import until
+from workers import dispatched
+from workers.dispatched import Dispatched
+
+
+class Ear(Dispatched):
+    def __init__(self) -> None:
+        self.changes: list[bool] = []
+        super().__init__("llama", lambda: self.changes.append(self.active))
+
+    def told(self, epoch: int, *bases: str) -> None:
+        beat = Dispatch(scheduler="s1", epoch=epoch, bases=bases)
+        self.hear(Message("dispatch", beat.model_dump_json().encode()))
+
+
+def sent(epoch: int, number: int) -> Sent:
+    return Sent(epoch=epoch, number=number)
+
+
+async def test_it_is_dispatched_to_while_a_scheduler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatched, "SILENCE", 0.05)
+    ear = Ear()
+    ear.told(1, "mistral")
+    assert ear.changes == []
+    ear.told(1, "mistral", "llama")
+    ear.told(1, "mistral", "llama")
+    assert ear.changes == [True]
+    await until(lambda: ear.changes == [True, False])  # it fell silent
+    ear.told(1, "llama")
+    ear.told(1)
+    assert ear.changes == [True, False, True, False]
+    ear.close()
+
+
+async def test_who_has_lost_the_lead_is_not_heard() -> None:
+    ear = Ear()
+    ear.told(7, "llama")
+    ear.told(5)
+    assert ear.active
+    assert not ear.take(sent(5, 9))
+    assert ear.take(sent(7, 1))
+    assert ear.last == (7, 1)
+    ear.close()
+
+
+async def test_a_scheduler_that_nobody_contradicts_is_heard_whatever_its_epoch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A broker that was restarted without replicas counts anew."""
+    monkeypatch.setattr(dispatched, "SILENCE", 0.02)
+    ear = Ear()
+    ear.told(70, "llama")
+    ear.take(sent(70, 3))
+    await until(lambda: not ear.active)
+    ear.told(2, "llama")
+    assert ear.active
+    assert ear.take(sent(2, 1))
+    assert ear.last == (2, 1)
+    ear.close()
+
+
+async def test_what_one_dispatcher_sent_is_not_counted_for_the_next() -> None:
+    ear = Ear()
+    ear.told(1, "llama")
+    ear.take(sent(1, 12))
+    ear.told(2, "llama")
+    assert ear.last == (2, 0)
+    ear.take(sent(2, 2))
+    ear.take(sent(2, 1))  # overtaken on its way
+    assert ear.last == (2, 2)
+    ear.close()
+
+
+async def test_what_is_unreadable_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    ear = Ear()
+    for data in (b"", b"[]", b'{"scheduler": "s1", "epoch": "x", "bases": []}'):
+        ear.hear(Message("dispatch", data))
+    assert ear.changes == []
+    assert caplog.text.count("unreadable") == 3
