@@ -1,0 +1,299 @@
+"""The dispatcher at work: schedulers that hand requests out, workers that take them, on a real nats-server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import orjson
+import pytest
+
+from broker import client, subjects
+from broker.base import Broker, Message
+from broker.config import BrokerConfig
+from broker.messages import Dispatch, FrameKind, News, Sent
+from broker.server import NatsServer
+from ops import explain
+from scheduler.config import SchedulerConfig
+from scheduler.dispatch.config import DispatchConfig
+from scheduler.service import Scheduler
+from tests.waiting import until
+from tests.workbench import FAST, LIMIT, STUCK, Caller, Serving, calling, metric, serving
+from workers.engines import sim
+
+ONE = FAST.model_copy(update={"max_num_seqs": 1})
+
+
+@pytest.fixture
+async def server(nats_server: NatsServer) -> NatsServer:
+    return nats_server
+
+
+@pytest.fixture
+async def broker(server: NatsServer) -> AsyncIterator[Broker]:
+    async with await client.connect(BrokerConfig(url=server.url), "test") as made:
+        yield made
+
+
+@pytest.fixture
+async def caller(broker: Broker) -> AsyncIterator[Caller]:
+    async with calling(broker) as made:
+        yield made
+
+
+class Desk:
+    """A scheduler that can be stopped, and killed: its connection then breaks without a word."""
+
+    def __init__(self, url: str, name: str, **dispatch: Any) -> None:
+        self._config = BrokerConfig(url=url)
+        self._settings = SchedulerConfig(name=name, lost_after=0.3, sweep=0.05, orphan_after=0.0)
+        self._dispatch = DispatchConfig(**dispatch)
+        self._stop = asyncio.Event()
+
+    async def start(self) -> None:
+        self.broker = await client.connect(self._config, "scheduler")
+        self.scheduler = Scheduler(self._settings, self.broker, self._dispatch)
+        self.task = asyncio.create_task(self.scheduler.run(self._stop))
+
+    async def stop(self) -> None:
+        self._stop.set()
+        await asyncio.wait_for(self.task, LIMIT)
+        await self.broker.close()
+
+    async def kill(self) -> None:
+        transport: Any = self.broker
+        transport._nc._transport._io_writer.transport.abort()
+        transport._nc.options["allow_reconnect"] = False
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        await self.broker.close()
+
+
+@asynccontextmanager
+async def desk(url: str, name: str = "s1", **dispatch: Any) -> AsyncIterator[Desk]:
+    made = Desk(url, name, **dispatch)
+    await made.start()
+    try:
+        yield made
+    finally:
+        if not made.task.done():
+            await made.stop()
+
+
+class Wire:
+    """What is said between scheduler and workers."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Sent]] = []
+        self.dispatched: list[Dispatch] = []
+        self.news: list[News] = []
+
+    def on_run(self, message: Message) -> None:
+        sent = Sent.model_validate_json((message.headers or {})[subjects.SENT])
+        self.sent.append((message.subject.partition(".")[2], sent))
+
+    async def listen(self, broker: Broker) -> None:
+        await broker.subscribe("run.*", self.on_run)
+        await broker.subscribe(
+            subjects.DISPATCH, lambda m: self.dispatched.append(Dispatch.model_validate_json(m.data))
+        )
+        await broker.subscribe(
+            subjects.ALL_CREDITS, lambda m: self.news.append(News.model_validate_json(m.data))
+        )
+
+
+@pytest.fixture
+async def wire(broker: Broker) -> Wire:
+    made = Wire()
+    await made.listen(broker)
+    return made
+
+
+async def led(at: Serving) -> None:
+    """Until the worker pulls nothing itself."""
+    await until(lambda: at.worker._dispatched.active and not at.worker._pullers)
+
+
+async def pulls(at: Serving) -> None:
+    """Until it pulls again."""
+    await until(lambda: not at.worker._dispatched.active and at.worker._pullers)
+
+
+async def test_requests_are_handed_out_while_a_scheduler_leads(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at:
+        await (await caller.submit(4)).finishes()
+        assert not wire.sent
+        async with desk(server.url):
+            await led(at)
+            calls = [await caller.submit(4, service_class=each) for each in ("interactive", "standard", "batch")]
+            for call in calls:
+                await call.finishes()
+            await caller.drained()
+            assert [(to, each.number) for to, each in wire.sent] == [("w1", 1), ("w1", 2), ("w1", 3)]
+            await until(lambda: sum(len(each.done) for each in wire.news) == 3)
+            assert sum(len(each.first) for each in wire.news) == 3
+        await pulls(at)
+        await (await caller.submit(4)).finishes()
+        assert len(wire.sent) == 3
+    assert len({each.request_id for each in await caller.usage(5)}) == 5
+    await engine.close()
+
+
+async def test_what_waits_goes_back_when_the_scheduler_stops(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(ONE)
+    async with serving(broker, engine) as at:
+        async with desk(server.url):
+            await led(at)
+            calls = [await caller.submit(50) for _ in range(6)]
+            await calls[0].reach(FrameKind.HEAD)
+        for call in calls:
+            await call.finishes()
+        await caller.drained()
+    assert len(await caller.usage(6)) == 6
+    await engine.close()
+
+
+async def test_what_a_killed_scheduler_had_is_found_by_the_next(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(ONE)
+    async with serving(broker, engine) as at, desk(server.url, "s1") as first:
+        await led(at)
+        async with desk(server.url, "s2"):
+            calls = [await caller.submit(100) for _ in range(6)]
+            await calls[0].reach(FrameKind.HEAD)
+            await first.kill()
+            for call in calls:
+                await call.finishes()
+            await caller.drained()
+            assert {each.scheduler for each in wire.dispatched} == {"s1", "s2"}
+            assert len({each.epoch for _, each in wire.sent}) == 2
+    assert len(await caller.usage(6)) == 6
+    await engine.close()
+
+
+async def test_a_request_that_waits_is_cancelled(server: NatsServer, broker: Broker, caller: Caller) -> None:
+    engine = await sim.start(STUCK.model_copy(update={"max_num_seqs": 1}))
+    async with serving(broker, engine, drain_timeout=0.0) as at, desk(server.url):
+        await led(at)
+        running = await caller.submit()
+        await until(lambda: engine.stats().running)
+        queued = await caller.submit()
+        await queued.cancel()
+        await queued.fails("cancelled")
+        await running.cancel()
+        await running.fails("cancelled")
+        await caller.drained()
+    assert {each.request_id: each.outcome for each in await caller.usage(2)} == dict.fromkeys(
+        ("r1", "r2"), "cancelled"
+    )
+    await engine.close()
+
+
+async def test_large_bodies_and_what_is_no_request_come_through(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST.model_copy(update={"context_tokens": 2**19, "kv_blocks": 2**16}))
+    async with serving(broker, engine) as at, desk(server.url):
+        await led(at)
+        for size in (40_000, broker.max_payload - 8000, broker.max_payload + 8000):
+            await (await caller.submit(3, prompt="word " * (size // 5))).finishes()
+        stream = await caller.publish({"Nats-Msg-Id": "acme:raw", "Reply-To": "out.acme.box.raw"})
+        (frame,) = await stream.next(LIMIT)
+        assert frame.extra["code"] == "malformed_message"
+        await caller.cleared()
+        assert len(wire.sent) == 4
+    await engine.close()
+
+
+async def test_one_prompt_goes_where_it_went_before(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engines = [await sim.start(FAST) for _ in range(2)]
+    async with serving(broker, engines[0], "w1") as one, serving(broker, engines[1], "w2") as two:
+        async with desk(server.url):
+            await led(one)
+            await led(two)
+            for text in ("alpha ", "beta "):
+                for number in range(4):
+                    call = await caller.submit(3, prompt=text * 400 + str(number), shared=text * 400)
+                    await call.finishes()
+                    await until(lambda: sum(len(each.done) for each in wire.news) == len(wire.sent))
+        to = [worker for worker, _ in wire.sent]
+        assert len(set(to[:4])) == len(set(to[4:])) == 1
+        assert [each.hit_tokens > 0 for _, each in wire.sent] == [False, True, True, True] * 2
+    for engine in engines:
+        await engine.close()
+
+
+async def test_a_running_request_is_taken_back_with_its_progress(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at, desk(server.url):
+        await led(at)
+        call = await caller.submit(400, service_class="batch")
+        await call.reach(FrameKind.HEAD)
+        asked = orjson.dumps({"do": "preempt", "request": call.request.key})
+        assert orjson.loads(await broker.ask(subjects.ctl("w1"), asked))["ok"]
+        await call.finishes()  # every token once
+        assert [each.number for _, each in wire.sent] == [1, 2]
+        assert not orjson.loads(await broker.ask(subjects.ctl("w1"), asked))["ok"]
+    await engine.close()
+
+
+async def test_a_worker_that_dies_with_what_it_was_sent_is_no_loss(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    """The message got lost on its way, or its worker did before it told of it."""
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at, desk(server.url) as lead:
+        await led(at)
+        relay = lead.broker.relay
+
+        async def lost(*_: object) -> None:
+            lead.broker.relay = relay  # type: ignore[method-assign]
+
+        lead.broker.relay = lost  # type: ignore[method-assign]
+        await (await caller.submit(3)).finishes()
+        assert [each.number for _, each in wire.sent] == [2]
+    await engine.close()
+
+
+async def test_a_request_is_explained(server: NatsServer, broker: Broker, caller: Caller) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at, desk(server.url):
+        await led(at)
+        await (await caller.submit(3, request_id="chat/1")).finishes()
+        for tenant in (None, "acme"):
+            told = await explain.ask(broker, "chat/1", tenant)
+            assert (told["worker"], told["tenant"], told["model"]) == ("w1", "acme", "sim")
+            assert told["candidates"][0]["worker"] == "w1"
+            shown = explain.shown("chat/1", told)
+            assert "chat/1 of acme, standard, for sim" in shown
+            assert "because " in shown
+        with pytest.raises(Exception, match="knows no request 'other'"):
+            await explain.ask(broker, "other", None)
+    with pytest.raises(Exception, match="no scheduler answered"):
+        await explain.ask(broker, "chat/1", None)
+    await engine.close()
+
+
+async def test_without_dispatching_workers_pull(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine), desk(server.url, enabled=False) as lead:
+        await until(lambda: lead.scheduler.leads)
+        await (await caller.submit(3)).finishes()
+        assert metric("headrace_leader") == 1
+    assert not wire.sent
+    assert not wire.dispatched
+    await engine.close()
