@@ -336,7 +336,7 @@ class Worker:
             self._tell_news()
             return
         self._first, self._done = [], []  # nobody is there to be told
-        if self._state != "serving":
+        if self._state != "serving" or not self._pullers:
             return
         loop = asyncio.get_running_loop()
         now = loop.time()

@@ -200,11 +200,11 @@ async def test_a_request_that_waits_is_cancelled(server: NatsServer, broker: Bro
 async def test_large_bodies_and_what_is_no_request_come_through(
     server: NatsServer, broker: Broker, caller: Caller, wire: Wire
 ) -> None:
-    engine = await sim.start(FAST.model_copy(update={"context_tokens": 2**19, "kv_blocks": 2**16}))
+    engine = await sim.start(FAST)
     async with serving(broker, engine) as at, desk(server.url):
         await led(at)
         for size in (40_000, broker.max_payload - 8000, broker.max_payload + 8000):
-            await (await caller.submit(3, prompt="word " * (size // 5))).finishes()
+            await (await caller.submit(3, user="x" * size)).finishes()
         stream = await caller.publish({"Nats-Msg-Id": "acme:raw", "Reply-To": "out.acme.box.raw"})
         (frame,) = await stream.next(LIMIT)
         assert frame.extra["code"] == "malformed_message"
