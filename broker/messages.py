@@ -211,8 +211,8 @@ class Frame:
         ids: output token ids of choice 0 that this frame's payload carries.
         choices: `[index, off, ids]` for each further choice with tokens in it (`n > 1`).
         payload: the engine's own response bytes; for `error`, an OpenAI error object.
-        extra: further meta by kind — head: `status`, `headers`, `worker`, `at`, `timing` (milliseconds `queue`,
-            `ttft` and `predicted`, prompt tokens `prompt` and `cached`); beat: `worker`, `at`; end: `usage`, `at`; error: `status`, `code`, `at`. `at` is unix time in ms, with fractions.
+        extra: further meta by kind — head: `status`, `headers`, `worker`, `at`, `timing` (milliseconds
+            `queue`, `ttft` and `predicted`, prompt tokens `prompt` and `cached`); beat: `worker`, `at`; end: `usage`, `at`; error: `status`, `code`, `at`. `at` is unix time in ms, with fractions.
     """
 
     epoch: int
@@ -300,7 +300,7 @@ class Heartbeat(_Wire):
 
 
 class News(_Wire):
-    """`credit.<worker>`, when a first token or an end changed it: what a worker could take, for who dispatches."""
+    """`credit.<worker>`, with each first token and end: what a worker could take, for who dispatches."""
 
     worker: Name
     credit: Credit
@@ -314,7 +314,7 @@ class News(_Wire):
 
 
 class Dispatch(_Wire):
-    """`dispatch`, every 100 ms: a scheduler hands out the requests of `bases`, and their workers pull none."""
+    """`dispatch`, every 100 ms: a scheduler hands out the requests of `bases`; their workers pull none."""
 
     scheduler: str
     epoch: int = Field(description="grows with each scheduler that leads")

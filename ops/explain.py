@@ -1,4 +1,4 @@
-"""`headrace explain`: how long a request waited, which worker it was sent to, and how that one stood beside others."""
+"""`headrace explain`: how long a request waited, which worker got it, and how that one stood beside others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ async def _ask(args: argparse.Namespace, config: BrokerConfig) -> dict[str, Any]
 
 async def ask(broker: base.Broker, request: str, tenant: str | None) -> dict[str, Any]:
     """What the dispatcher knows of a request. Raises errors.NotFound, errors.Unavailable."""
-    key = subjects.token(request) if tenant is None else f"{subjects.token(tenant)}.{subjects.token(request)}"
+    named = (request,) if tenant is None else (tenant, request)
+    key = ".".join(map(subjects.token, named))
     try:
         told = orjson.loads(await broker.ask(subjects.EXPLAIN, key.encode()))
     except errors.Unavailable as exc:
@@ -49,8 +50,8 @@ def shown(request: str, told: dict[str, Any]) -> str:
     where = f" to {plain(told['worker'])}" if told["worker"] else ""
     lines = [
         f"{plain(request)} of {plain(told['tenant'])}, {told['service_class']}, for {plain(told['model'])}",
-        f"{told['outcome']}{where} after {1000 * told['queue_s']:.1f} ms in the queue, first token expected in "
-        f"{1000 * told['predicted_ttft_s']:.1f} ms",
+        f"{told['outcome']}{where} after {1000 * told['queue_s']:.1f} ms in the queue, its first token expected "
+        f"in {1000 * told['predicted_ttft_s']:.1f} ms",
         f"because {plain(told['why'])}",
     ]
     if told["candidates"]:

@@ -1,7 +1,7 @@
 """The dispatcher at work: takes what is queued for every base that has workers, and hands each request to the
 worker that `dispatch.Dispatcher` chooses, when that worker can begin it.
 
-Only the scheduler that leads dispatches. It says so on `dispatch`, and its workers then pull nothing themselves;
+Only the scheduler that leads dispatches. It says so on `dispatch`, and workers then pull nothing themselves;
 when it falls silent they do. What it has taken and not handed out is told to the broker as being in
 progress; when it stops it gives that back, and when it dies its successor finds it: delivered, and held by no
 worker. A request on its way to a worker is the worker's once that tells of it on `held.<worker>`; one that
@@ -11,12 +11,13 @@ nobody tells of is handed on.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import orjson
 from pydantic import ValidationError
@@ -53,10 +54,30 @@ _SMALL = 16 * 2**10
 _UNCLAIMED = 1.0
 """Seconds after which a request that was sent must be told of by its worker."""
 
+_PAUSE = 5.0
+"""Seconds for which workers pull by themselves after a defect of the dispatcher."""
+
+_MOST = 2**40
+"""A worker's figures may be anything; more than this they are not."""
+
 _EXPLAINED = 10_000
 """Requests whose names are remembered for `headrace explain`."""
 
 Spawn = Callable[[Coroutine[Any, Any, None]], None]
+P = ParamSpec("P")
+
+
+def _careful(act: Callable[Concatenate[Dispatching, P], None]) -> Callable[Concatenate[Dispatching, P], None]:
+    """A defect must cost no request: workers can do without a dispatcher."""
+
+    @functools.wraps(act)
+    def acting(self: Dispatching, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            act(self, *args, **kwargs)
+        except Exception:
+            self._failed()
+
+    return acting
 
 
 @dataclass(slots=True)
@@ -126,6 +147,7 @@ class Dispatching:
         self._keys: dict[str, int] = {}  # of waiting requests
         self._names: dict[str, tuple[str, int]] = {}  # request -> base and sequence, for `explain`
         self._prolonged = 0.0
+        self._paused_until = -math.inf
 
     def holds(self, seq: int) -> bool:
         """Whether it waits here, or is on its way to a worker that will tell of it."""
@@ -149,12 +171,15 @@ class Dispatching:
                     await self._tick()
                 except errors.HeadraceError as exc:
                     _log.warning("dispatching was put off: %s", exc.message)
+                except Exception:
+                    self._failed()
                 await asyncio.sleep(_TICK)
         finally:
             await self._stop(give_back=self._leader.leads)
 
     async def _tick(self) -> None:
-        if not (self._config.enabled and self._leader.leads):
+        paused = time.monotonic() < self._paused_until
+        if paused or not (self._config.enabled and self._leader.leads):
             self._beats = {beat.worker: beat for beat in self._workers()}
             if self._epoch:
                 await self._stop(give_back=False)  # whoever leads has them, or will
@@ -202,6 +227,7 @@ class Dispatching:
             if room > self._config.window // 4:
                 await puller.ask(room)
 
+    @_careful
     def _on_delivery(self, base_model: str, queue: _Queue, delivery: base.Delivery) -> None:
         if self._queues.get(base_model) is not queue or not self._leader.leads:
             return  # stopped meanwhile: its ack wait, or who leads now, hands it on
@@ -278,6 +304,7 @@ class Dispatching:
         self._beats[beat.worker] = beat
         self._observe(beat, beat.credit, beat.dispatched)
 
+    @_careful
     def _lose(self, worker: str) -> None:
         beat = self._beats.pop(worker, None)
         queue = self._queues.get(beat.base) if beat is not None else None
@@ -292,6 +319,7 @@ class Dispatching:
                     self._spawn(self._broker.hand_on(out.queued.parcel.receipt))
         self._soon(beat.base)
 
+    @_careful
     def _on_news(self, message: base.Message) -> None:
         if not self._epoch:
             return
@@ -312,29 +340,12 @@ class Dispatching:
             queue.dispatcher.finish(seq, now, prompt_tokens, cached, output)
         self._observe(beat, news.credit, news.dispatched)
 
+    @_careful
     def _observe(self, beat: Heartbeat, credit: Credit, dispatched: tuple[int, int]) -> None:
         queue = self._queues.get(beat.base)
         if queue is None:
             return
-        epoch, number = dispatched
-        busy = sum(1 for each in beat.adapters if each.running or each.waiting)
-        queue.dispatcher.state(
-            WorkerState(
-                worker=beat.worker,
-                seen=time.monotonic(),
-                step_tokens=credit.step_tokens,
-                slots_total=credit.held + credit.slots_free,
-                running=credit.held,
-                prefill_held=credit.prefill_tokens_held,
-                kv_total=credit.kv_tokens_total,
-                kv_free=credit.kv_tokens_free,
-                sends=number if epoch == self._epoch else 0,
-                serving=beat.state == "serving",
-                adapters=frozenset(each.model for each in beat.adapters if each.state in ("loading", "ready")),
-                adapter_room=busy < max(beat.slots, beat.adapters_in_memory),
-            ),
-            time.monotonic(),
-        )
+        queue.dispatcher.state(_state(beat, credit, dispatched, self._epoch), time.monotonic())
         self._soon(beat.base)
 
     # Deciding
@@ -346,12 +357,14 @@ class Dispatching:
             queue.decide_soon = True
             asyncio.get_running_loop().call_soon(self._decide, base_model, queue)
 
+    @_careful
     def _decide(self, base_model: str, queue: _Queue) -> None:
         queue.decide_soon = False
         if self._queues.get(base_model) is not queue or not self._leader.leads:
             return
         now = time.monotonic()
         decisions = queue.dispatcher.decide(now)
+        due = queue.dispatcher.next_due(now)
         sends: list[tuple[str, base.Parcel, str]] = []
         for decision in decisions:
             match decision:
@@ -367,15 +380,12 @@ class Dispatching:
         if queue.timer is not None:
             queue.timer.cancel()
             queue.timer = None
-        due = queue.dispatcher.next_due(now)
         if due < math.inf:
             queue.timer = asyncio.get_running_loop().call_later(
                 max(0.001, due - now), self._decide, base_model, queue
             )
 
-    def _sent(
-        self, queue: _Queue, queued: _Queued, send: Send, now: float
-    ) -> tuple[str, base.Parcel, str]:
+    def _sent(self, queue: _Queue, queued: _Queued, send: Send, now: float) -> tuple[str, base.Parcel, str]:
         number = queue.sends[send.worker] = queue.sends.get(send.worker, 0) + 1
         self._out[send.key] = _Out(queued, send.worker, now)
         metrics.DISPATCHED.inc()
@@ -436,6 +446,12 @@ class Dispatching:
                     queue.dispatcher.returned(seq, now)
                 await self._broker.hand_on(out.queued.parcel.receipt)  # acked meanwhile, it does nothing
 
+    def _failed(self) -> None:
+        """Called where a defect is caught: better no dispatcher than a wrong one."""
+        _log.exception("the dispatcher failed: workers pull by themselves for %g s", _PAUSE)
+        self._paused_until = time.monotonic() + _PAUSE
+        self._spawn(self._stop(give_back=self._leader.leads))
+
     async def _stop(self, give_back: bool) -> None:
         """Take and send nothing more. `give_back`: nobody else can have what waits here."""
         queues, self._queues = self._queues, {}
@@ -454,6 +470,7 @@ class Dispatching:
 
     # Callers
 
+    @_careful
     def _on_cancel(self, message: base.Message) -> None:
         """Of a request that waits here. What runs is its worker's to end."""
         try:
@@ -479,11 +496,34 @@ class Dispatching:
         self._spawn(self._broker.publish(message.reply, orjson.dumps(told)))
 
 
+def _state(beat: Heartbeat, credit: Credit, dispatched: tuple[int, int], epoch: int) -> WorkerState:
+    """Of what a worker tells; whatever it is."""
+    held = _within(credit.held)
+    kv_total = _within(credit.kv_tokens_total)
+    busy = sum(1 for each in beat.adapters if each.running or each.waiting)
+    return WorkerState(
+        worker=beat.worker,
+        seen=time.monotonic(),
+        step_tokens=max(1, _within(credit.step_tokens)),
+        slots_total=held + _within(credit.slots_free),
+        running=held,
+        prefill_held=_within(credit.prefill_tokens_held),
+        kv_total=kv_total,
+        kv_free=min(kv_total, _within(credit.kv_tokens_free)),
+        sends=_within(dispatched[1]) if dispatched[0] == epoch else 0,
+        serving=beat.state == "serving",
+        adapters=frozenset(each.model for each in beat.adapters if each.state in ("loading", "ready")),
+        adapter_room=busy < max(beat.slots, beat.adapters_in_memory),
+    )
+
+
+def _within(figure: int) -> int:
+    return max(0, min(figure, _MOST))
+
+
 def _hashes(header: str) -> tuple[int, ...]:
     """What can't be read is as if it were not there: it is worth no refusal."""
     try:
         return prefix.decode(header) if header else ()
     except ValueError:
         return ()
-
-

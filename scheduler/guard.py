@@ -134,7 +134,9 @@ class Guard:
         await asyncio.sleep(self._lost_after)
         if self._leader.leads:
             for seq, receipt in unclaimed.items():
-                if seq not in self._held and not self.in_other_hands(seq):  # acked in the meantime, its receipt does nothing
+                if seq not in self._held and not self.in_other_hands(
+                    seq
+                ):  # acked in the meantime, its receipt does nothing
                     await self._broker.hand_on(receipt)
 
     async def _listen_no_longer(self, now: float) -> None:

@@ -1,7 +1,7 @@
 """The scheduler process: the fleet's registry and health, and the last resort of queued requests.
 
-It is not on the path of a request: without it workers pull first come, first served. What only it does:
-it remembers models in the registry after their workers have gone, hands on at once what a lost worker
+It hands queued requests to workers (`dispatching`); without it they pull first come, first served. What only
+it does besides: it remembers models in the registry after their workers have gone, hands on at once what a lost worker
 held, ends requests that nobody will ever pull, deletes what a direct publisher cancels while it is still
 queued, and plans which worker holds which adapter (`placing`). Of several schedulers one leads and does
 all that; the others know the fleet as well as it does, and one of them leads within moments of its end.
@@ -54,7 +54,7 @@ class Scheduler:
     """See the module. `run` may be called once. All state belongs to the event loop."""
 
     def __init__(
-        self, config: SchedulerConfig, broker: base.Broker, dispatch: DispatchConfig = DispatchConfig()
+        self, config: SchedulerConfig, broker: base.Broker, dispatch: DispatchConfig | None = None
     ) -> None:
         self.name = config.name or f"scheduler-{socket.gethostname()}-{os.getpid()}"
         self._config = config
@@ -63,7 +63,7 @@ class Scheduler:
         self._fleet = fleet.Fleet(config.lost_after)
         self._guard = Guard(config.lost_after, broker, self._leader, self._spawn)
         self._dispatching = Dispatching(
-            dispatch,
+            dispatch or DispatchConfig(),
             broker,
             self._leader,
             self.name,

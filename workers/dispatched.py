@@ -1,4 +1,4 @@
-"""Who hands this worker its requests: a scheduler that dispatches, or, while none is heard, the worker itself.
+"""Who hands this worker its requests: a scheduler that dispatches, or while none is heard the worker itself.
 
 A scheduler says on `dispatch` that it hands out the requests of this base; the worker then pulls none, and
 tells on `credit.<worker>` whenever it could take more. What a scheduler sends that has lost the lead is not

@@ -579,7 +579,9 @@ async def test_what_left_the_queue_on_its_way_is_no_delivery(fleet: Fleet) -> No
 @pytest.mark.parametrize("receipt", ["", "req.a.b.c.d", "$JS.ACK.REQUESTS.x", "$JS.ACK.a b"])
 async def test_a_message_that_nobody_relayed_is_no_delivery(broker: Broker, receipt: str) -> None:
     with pytest.raises(errors.MalformedMessage):
-        await broker.relayed(Message("run.w1", b"", {subjects.SUBJECT: "req.a.b.c.d", subjects.RECEIPT: receipt}))
+        await broker.relayed(
+            Message("run.w1", b"", {subjects.SUBJECT: "req.a.b.c.d", subjects.RECEIPT: receipt})
+        )
     with pytest.raises(errors.MalformedMessage):
         await broker.prolong(receipt.replace(".x", ".*"))
 

@@ -27,6 +27,7 @@ from broker.config import BrokerConfig
 from broker.messages import LAST_EPOCH, TERMINAL, Frame, FrameKind
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
+from tests.waiting import until
 from workers.job import Touch
 from workers.runner import Worker
 
@@ -200,7 +201,13 @@ def test_the_request_headers_are_those_that_are_read() -> None:
         subjects.BUDGET,
     }
     for left_out in documented["properties"]:
-        rest = {"Request-Id": "r1", "Body-Object": "acme.r1", "Asked-Model": "sim", "Prefix": "", "Budget": "7"}
+        rest = {
+            "Request-Id": "r1",
+            "Body-Object": "acme.r1",
+            "Asked-Model": "sim",
+            "Prefix": "",
+            "Budget": "7",
+        }
         head = _headers("r1", Deadline="1", traceparent="00", Tenant="acme", **rest)
         del head[left_out]
         if left_out in documented["required"]:
@@ -299,7 +306,19 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
     connection = await nats.connect(nats_url)
     try:
         wire = Wire(connection)
-        for root in ("req", "out", "cancel", "again", "taken", "fleet", "held", "usage", "dead", "run", "credit"):
+        for root in (
+            "req",
+            "out",
+            "cancel",
+            "again",
+            "taken",
+            "fleet",
+            "held",
+            "usage",
+            "dead",
+            "run",
+            "credit",
+        ):
             await connection.subscribe(f"{root}.>", cb=wire.on_message)
         await connection.subscribe("dispatch", cb=wire.on_message)
         await connection.flush()
@@ -382,6 +401,10 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
         acks.append(await wire.publish(_chat(), _headers("orphan"), "req.typo.batch.acme.sim"))
         orphaned = await wire.ended("orphan")
         assert (orphaned.epoch, orphaned.extra["code"]) == (LAST_EPOCH, "model_not_found")
+        await until(lambda: sim_worker._dispatched.active and not sim_worker._pullers)
+        acks.append(await wire.publish(_chat(), _headers("handed-out", Budget="8")))
+        assert (await wire.ended("handed-out")).kind is FrameKind.END
+        await wire.until_said("dispatch", "run.w1", "credit.w1")
 
     requests = [msg for msg in wire.heard if msg.subject.startswith("req.")]
     await wire.publish(b"garbage", {"Reply-To": "out.acme.box.malformed"})

@@ -1,4 +1,4 @@
-"""The dispatcher at work: schedulers that hand requests out, workers that take them, on a real nats-server."""
+"""Dispatching: schedulers that hand requests out and workers that take them, on a real nats-server."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ async def test_requests_are_handed_out_while_a_scheduler_leads(
         assert not wire.sent
         async with desk(server.url):
             await led(at)
-            calls = [await caller.submit(4, service_class=each) for each in ("interactive", "standard", "batch")]
+            calls = [
+                await caller.submit(4, service_class=each) for each in ("interactive", "standard", "batch")
+            ]
             for call in calls:
                 await call.finishes()
             await caller.drained()

@@ -23,7 +23,10 @@ def chat(*texts: str, **more: Any) -> tuple[int, ...]:
 
 
 def shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    return next((n for n, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1), min(len(one), len(other)))
+    return next(
+        (n for n, pair in enumerate(zip(one, other, strict=False)) if len({*pair}) > 1),
+        min(len(one), len(other)),
+    )
 
 
 def test_one_beginning_has_one_chain() -> None:
@@ -41,7 +44,9 @@ def test_what_is_no_part_of_the_prompt_changes_nothing() -> None:
     assert chat("a" * 900, temperature=0.1, stream=True) == chat("a" * 900, max_tokens=7)
 
 
-@pytest.mark.parametrize("change", [{"tools": [{"type": "function"}]}, {"cache_salt": "s"}, {"model": "support@3"}])
+@pytest.mark.parametrize(
+    "change", [{"tools": [{"type": "function"}]}, {"cache_salt": "s"}, {"model": "support@3"}]
+)
 def test_what_caches_are_apart_by_makes_another_chain(change: dict[str, Any]) -> None:
     assert shared(chat("a" * 900), chat("a" * 900, **change)) == 0
 
@@ -75,7 +80,9 @@ def test_parts_of_a_very_large_body_are_not_written_anew() -> None:
     assert hashes(messages=[image]) == ()
 
 
-@pytest.mark.parametrize("body", [{}, {"messages": None}, {"messages": [None, 3]}, {"prompt": [1, 2]}, {"input": {}}])
+@pytest.mark.parametrize(
+    "body", [{}, {"messages": None}, {"messages": [None, 3]}, {"prompt": [1, 2]}, {"input": {}}]
+)
 def test_what_is_short_or_no_prompt_has_no_hashes(body: dict[str, Any]) -> None:
     assert prompt.hashes(body, 10, "llama") == ""
 

@@ -23,7 +23,9 @@ def test_all_that_is_known_is_told() -> None:
 
 
 def test_without_a_dispatcher_nothing_was_predicted() -> None:
-    assert timing.headers(head({"queue": 1, "prompt": 0, "cached": 0})) == [(b"server-timing", b"queue;dur=1.0")]
+    assert timing.headers(head({"queue": 1, "prompt": 0, "cached": 0})) == [
+        (b"server-timing", b"queue;dur=1.0")
+    ]
 
 
 @pytest.mark.parametrize(
