@@ -207,6 +207,7 @@ class PrefixIndex:
             cache.leftovers -= 1
             blocks[cache.leftovers] = now
         self._keep(cache, slot, hashes, now)
+        self._evict(cache, slot)
 
     def expire(self, now: float) -> None:
         """Forget the predictions that nothing confirmed in time."""
@@ -245,6 +246,7 @@ class PrefixIndex:
         if event == cache.event + 1:
             cache.event = event
             self._keep(cache, self._slots[worker], hashes, now)
+            self._evict(cache, self._slots[worker])
         return _missing(cache, event)
 
     def removed(self, worker: str, event: int, hashes: Iterable[int]) -> tuple[int, int] | None:
@@ -268,6 +270,9 @@ class PrefixIndex:
             self._drop(cache, slot, block)
         cache.event = event
         self._keep(cache, slot, hashes, now)
+        for block in cache.unsure:
+            cache.blocks.move_to_end(block)
+        self._evict(cache, slot)
 
     # Integrity
 
@@ -299,7 +304,7 @@ class PrefixIndex:
         return self._caches[slot] if slot is not None else None
 
     def _room(self, cache: _Cache) -> int:
-        return min(cache.capacity, self._most // len(self._slots))
+        return max(0, min(cache.capacity, self._most // len(self._slots)))
 
     def _mark(self, block: int, slot: int) -> None:
         holders = self._masks.get(block)
@@ -338,7 +343,6 @@ class PrefixIndex:
             else:
                 self._mark(block, slot)
             blocks[block] = now
-        self._evict(cache, slot)
 
     def _correct(self, cache: _Cache, slot: int, hashes: Sequence[int], cached: int, sent: float) -> None:
         """Forget what must have been evicted before a block that was missing, though counted on when sent."""
