@@ -94,7 +94,8 @@ class PrefixIndex:
         cache = self._caches[slot]
         assert cache is not None
         for block in cache.blocks:
-            self._unmark(block, slot)
+            if block >= 0:
+                self._unmark(block, slot)
         self._caches[slot] = None
         self._all &= ~self._bits[slot]
         heapq.heappush(self._free, slot)

@@ -29,7 +29,7 @@ K = TypeVar("K", bound=Hashable)
 
 
 class _Ring:
-    """The last `SAMPLES` lengths, in order of length; and as they arrived, from `oldest` on, round the end."""
+    """The last `SAMPLES` lengths, in order of length, and as they arrived: from `oldest` on, then round."""
 
     __slots__ = ("arrived", "oldest", "ordered")
 
@@ -57,7 +57,7 @@ class _Ring:
 
 
 class Lengths:
-    """Output lengths of each model and tenant, of each model, and of all: the first that knows enough says."""
+    """Output lengths of each model and tenant, each model, and all: the first that knows enough says."""
 
     def __init__(self, keys: int = KEYS) -> None:
         self._keys = keys

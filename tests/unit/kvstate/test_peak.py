@@ -29,13 +29,16 @@ def test_one_more_is_forecast_without_going_over_all_again(
     assert Forecast(held).after(*one) == peak([*held, one])
 
 
-@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(10, 50)), min_size=1, max_size=20), st.integers(0, 10))
+@given(
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(10, 50)), min_size=1, max_size=20),
+    st.integers(0, 10),
+)
 def test_steps_that_go_as_forecast_do_not_change_it(held: list[tuple[int, int]], steps: int) -> None:
     assert peak([(tokens + steps, remaining - steps) for tokens, remaining in held]) == peak(held)
 
 
 def test_the_peak_by_example() -> None:
-    # The longest alone: 10 + 100; both when the second ends: 10 + 80 + 2 * 20; all three: 10 + 80 + 5 + 3 * 10.
+    # The longest alone 10 + 100, two of them 10 + 80 + 2 * 20, all three 10 + 80 + 5 + 3 * 10.
     assert peak([(80, 20), (10, 100), (5, 10)]) == 130
     assert Forecast([]).peak == 0
     assert Forecast([(80, 20)]).after(10, 100) == pytest.approx(130)

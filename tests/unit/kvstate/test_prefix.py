@@ -53,13 +53,17 @@ def test_the_header_tells_the_hashes(hashes: tuple[int, ...]) -> None:
     assert not any(character.isspace() for character in text)
 
 
-@given(st.text() | st.text("AQ=/ +", max_size=24) | st.binary(max_size=40).map(lambda raw: raw.decode("latin-1")))
+@given(
+    st.text() | st.text("AQ=/ +", max_size=24) | st.binary(max_size=40).map(lambda raw: raw.decode("latin-1"))
+)
 def test_a_header_that_was_never_encoded_is_refused(text: str) -> None:
     with contextlib.suppress(ValueError):
         assert prefix.encode(prefix.decode(text)) == text
 
 
-@pytest.mark.parametrize("text", ["AAAA", "AAAAAAAAAAB=", "AAAAAAAAAAA", "é", prefix.encode([1] * 64) + "AAAAAAAAAAA="])
+@pytest.mark.parametrize(
+    "text", ["AAAA", "AAAAAAAAAAB=", "AAAAAAAAAAA", "é", prefix.encode([1] * 64) + "AAAAAAAAAAA="]
+)
 def test_headers_that_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         prefix.decode(text)
