@@ -26,7 +26,11 @@ TTL = 10.0
 MOST = 1 << 21
 """Blocks of the whole fleet that are remembered; divided evenly among the workers where they have more."""
 
-SLACK = 8
+LEAST = 0.25
+"""Share of a worker's capacity that counts as its cache, whatever is learned: a caller can see to it that an
+engine caches nothing of its requests, which must not cost the others their places."""
+
+SLACK = 4
 """Blocks in which an engine's count may be off by one, besides one: tokens a block are an estimate, and an
 engine computes the last tokens of a prompt even where it has them all."""
 
@@ -41,6 +45,7 @@ class _Cache:
 
     worker: str
     capacity: int
+    share: float = 1.0  # of the capacity that is not taken by what runs, as far as was learned
     blocks: OrderedDict[int, float] = field(default_factory=OrderedDict)
     unsure: dict[int, float] = field(default_factory=dict)  # the soonest first
     event: int = 0  # the last one taken
@@ -150,12 +155,13 @@ class PrefixIndex:
 
     def hits(self, hashes: Sequence[int]) -> NDArray[np.int32]:
         """`depths` as a vector: by slot, how many of the first blocks it holds."""
-        hits = np.zeros(len(self._caches), np.int32)
-        size = (len(self._caches) + 7) // 8
-        for depth, mask in self.depths(hashes):
-            packed = np.frombuffer(mask.to_bytes(size, "little"), np.uint8)
-            hits[np.unpackbits(packed, count=len(hits), bitorder="little").view(bool)] = depth
-        return hits
+        levels, size = self.depths(hashes), (len(self._caches) + 7) // 8
+        packed = np.frombuffer(b"".join(mask.to_bytes(size, "little") for _, mask in levels), np.uint8)
+        bits = np.unpackbits(
+            packed.reshape(len(levels), size), axis=1, count=len(self._caches), bitorder="little"
+        )
+        reached = bits.sum(axis=0, dtype=np.intp)  # how many levels: each is within the one before
+        return np.array([0, *(depth for depth, _ in levels)], np.int32)[reached]
 
     # What changes it
 
@@ -192,9 +198,9 @@ class PrefixIndex:
 
         Args:
             cached_blocks: how many of them it had before, by its own count.
-            sent: when the request was sent. A block that was counted on before that, and was not there, had
-                been evicted, and with it everything that was used longer ago: that goes here too. Without it
-                nothing is concluded.
+            sent: when the request was sent. From blocks that had been there before and were missing, and
+                from those that were there unexpectedly, it is learned how much of its room is a cache:
+                what runs takes the rest. Without it nothing is learned.
             tail: further blocks it left behind, of the rest of the prompt and of its output.
         """
         self.expire(now)
@@ -202,7 +208,8 @@ class PrefixIndex:
         if cache is None:
             return
         slot = self._slots[worker]
-        self._correct(cache, slot, hashes, cached_blocks, sent)
+        if sent > -math.inf:
+            _learn(cache, hashes, cached_blocks, sent)
         blocks = cache.blocks
         for _ in range(min(tail, cache.capacity)):
             cache.leftovers -= 1
@@ -305,7 +312,7 @@ class PrefixIndex:
         return self._caches[slot] if slot is not None else None
 
     def _room(self, cache: _Cache) -> int:
-        return max(0, min(cache.capacity, self._most // len(self._slots)))
+        return max(0, min(round(cache.capacity * cache.share), self._most // len(self._slots)))
 
     def _mark(self, block: int, slot: int) -> None:
         holders = self._masks.get(block)
@@ -345,21 +352,21 @@ class PrefixIndex:
                 self._mark(block, slot)
             blocks[block] = now
 
-    def _correct(self, cache: _Cache, slot: int, hashes: Sequence[int], cached: int, sent: float) -> None:
-        """Forget what must have been evicted before a block that was missing, though counted on when sent."""
-        first = cached + 1 + cached // SLACK
-        if first >= len(hashes) or hashes[first] in cache.unsure:
-            return
-        since = cache.blocks.get(hashes[first], math.inf)
-        if since >= sent:
-            return
-        while cache.blocks and next(iter(cache.blocks.values())) <= since:
-            self._drop(cache, slot, next(iter(cache.blocks)))
-
     def _watch(self, cache: _Cache, slot: int) -> None:
         if cache.unsure and slot not in self._watched:
             self._watched.add(slot)
             heapq.heappush(self._due, (next(iter(cache.unsure.values())), slot))
+
+
+def _learn(cache: _Cache, hashes: Sequence[int], cached: int, sent: float) -> None:
+    unexpected = sum(block not in cache.blocks or block in cache.unsure for block in hashes[:cached])
+    missing = 0
+    for block in hashes[cached + 1 + cached // SLACK :]:
+        if block in cache.unsure or cache.blocks.get(block, math.inf) >= sent:
+            break
+        missing += 1
+    share = cache.share + (unexpected - missing) / max(1, cache.capacity)
+    cache.share = min(1.0, max(LEAST, share))
 
 
 def _missing(cache: _Cache, event: int) -> tuple[int, int] | None:
