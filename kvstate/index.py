@@ -11,45 +11,20 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstate.cache import Cache
 from kvstate.errors import IntegrityError
+from kvstate.holders import Holders
 
 TTL = 10.0
 """Seconds for which a prediction counts that nothing confirms."""
 
 MOST = 1 << 21
 """Blocks of the whole fleet that are remembered; divided evenly among the workers where they have more."""
-
-LEAST = 0.25
-"""Share of a worker's capacity that counts as its cache, whatever is learned: a caller can see to it that an
-engine caches nothing of its requests, which must not cost the others their places."""
-
-SLACK = 4
-"""Blocks in which an engine's count may be off by one, besides one: tokens a block are an estimate, and an
-engine computes the last tokens of a prompt even where it has them all."""
-
-
-@dataclass(slots=True)
-class _Cache:
-    """What one worker is thought to hold.
-
-    `blocks`: used longest ago first, with the time since when the block has been there for certain: when it
-    was last confirmed, or predicted if it never was. `unsure`: those only predicted, by when they expire.
-    """
-
-    worker: str
-    capacity: int
-    share: float = 1.0  # of the capacity that is not taken by what runs, as far as was learned
-    blocks: OrderedDict[int, float] = field(default_factory=OrderedDict)
-    unsure: dict[int, float] = field(default_factory=dict)  # the soonest first
-    event: int = 0  # the last one taken
-    leftovers: int = 0  # names given to blocks that no chain has; they count down from -1
 
 
 class PrefixIndex:
@@ -61,14 +36,11 @@ class PrefixIndex:
     def __init__(self, ttl: float = TTL, most: int = MOST) -> None:
         self._ttl = ttl
         self._most = most
-        self._caches: list[_Cache | None] = []  # by slot
+        self._caches: list[Cache | None] = []  # by slot
         self._slots: dict[str, int] = {}
         self._free: list[int] = []  # heap of slots without a worker
-        self._bits: list[int] = []  # 1 << slot
         self._all = 0  # mask of the slots with a worker
-        self._masks: dict[
-            int, int
-        ] = {}  # holders of a block as bits; of a single one, as ~slot, which is small
+        self._holders = Holders()
         self._due: list[tuple[float, int]] = []  # heap: when predictions of a slot expire; one entry a slot
         self._watched: set[int] = set()  # slots in `_due`
 
@@ -83,10 +55,10 @@ class PrefixIndex:
         else:
             slot = len(self._caches)
             self._caches.append(None)
-            self._bits.append(1 << slot)
-        self._caches[slot] = _Cache(worker, capacity_blocks)
+            self._holders.extend(slot + 1)
+        self._caches[slot] = Cache(worker, capacity_blocks)
         self._slots[worker] = slot
-        self._all |= self._bits[slot]
+        self._all |= 1 << slot
         for at, cache in enumerate(self._caches):
             if cache is not None:
                 self._evict(cache, at)
@@ -100,9 +72,9 @@ class PrefixIndex:
         assert cache is not None
         for block in cache.blocks:
             if block >= 0:
-                self._unmark(block, slot)
+                self._holders.remove(block, slot)
         self._caches[slot] = None
-        self._all &= ~self._bits[slot]
+        self._all &= ~(1 << slot)
         heapq.heappush(self._free, slot)
 
     def resize(self, worker: str, capacity_blocks: int) -> None:
@@ -137,21 +109,7 @@ class PrefixIndex:
     def depths(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
         """(blocks, mask of the slots that hold at least the first so many), deepest last, each mask within
         the one before; only where it gets smaller. Empty when nobody holds the first."""
-        mask, levels, masks = self._all, [], self._masks
-        for depth, block in enumerate(hashes):
-            holders = masks.get(block, 0)
-            if holders < 0:
-                holders = self._bits[~holders]
-            deeper = mask & holders
-            if deeper != mask:
-                if depth:
-                    levels.append((depth, mask))
-                if not deeper:
-                    return levels
-                mask = deeper
-        if hashes and mask:
-            levels.append((len(hashes), mask))
-        return levels
+        return self._holders.walk(hashes, self._all)
 
     def hits(self, hashes: Sequence[int]) -> NDArray[np.int32]:
         """`depths` as a vector: by slot, how many of the first blocks it holds."""
@@ -161,7 +119,8 @@ class PrefixIndex:
             packed.reshape(len(levels), size), axis=1, count=len(self._caches), bitorder="little"
         )
         reached = bits.sum(axis=0, dtype=np.intp)  # how many levels: each is within the one before
-        return np.array([0, *(depth for depth, _ in levels)], np.int32)[reached]
+        hits: NDArray[np.int32] = np.array([0, *(depth for depth, _ in levels)], np.int32)[reached]
+        return hits
 
     # What changes it
 
@@ -175,7 +134,7 @@ class PrefixIndex:
         for block in reversed(hashes):
             if block not in blocks:
                 blocks[block] = now
-                self._mark(block, slot)
+                self._holders.add(block, slot)
                 unsure[block] = expires
                 continue
             blocks.move_to_end(block)
@@ -209,11 +168,8 @@ class PrefixIndex:
             return
         slot = self._slots[worker]
         if sent > -math.inf:
-            _learn(cache, hashes, cached_blocks, sent)
-        blocks = cache.blocks
-        for _ in range(min(tail, cache.capacity)):
-            cache.leftovers -= 1
-            blocks[cache.leftovers] = now
+            cache.learn(hashes, cached_blocks, sent)
+        cache.leave_behind(min(tail, cache.room), now)
         self._keep(cache, slot, hashes, now)
         self._evict(cache, slot)
 
@@ -255,7 +211,7 @@ class PrefixIndex:
             cache.event = event
             self._keep(cache, self._slots[worker], hashes, now)
             self._evict(cache, self._slots[worker])
-        return _missing(cache, event)
+        return cache.missing(event)
 
     def removed(self, worker: str, event: int, hashes: Iterable[int]) -> tuple[int, int] | None:
         """Its cache has evicted `hashes`. Returns what `stored` does."""
@@ -266,7 +222,7 @@ class PrefixIndex:
             cache.event = event
             for block in hashes:
                 self._drop(cache, self._slots[worker], block)
-        return _missing(cache, event)
+        return cache.missing(event)
 
     def reset(self, worker: str, event: int, hashes: Sequence[int], now: float) -> None:
         """`hashes` is all that its cache holds as of `event`, used most recently first; predictions stay."""
@@ -274,8 +230,11 @@ class PrefixIndex:
         if cache is None or event < cache.event:
             return
         slot = self._slots[worker]
-        for block in [block for block in cache.blocks if block not in cache.unsure]:
-            self._drop(cache, slot, block)
+        for block in list(cache.blocks):
+            if block < 0:
+                del cache.blocks[block]
+            elif block not in cache.unsure:
+                self._drop(cache, slot, block)
         cache.event = event
         self._keep(cache, slot, hashes, now)
         for block in cache.unsure:
@@ -300,48 +259,34 @@ class PrefixIndex:
             for block in cache.blocks:
                 if block >= 0:
                     masks[block] = masks.get(block, 0) | 1 << slot
-        if masks != {block: 1 << ~mask if mask < 0 else mask for block, mask in self._masks.items()}:
+        if masks != self._holders.masks():
             raise IntegrityError("the blocks' holders are not those that the caches say")
         if self._all != sum(1 << slot for slot in self._slots.values()):
             raise IntegrityError("the mask of all workers is not of those that have joined")
 
     # Keeping the books
 
-    def _find(self, worker: str) -> _Cache | None:
+    def _find(self, worker: str) -> Cache | None:
         slot = self._slots.get(worker)
         return self._caches[slot] if slot is not None else None
 
-    def _room(self, cache: _Cache) -> int:
-        return max(0, min(round(cache.capacity * cache.share), self._most // len(self._slots)))
+    def _room(self, cache: Cache) -> int:
+        return min(cache.room, self._most // len(self._slots))
 
-    def _mark(self, block: int, slot: int) -> None:
-        holders = self._masks.get(block)
-        if holders is None:
-            self._masks[block] = ~slot
-        elif holders >= 0:
-            self._masks[block] = holders | self._bits[slot]
-        elif holders != ~slot:
-            self._masks[block] = self._bits[~holders] | self._bits[slot]
-
-    def _unmark(self, block: int, slot: int) -> None:
-        holders = self._masks[block]
-        if holders < 0:
-            del self._masks[block]
-            return
-        holders &= ~self._bits[slot]
-        self._masks[block] = holders if holders & (holders - 1) else ~(holders.bit_length() - 1)
-
-    def _drop(self, cache: _Cache, slot: int, block: int) -> None:
-        if cache.blocks.pop(block, None) is not None and block >= 0:
-            self._unmark(block, slot)
+    def _drop(self, cache: Cache, slot: int, block: int) -> None:
+        if cache.blocks.pop(block, None) is not None:
             cache.unsure.pop(block, None)
+            self._holders.remove(block, slot)
 
-    def _evict(self, cache: _Cache, slot: int) -> None:
+    def _evict(self, cache: Cache, slot: int) -> None:
         blocks, room = cache.blocks, self._room(cache)
         while len(blocks) > room:
-            self._drop(cache, slot, next(iter(blocks)))
+            block, _ = blocks.popitem(last=False)
+            if block >= 0:
+                cache.unsure.pop(block, None)
+                self._holders.remove(block, slot)
 
-    def _keep(self, cache: _Cache, slot: int, hashes: Sequence[int], now: float) -> None:
+    def _keep(self, cache: Cache, slot: int, hashes: Sequence[int], now: float) -> None:
         """It has them all for certain."""
         blocks, unsure = cache.blocks, cache.unsure
         for block in reversed(hashes):
@@ -349,25 +294,10 @@ class PrefixIndex:
                 blocks.move_to_end(block)
                 unsure.pop(block, None)
             else:
-                self._mark(block, slot)
+                self._holders.add(block, slot)
             blocks[block] = now
 
-    def _watch(self, cache: _Cache, slot: int) -> None:
+    def _watch(self, cache: Cache, slot: int) -> None:
         if cache.unsure and slot not in self._watched:
             self._watched.add(slot)
             heapq.heappush(self._due, (next(iter(cache.unsure.values())), slot))
-
-
-def _learn(cache: _Cache, hashes: Sequence[int], cached: int, sent: float) -> None:
-    unexpected = sum(block not in cache.blocks or block in cache.unsure for block in hashes[:cached])
-    missing = 0
-    for block in hashes[cached + 1 + cached // SLACK :]:
-        if block in cache.unsure or cache.blocks.get(block, math.inf) >= sent:
-            break
-        missing += 1
-    share = cache.share + (unexpected - missing) / max(1, cache.capacity)
-    cache.share = min(1.0, max(LEAST, share))
-
-
-def _missing(cache: _Cache, event: int) -> tuple[int, int] | None:
-    return (cache.event + 1, event) if event > cache.event else None

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvstate.cache import LEAST, SLACK
 from kvstate.errors import IntegrityError
-from kvstate.index import LEAST, SLACK, PrefixIndex
+from kvstate.index import PrefixIndex
 
 TTL = 5.0
 MOST = 40
@@ -405,7 +406,7 @@ def test_books_that_disagree_are_found(harm: str) -> None:
     cache = index._caches[1]
     assert cache is not None
     if harm == "masks":
-        index._masks[2] = ~0
+        index._holders.remove(2, 1)
     elif harm == "capacity":
         cache.capacity = 4
     elif harm == "unsure":
