@@ -21,16 +21,17 @@ class Holders:
         self._bits += [1 << slot for slot in range(len(self._bits), slots)]
 
     def add(self, block: int, slot: int) -> None:
+        """`slot` must not hold it yet."""
         holders = self._masks.get(block)
         if holders is None:
             self._masks[block] = ~slot
         elif holders >= 0:
             self._masks[block] = holders | self._bits[slot]
-        elif holders != ~slot:
+        else:
             self._masks[block] = self._bits[~holders] | self._bits[slot]
 
     def remove(self, block: int, slot: int) -> None:
-        """Raises KeyError if nobody holds it."""
+        """`slot` must hold it."""
         holders = self._masks[block]
         if holders < 0:
             del self._masks[block]

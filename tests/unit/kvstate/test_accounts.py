@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import pytest
@@ -51,14 +52,24 @@ def naive_peak(requests: list[Request], among: list[Request]) -> int:
     return max(sum(tokens + step for tokens, rest in entries if rest >= step) for step in range(longest + 1))
 
 
-def naive_fits(requests: list[Request], foreign: int, newcomer: Request) -> bool:
+def naive_fits(requests: list[Request], foreign: int, newcomer: Request, total: int) -> bool:
     if not requests and not foreign:
         return True
     every = [*requests, newcomer]
     own = [request for request in every if request.service_class == newcomer.service_class]
-    ceiling = CEILINGS[newcomer.service_class] * TOTAL
-    total = foreign + naive_common(every) + naive_peak(every, every)
-    return total <= KV_CEILING * TOTAL and (len(own) == 1 or naive_peak(every, own) <= ceiling)
+    most = foreign + naive_common(every) + naive_peak(every, every)
+    ceiling = CEILINGS[newcomer.service_class]
+    return most <= KV_CEILING * total and (len(own) == 1 or naive_peak(every, own) <= ceiling * total)
+
+
+def least_room(requests: list[Request], foreign: int, newcomer: Request) -> int:
+    """In which it fits, so that one token less is too little."""
+    return (
+        bisect.bisect_left(
+            range(1, 10**6), True, key=lambda total: naive_fits(requests, foreign, newcomer, total)
+        )
+        + 1
+    )
 
 
 def request_of(service_class: str, prompt: int, remaining: int, hashes: tuple[int, ...]) -> Request:
@@ -111,12 +122,14 @@ class Books(RuleBasedStateMachine):
         self, data: st.DataObject, service_class: str, prompt: int, rest: int, hashes: tuple[int, ...]
     ) -> None:
         foreign, newcomer = int(self.account.foreign), request_of(service_class, prompt, rest, hashes)
-        expected = naive_fits(list(self.requests.values()), foreign, newcomer)
-        assert self.account.fits(service_class, prompt, rest, hashes) == expected
         gone = data.draw(st.sets(st.sampled_from(list(self.requests) or [-5]), max_size=3))
-        stay = [request for key, request in self.requests.items() if key not in gone]
-        expected = naive_fits(stay, foreign, newcomer)
-        assert self.account.fits(service_class, prompt, rest, hashes, without=gone) == expected
+        for without in (set[int](), gone):
+            stay = [request for key, request in self.requests.items() if key not in without]
+            least = least_room(stay, foreign, newcomer)
+            for total in (least, least - 1):
+                self.account.total = total
+                expected = total == 0 or naive_fits(stay, foreign, newcomer, total)
+                assert self.account.fits(service_class, prompt, rest, hashes, without) == expected
 
     @rule(hashes=chains)
     def common(self, hashes: tuple[int, ...]) -> None:

@@ -17,7 +17,8 @@ from kvstate.index import PrefixIndex
 
 TTL = 5.0
 MOST = 40
-WORKERS = ["a", "b", "c", "d"]
+WORKERS = ["a", "b", "c"]
+PATHS = ["000000000", "000111111", "000111222", "011111111", "222222222"]
 
 
 def chain_of(path: str) -> tuple[int, ...]:
@@ -26,8 +27,8 @@ def chain_of(path: str) -> tuple[int, ...]:
 
 
 workers = st.sampled_from(WORKERS)
-chains = st.text("012", max_size=9).map(chain_of)
-capacities = st.sampled_from([0, 1, 4, 10, 15, 30])
+chains = st.builds(lambda path, length: chain_of(path[:length]), st.sampled_from(PATHS), st.integers(0, 9))
+capacities = st.sampled_from([0, 5, 10, 10, 15, 30])
 
 
 @dataclass
@@ -83,6 +84,8 @@ class Fleet(RuleBasedStateMachine):
         self.naive: dict[str, NaiveCache] = {}
         self.now = 0.0
         self.leftover = 0
+        for worker in WORKERS[1:]:
+            self.join(worker, 12)
 
     def trim(self) -> None:
         for cache in self.naive.values():

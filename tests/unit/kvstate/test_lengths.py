@@ -10,7 +10,12 @@ from kvstate import lengths
 
 names = st.sampled_from("abc")
 tokens = st.integers(0, 60)
-learned = st.lists(st.tuples(names, names, tokens), max_size=700)
+learned = st.builds(
+    lambda few, times, last: few * times + last,
+    st.lists(st.tuples(names, names, tokens), max_size=12),
+    st.integers(1, 100),
+    st.lists(st.tuples(names, names, tokens), max_size=30),
+)
 quantiles = st.sampled_from([0.01, 0.5, 0.9, 1.0])
 
 
@@ -90,6 +95,9 @@ def test_keys_unused_longest_are_forgotten() -> None:
     book = taught([("m", "first", 5)] * 20 + [("m", f"t{n % 3}", 50) for n in range(300)], keys=3)
     assert book.remaining("m", "first", 0, 0, 0.9) == 50
     assert book.remaining("m", "t1", 0, 0, 0.9) == 50
+    assert (
+        taught([("m", "a", 5)] * 20 + [("m", t, 9) for t in "bcadaea"], 3).remaining("m", "a", 0, 0, 0.5) == 5
+    )
     sizes: dict[str, int] = defaultdict(int)
     for n in range(50):
         book.learn(f"m{n}", "t", n)

@@ -61,9 +61,7 @@ def test_a_header_that_was_never_encoded_is_refused(text: str) -> None:
         assert prefix.encode(prefix.decode(text)) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["AAAA", "AAAAAAAAAAB=", "AAAAAAAAAAA", "é", prefix.encode([1] * 64) + "AAAAAAAAAAA="]
-)
+@pytest.mark.parametrize("text", ["AAAA", "AAAAAAAAAAB=", "AAAAAAAAAAA", "é", prefix.encode([1] * 65)])
 def test_headers_that_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         prefix.decode(text)
