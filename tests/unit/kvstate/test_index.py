@@ -307,7 +307,8 @@ def test_a_caller_that_lets_nothing_be_cached_costs_no_more_than_the_least() -> 
     index.predict("w", blocks(1000, 200), 50)
     assert index.held("w") == 100 * LEAST
     for now in range(100, 104):
-        index.confirm("w", blocks(1000 * now, 20), 20, now, now)
+        index.predict("w", blocks(1000 * now, 20), now)
+        index.confirm("w", blocks(1000 * now, 20), 20, now + 1, now)
     index.predict("w", blocks(1000, 200), 200)
     assert index.held("w") == 100
 
@@ -344,6 +345,25 @@ def test_a_prediction_counts_at_once_and_goes_when_nothing_confirms_it() -> None
     assert index.depths(blocks(0, 9)) == []
     assert index.due == math.inf
     index.check()
+
+
+def test_a_prediction_that_is_made_again_expires_later() -> None:
+    index = PrefixIndex(ttl=5)
+    index.join("w", 100)
+    for now, first in [(0, 0), (1, 10), (4, 0)]:
+        index.predict("w", blocks(first, 3), now)
+    index.expire(6.5)
+    assert index.depths(blocks(0, 3)) == [(3, 1)]
+    assert index.depths(blocks(10, 3)) == []
+
+
+def test_the_whole_state_of_a_cache_leaves_room_for_predictions() -> None:
+    index = PrefixIndex()
+    index.join("w", 5)
+    index.predict("w", blocks(0, 3), 0)
+    index.reset("w", 1, blocks(10, 5), 1)
+    assert index.depths(blocks(0, 3)) == [(3, 1)]
+    assert index.depths(blocks(10, 5)) == [(2, 1)]
 
 
 def test_levels_are_within_each_other() -> None:
