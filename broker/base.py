@@ -213,8 +213,8 @@ class Broker(abc.ABC):
         """`in_progress` in the stead of who has the delivery. Raises as `hand_on`."""
 
     async def relay(self, to: str, parcel: Parcel, note: str) -> None:
-        """Pass a delivery on to whoever listens to subject `to`, with a `note` for it. Nobody tells whether it
-        got there. A body that is not in the parcel, or finds no room beside its headers, is read from the
+        """Pass a delivery on to whoever listens to subject `to`, with a `note` for it. Nobody tells whether
+        it got there. A body that is not in the parcel, or finds no room beside its headers, is read from the
         queue over there."""
         # Not as the reply subject: a server lets nobody but itself publish with an ack subject there.
         head = {**parcel.headers, subjects.SUBJECT: parcel.subject, subjects.RECEIPT: parcel.receipt}

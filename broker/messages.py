@@ -212,7 +212,8 @@ class Frame:
         choices: `[index, off, ids]` for each further choice with tokens in it (`n > 1`).
         payload: the engine's own response bytes; for `error`, an OpenAI error object.
         extra: further meta by kind — head: `status`, `headers`, `worker`, `at`, `timing` (milliseconds
-            `queue`, `ttft` and `predicted`, prompt tokens `prompt` and `cached`); beat: `worker`, `at`; end: `usage`, `at`; error: `status`, `code`, `at`. `at` is unix time in ms, with fractions.
+            `queue`, `ttft` and `predicted`, prompt tokens `prompt` and `cached`); beat: `worker`, `at`;
+            end: `usage`, `at`; error: `status`, `code`, `at`. `at` is unix time in ms, with fractions.
     """
 
     epoch: int

@@ -13,14 +13,12 @@ _PARTS = ("queue", "ttft", "predicted")
 
 
 def headers(head: Frame | None) -> list[tuple[bytes, bytes]]:
-    """`Server-Timing` and `X-Headrace-Prefix-Hit`, as far as the head frame tells; anyone may have written that.
-    """
+    """`Server-Timing` and `X-Headrace-Prefix-Hit`, as far as the head frame tells; anyone may have written that."""
     told: Any = head.extra.get("timing") if head is not None else None
     if not isinstance(told, dict):
         return []
-    known = {
-        name: value for name, value in told.items() if isinstance(value, (int, float)) and 0 <= value < 1e12
-    }
+    numbers = {name: value for name, value in told.items() if isinstance(value, (int, float))}
+    known = {name: value for name, value in numbers.items() if 0 <= value < 1e12}
     parts = ", ".join(f"{part};dur={known[part]:.1f}" for part in _PARTS if part in known)
     found = [(b"server-timing", parts.encode())] if parts else []
     if known.get("prompt") and "cached" in known:

@@ -1,4 +1,4 @@
-"""`headrace explain`: how long a request waited, which worker got it, and how that one stood beside others."""
+"""`headrace explain`: how long a request waited, which worker got it, and how that one stood beside them."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def shown(request: str, told: dict[str, Any]) -> str:
     where = f" to {plain(told['worker'])}" if told["worker"] else ""
     lines = [
         f"{plain(request)} of {plain(told['tenant'])}, {told['service_class']}, for {plain(told['model'])}",
-        f"{told['outcome']}{where} after {1000 * told['queue_s']:.1f} ms in the queue, its first token expected "
-        f"in {1000 * told['predicted_ttft_s']:.1f} ms",
+        f"{told['outcome']}{where} after {1000 * told['queue_s']:.1f} ms in the queue, "
+        f"its first token expected in {1000 * told['predicted_ttft_s']:.1f} ms",
         f"because {plain(told['why'])}",
     ]
     if told["candidates"]:

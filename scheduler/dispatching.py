@@ -11,7 +11,6 @@ nobody tells of is handed on.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import math
 import time
@@ -70,8 +69,7 @@ P = ParamSpec("P")
 def _careful(act: Callable[Concatenate[Dispatching, P], None]) -> Callable[Concatenate[Dispatching, P], None]:
     """A defect must cost no request: workers can do without a dispatcher."""
 
-    @functools.wraps(act)
-    def acting(self: Dispatching, *args: P.args, **kwargs: P.kwargs) -> None:
+    def acting(self: Dispatching, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             act(self, *args, **kwargs)
         except Exception:

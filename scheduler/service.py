@@ -1,10 +1,10 @@
 """The scheduler process: the fleet's registry and health, and the last resort of queued requests.
 
 It hands queued requests to workers (`dispatching`); without it they pull first come, first served. What only
-it does besides: it remembers models in the registry after their workers have gone, hands on at once what a lost worker
-held, ends requests that nobody will ever pull, deletes what a direct publisher cancels while it is still
-queued, and plans which worker holds which adapter (`placing`). Of several schedulers one leads and does
-all that; the others know the fleet as well as it does, and one of them leads within moments of its end.
+it does besides: it remembers models in the registry after their workers have gone, hands on at once what a
+lost worker held, ends requests that nobody will ever pull, deletes what a direct publisher cancels while it
+is still queued, and plans which worker holds which adapter (`placing`). Of several schedulers one leads and
+does all that; the others know the fleet as well as it does, and one of them leads within moments of its end.
 """
 
 from __future__ import annotations

@@ -144,6 +144,9 @@ class Worker:
             for number, each in enumerate(ServiceClass)
         ]
 
+    def _serves(self) -> bool:
+        return self._state == "serving"
+
     async def _close_pulls(self) -> None:
         pullers, self._pullers = self._pullers, []
         for puller in pullers:
@@ -154,7 +157,7 @@ class Worker:
         while True:
             await self._turned.wait()
             self._turned.clear()
-            if self._state != "serving":
+            if not self._serves():
                 continue
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception_type(errors.Unavailable), wait=wait_exponential(0.1, max=2.0)
@@ -164,7 +167,7 @@ class Worker:
                         await self._close_pulls()
                     else:
                         await self._open()
-            if self._state != "serving":
+            if not self._serves():
                 await self._close_pulls()
             self._told = None
             self._top_up()

@@ -252,7 +252,7 @@ async def test_a_running_request_is_taken_back_with_its_progress(
 
 
 async def test_a_worker_that_dies_with_what_it_was_sent_is_no_loss(
-    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message got lost on its way, or its worker did before it told of it."""
     engine = await sim.start(FAST)
@@ -261,9 +261,9 @@ async def test_a_worker_that_dies_with_what_it_was_sent_is_no_loss(
         relay = lead.broker.relay
 
         async def lost(*_: object) -> None:
-            lead.broker.relay = relay  # type: ignore[method-assign]
+            monkeypatch.setattr(lead.broker, "relay", relay)
 
-        lead.broker.relay = lost  # type: ignore[method-assign]
+        monkeypatch.setattr(lead.broker, "relay", lost)
         await (await caller.submit(3)).finishes()
         assert [each.number for _, each in wire.sent] == [2]
     await engine.close()
