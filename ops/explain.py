@@ -39,8 +39,8 @@ async def ask(broker: base.Broker, request: str, tenant: str | None) -> dict[str
         raise errors.Unavailable(f"{_NOBODY} ({exc.message})") from exc
     if told is None:
         raise errors.NotFound(
-            f"the dispatcher knows no request {request!r}: it remembers the last ones that it handed out, and "
-            "none from before it led"
+            f"the dispatcher knows no request {request!r}: it remembers the last ones that it handed out, "
+            "and none from before it led"
         )
     return dict(told)
 
