@@ -13,7 +13,7 @@ _PARTS = ("queue", "ttft", "predicted")
 
 
 def headers(head: Frame | None) -> list[tuple[bytes, bytes]]:
-    """`Server-Timing` and `X-Headrace-Prefix-Hit`, as the head frame, which anyone may have written, tells."""
+    """`Server-Timing` and `X-Headrace-Prefix-Hit`, as the head frame tells; anyone may have written that."""
     told: Any = head.extra.get("timing") if head is not None else None
     if not isinstance(told, dict):
         return []
