@@ -96,6 +96,7 @@ class _Out:
     queued: _Queued
     worker: str
     at: float
+    number: int
 
 
 @dataclass(slots=True, eq=False)
@@ -106,7 +107,8 @@ class _Queue:
     pullers: dict[ServiceClass, base.Puller] = field(default_factory=dict)
     waiting: dict[int, _Queued] = field(default_factory=dict)
     of_class: dict[ServiceClass, int] = field(default_factory=lambda: dict.fromkeys(ServiceClass, 0))
-    sends: dict[str, int] = field(default_factory=dict)
+    sends: dict[str, int] = field(default_factory=dict)  # to each worker, so far
+    settled: dict[str, int] = field(default_factory=dict)  # the last of them that is known to be lost
     decide_soon: bool = False
     timer: asyncio.TimerHandle | None = None
 
@@ -134,7 +136,7 @@ class Dispatching:
         self._leader = leader
         self._name = name
         self._guard = guard
-        guard.on_lost, guard.in_other_hands = self._lose, self.holds
+        guard.on_lost, guard.in_other_hands = self._lost, self.holds
         self._workers = workers
         self._spawn = spawn
         self._epoch = 0
@@ -296,11 +298,19 @@ class Dispatching:
     # Workers
 
     def on_heartbeat(self, beat: Heartbeat) -> None:
-        if beat.state == "gone":
+        known = self._beats.get(beat.worker)
+        if known is not None and (beat.state == "gone" or beat.started_ms != known.started_ms):
             self._lose(beat.worker)
+        if beat.state == "gone":
             return
         self._beats[beat.worker] = beat
         self._observe(beat, beat.credit, beat.dispatched)
+
+    def _lost(self, last: Heartbeat) -> None:
+        """It fell silent; one that was started anew under its name has not."""
+        known = self._beats.get(last.worker)
+        if known is not None and known.started_ms == last.started_ms:
+            self._lose(last.worker)
 
     @_careful
     def _lose(self, worker: str) -> None:
@@ -310,6 +320,7 @@ class Dispatching:
             return
         queue.dispatcher.lose(worker)
         queue.sends.pop(worker, None)
+        queue.settled.pop(worker, None)
         for seq, out in list(self._out.items()):
             if out.worker == worker:
                 del self._out[seq]
@@ -343,7 +354,9 @@ class Dispatching:
         queue = self._queues.get(beat.base)
         if queue is None:
             return
-        queue.dispatcher.state(_state(beat, credit, dispatched, self._epoch), time.monotonic())
+        epoch, number = dispatched
+        sends = max(number if epoch == self._epoch else 0, queue.settled.get(beat.worker, 0))
+        queue.dispatcher.state(_state(beat, credit, sends), time.monotonic())
         self._soon(beat.base)
 
     # Deciding
@@ -385,7 +398,7 @@ class Dispatching:
 
     def _sent(self, queue: _Queue, queued: _Queued, send: Send, now: float) -> tuple[str, base.Parcel, str]:
         number = queue.sends[send.worker] = queue.sends.get(send.worker, 0) + 1
-        self._out[send.key] = _Out(queued, send.worker, now)
+        self._out[send.key] = _Out(queued, send.worker, now, number)
         metrics.DISPATCHED.inc()
         sent = Sent(
             epoch=self._epoch,
@@ -442,6 +455,7 @@ class Dispatching:
                 queue = self._queues.get(out.queued.request.subject.base)
                 if queue is not None:
                     queue.dispatcher.returned(seq, now)
+                    queue.settled[out.worker] = max(out.number, queue.settled.get(out.worker, 0))
                 await self._broker.hand_on(out.queued.parcel.receipt)  # acked meanwhile, it does nothing
 
     def _failed(self) -> None:
@@ -490,11 +504,11 @@ class Dispatching:
             (place for key, place in reversed(self._names.items()) if key.endswith(f".{asked}")), None
         )
         queue = self._queues.get(found[0]) if found is not None else None
-        told = queue.dispatcher.explain(found[1]) if queue is not None and found is not None else None
+        told = queue.dispatcher.explain(found[1], time.monotonic()) if queue is not None and found is not None else None
         self._spawn(self._broker.publish(message.reply, orjson.dumps(told)))
 
 
-def _state(beat: Heartbeat, credit: Credit, dispatched: tuple[int, int], epoch: int) -> WorkerState:
+def _state(beat: Heartbeat, credit: Credit, sends: int) -> WorkerState:
     """Of what a worker tells; whatever it is."""
     held = _within(credit.held)
     kv_total = _within(credit.kv_tokens_total)
@@ -508,7 +522,7 @@ def _state(beat: Heartbeat, credit: Credit, dispatched: tuple[int, int], epoch: 
         prefill_held=_within(credit.prefill_tokens_held),
         kv_total=kv_total,
         kv_free=min(kv_total, _within(credit.kv_tokens_free)),
-        sends=_within(dispatched[1]) if dispatched[0] == epoch else 0,
+        sends=_within(sends),
         serving=beat.state == "serving",
         adapters=frozenset(each.model for each in beat.adapters if each.state in ("loading", "ready")),
         adapter_room=busy < max(beat.slots, beat.adapters_in_memory),

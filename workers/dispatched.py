@@ -50,8 +50,9 @@ class Dispatched:
             return
         if self._silence is not None and told.epoch < self._epoch:
             return  # it has lost the lead, and does not know
-        if told.epoch != self._epoch:
-            self._epoch, self.last = told.epoch, (told.epoch, 0)
+        self._epoch = told.epoch
+        if self.last[0] != told.epoch:  # else its first request was here before its first word
+            self.last = told.epoch, 0
         if self._silence is not None:
             self._silence.cancel()
         self._silence = asyncio.get_running_loop().call_later(SILENCE, self._fell_silent)

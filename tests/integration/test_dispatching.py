@@ -264,7 +264,7 @@ async def test_a_worker_that_dies_with_what_it_was_sent_is_no_loss(
             monkeypatch.setattr(lead.broker, "relay", relay)
 
         monkeypatch.setattr(lead.broker, "relay", lost)
-        await (await caller.submit(3)).finishes()
+        await (await caller.submit(3, prompt="word " * 1500)).finishes()  # it takes all there is room for
         assert [each.number for _, each in wire.sent] == [2]
     await engine.close()
 

@@ -79,6 +79,14 @@ async def test_what_one_dispatcher_sent_is_not_counted_for_the_next() -> None:
     ear.close()
 
 
+async def test_a_request_that_comes_before_the_first_word_counts() -> None:
+    ear = Ear()
+    assert ear.take(sent(3, 1))
+    ear.told(3, "llama")
+    assert ear.last == (3, 1)
+    ear.close()
+
+
 async def test_what_is_unreadable_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     ear = Ear()
     for data in (b"", b"[]", b'{"scheduler": "s1", "epoch": "x", "bases": []}'):
