@@ -76,7 +76,7 @@ class Dispatcher:
         self.cancel(item.key)
         self.returned(item.key, now)
         shares = self._shares[RANKS[item.service_class]]
-        shares.enter(item.tenant, item.weight, now)
+        shares.enter(item.tenant, item.weight, item.context, now)
         waiting = Waiting(item, RANKS[item.service_class])
         waiting.over = shares.over(item.tenant, now)
         self._queue[item.key] = waiting
@@ -93,7 +93,7 @@ class Dispatcher:
         if waiting is None:
             return False
         self._lift(waiting)
-        self._shares[waiting.rank].leave(waiting.item.tenant)
+        self._shares[waiting.rank].leave(waiting.item.tenant, waiting.item.context)
         return True
 
     def state(self, state: WorkerState, now: float) -> None:
@@ -269,7 +269,8 @@ class Dispatcher:
             if waiting is None:
                 return True
             item = waiting.item
-            if not self._fleet.takes(slot, item.service_class, waiting.over, now):
+            over = self._shares[waiting.rank].over(item.tenant, now)
+            if not self._fleet.takes(slot, item.service_class, over, now):
                 skipped.add(waiting.rank)
                 continue
             if waiting.version != self._fleet.version:
@@ -370,7 +371,7 @@ class Dispatcher:
     def _shed(self, waiting: Waiting, now: float, wait: float, why: str) -> None:
         key = waiting.item.key
         del self._queue[key]
-        self._shares[waiting.rank].leave(waiting.item.tenant)
+        self._shares[waiting.rank].leave(waiting.item.tenant, waiting.item.context)
         self._refused.append(Shed(key, wait, why))
         self._note(waiting, "shed", "", now - waiting.item.arrived, wait, why)
 

@@ -1,4 +1,4 @@
-"""Whatever happens: nobody is lost or sent twice, no credit is exceeded, nobody idles, and all is alike on every run."""
+"""Whatever happens: nobody is lost or sent twice, no credit is exceeded, nobody idles, all runs are alike."""
 
 from __future__ import annotations
 
