@@ -44,13 +44,17 @@ class Shares:
         self._waiting = 0.0
 
     def enter(self, name: str, weight: float, tokens: float, now: float) -> None:
-        """A request of the tenant joins the queue. One that returns begins at the least of those there."""
+        """A request of the tenant joins the queue. One that returns begins at the least of those there.
+
+        Another `weight` than before holds for what is served from now on.
+        """
         self._forget(now)
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._tenants[name] = _Tenant(weight, self._least(), now)
             heapq.heappush(self._order, (tenant.used, name))
             self._weights += weight
+            self._total = _add(self._total, tenant.used + math.log(weight))
         elif tenant.weight != weight:
             self._weights += weight - tenant.weight
             tenant.weight = weight

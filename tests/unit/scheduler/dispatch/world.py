@@ -1,4 +1,4 @@
-"""A fleet for the dispatcher's tests: it knows what every worker holds, and finds fault with each decision."""
+"""A fleet for the dispatcher's tests: it knows what each worker holds, and finds fault with each decision."""
 
 from __future__ import annotations
 
