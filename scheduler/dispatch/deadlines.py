@@ -15,7 +15,7 @@ SOON = 1e-3
 
 
 class Deadlines:
-    """Looks at each request that has one when it comes, when its slack is down to two steps, and when it is gone."""
+    """Looks at each request that has one as it comes, once its slack is two steps, and once it has none."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer

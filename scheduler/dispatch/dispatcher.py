@@ -9,10 +9,6 @@ waiting for it would cost more.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from itertools import islice
-
 import numpy as np
 
 from broker.messages import ServiceClass
@@ -20,10 +16,11 @@ from kvstate.index import PrefixIndex
 from kvstate.prefix import BLOCK_TOKENS
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.deadlines import Deadlines
-from scheduler.dispatch.explain import BEST, Explanations, explanation
+from scheduler.dispatch.explain import Explanations, explanation
 from scheduler.dispatch.fair import Shares
 from scheduler.dispatch.fleet import Fleet
 from scheduler.dispatch.lanes import RANKS, Lanes, Waiting
+from scheduler.dispatch.places import Places
 from scheduler.dispatch.rooms import Rooms
 from scheduler.dispatch.running import Running, Sent
 from scheduler.dispatch.score import Scorer, View
@@ -32,12 +29,6 @@ from scheduler.dispatch.types import Decision, Explanation, Item, Send, Shed, Wo
 
 MOVES = 8
 """Requests that change lanes before a worker with credit is left for the next call."""
-
-PLACED = 32
-"""Requests without a place that are given one in a call."""
-
-WALKED = 256
-"""Requests of a class in another's lane that a worker with nothing to do looks at."""
 
 TOO_LATE = "its first token would come after its deadline"
 
@@ -57,11 +48,11 @@ class Dispatcher:
         self._predictor = Predictor(config.step)
         self._scorer = Scorer(config, self._fleet, self._lanes, self._index, self._predictor)
         self._running = Running(config)
+        self._places = Places(config, self._fleet, self._lanes, self._scorer)
         self._deadlines = Deadlines(self._scorer)
         self._rooms = Rooms(config, self._fleet, self._lanes, self._running)
         self._explained = Explanations(config.explained)
         self._queue: dict[int, Waiting] = {}
-        self._unplaced: dict[tuple[ServiceClass, str], dict[int, Waiting]] = {}  # by class and model
         self._dirty: dict[int, None] = {}  # slots to be served, in order
         self._refused: list[Decision] = []
 
@@ -79,7 +70,7 @@ class Dispatcher:
         view = self._scorer.view(waiting, now)
         if self._is_shed(waiting, view, now):
             return
-        self._place(waiting, view, now)
+        self._put(waiting, view, now)
         self._deadlines.watch(waiting, now)
 
     def cancel(self, key: int) -> bool:
@@ -87,7 +78,7 @@ class Dispatcher:
         waiting = self._queue.pop(key, None)
         if waiting is None:
             return False
-        self._lift(waiting)
+        self._places.lift(waiting)
         self._shares[waiting.rank].leave(waiting.item.tenant, waiting.item.context)
         return True
 
@@ -109,8 +100,7 @@ class Dispatcher:
             slot = self._index.slot(worker)
         except KeyError:
             return
-        for waiting in self._lanes.leave(slot):
-            self._unplace(waiting)
+        self._places.strand(self._lanes.leave(slot))
         self._index.leave(worker)
         self._running.leave(slot)
         self._fleet.leave(slot)
@@ -158,7 +148,7 @@ class Dispatcher:
         """All that is to be done now."""
         out: list[Decision] = []
         self._ring(now)
-        self._place_some(now)
+        self._dirty |= dict.fromkeys(self._places.put_stranded(now))
         again: dict[int, None] = {}
         while self._dirty:
             slot = next(iter(self._dirty))
@@ -173,7 +163,7 @@ class Dispatcher:
 
     def next_due(self, now: float) -> float:
         """When `decide` has something to do even if nothing happens before; inf = never."""
-        if self._dirty or self._refused or any(self._placeable()):
+        if self._dirty or self._refused or any(self._places.stranded()):
             return now
         return max(now, min(self._deadlines.due(self._queue), self._rooms.due()))
 
@@ -199,53 +189,10 @@ class Dispatcher:
         waiting = self._queue.get(key)
         if waiting is None:
             return self._explained.get(key)
-        view = self._scorer.view(waiting, now)
-        waiting.candidates = self._scorer.candidates(waiting, view, BEST, now)
+        self._places.compare(waiting, self._scorer.view(waiting, now), now)
         worker = self._fleet[waiting.slot].worker if waiting.slot >= 0 else ""
         why = f"it waits for {worker}" if worker else "no worker is there that could run it"
         return explanation(waiting, "queued", worker, now - waiting.item.arrived, waiting.least, why)
-
-    # Placing
-
-    def _place(self, waiting: Waiting, view: View, now: float) -> None:
-        if view.best < 0:
-            self._unplace(waiting)
-            return
-        slot = view.best
-        waiting.cost, waiting.ahead = float(view.uncached[slot]), float(view.ahead[slot])
-        waiting.placed, waiting.version = now, self._fleet.version
-        self._lanes.add(waiting, slot)
-        if self._fleet.takes(slot, waiting.item.service_class, waiting.over, now):
-            self._dirty[slot] = None
-            self._compare(waiting, view, now)
-
-    def _unplace(self, waiting: Waiting) -> None:
-        item = waiting.item
-        self._unplaced.setdefault((item.service_class, item.model), {})[item.key] = waiting
-
-    def _lift(self, waiting: Waiting) -> None:
-        """Take it from where it waits."""
-        if waiting.slot >= 0:
-            self._lanes.remove(waiting)
-            return
-        group = waiting.item.service_class, waiting.item.model
-        del self._unplaced[group][waiting.item.key]
-        if not self._unplaced[group]:
-            del self._unplaced[group]
-
-    def _placeable(self) -> Iterator[tuple[ServiceClass, str]]:
-        """Groups without a place, for which there is one now."""
-        return (group for group in self._unplaced if self._fleet.eligible(*group).any())
-
-    def _place_some(self, now: float) -> None:
-        if not self._unplaced:
-            return
-        left = PLACED
-        for group in list(self._placeable()):
-            for waiting in list(islice(self._unplaced[group].values(), left)):
-                self._lift(waiting)
-                self._place(waiting, self._scorer.view(waiting, now), now)
-                left -= 1
 
     # Serving
 
@@ -254,7 +201,7 @@ class Dispatcher:
         skipped: set[int] = set()
         moves = 0
         while self._fleet.open(slot, now):
-            waiting = self._lanes.next(slot, skipped) or self._steal(slot, skipped, now)
+            waiting = self._lanes.next(slot, skipped) or self._places.steal(slot, skipped, now)
             if waiting is None:
                 return True
             item = waiting.item
@@ -265,16 +212,16 @@ class Dispatcher:
             if waiting.version != self._fleet.version:
                 view = self._scorer.view(waiting, now)
                 if view.best not in (slot, -1):
-                    self._lift(waiting)
-                    self._place(waiting, view, now)
+                    self._places.lift(waiting)
+                    self._put(waiting, view, now)
                     moves += 1
                     if moves == MOVES:
                         return False
                     continue
-                self._compare(waiting, view, now)
+                self._places.compare(waiting, view, now)
             predicted = self._predictor.after(slot, float(self._fleet.pending[slot]) + waiting.cost)
             if now + predicted > item.deadline:
-                self._lift(waiting)
+                self._places.lift(waiting)
                 self._shed(waiting, now, predicted, TOO_LATE)
             elif self._running.fits(slot, item, now):
                 self._send(waiting, now, predicted, out)
@@ -282,39 +229,6 @@ class Dispatcher:
                 self._fleet.full[waiting.rank, slot] = True
                 skipped.add(waiting.rank)
         return True
-
-    def _steal(self, slot: int, skipped: set[int], now: float) -> Waiting | None:
-        """From the lane that will take longest, the first that would begin sooner here; it moves here."""
-        fleet, tokens = self._fleet, self._lanes.tokens[-1]
-        if not len(self._lanes) or self._lanes.counts[-1, slot]:
-            return None  # those in its own lane can't go now; others would be no better off
-        longest = np.where(self._lanes.counts[-1] > 0, (fleet.pending + tokens) * (fleet.load + 1.0), -1.0)
-        lane = int(np.argmax(longest))
-        if longest[lane] < 0:
-            return None
-        here, there = float(fleet.load[slot]) + 1.0, float(fleet.load[lane]) + 1.0
-        before = (
-            float(fleet.pending[lane]) if fleet.seen[lane] >= now - self._config.stale_after else math.inf
-        )
-        pending = float(fleet.pending[slot])
-        if (pending + 1.0) * here >= (before + float(tokens[lane])) * there:
-            return None
-        for waiting, ahead in self._lanes.walk(lane, WALKED):
-            item = waiting.item
-            if (
-                waiting.rank not in skipped
-                and (pending + item.context) * here < (before + ahead + waiting.cost) * there
-                and fleet.takes(slot, item.service_class, waiting.over, now)
-                and fleet.eligible(item.service_class, item.model)[slot]
-            ):
-                view = self._scorer.view(waiting, now)
-                self._compare(waiting, view, now)
-                self._lift(waiting)
-                waiting.cost, waiting.ahead, waiting.placed = float(view.uncached[slot]), 0.0, now
-                waiting.version = fleet.version
-                self._lanes.add(waiting, slot)
-                return waiting
-        return None
 
     def _send(self, waiting: Waiting, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot
@@ -343,13 +257,14 @@ class Dispatcher:
             self._shed(waiting, now, wait, TOO_LATE)
             return True
         item = waiting.item
-        if view.best >= 0 and item.service_class in self._config.sheddable:
-            # The golden ratio spreads consecutive keys evenly over (0, 1), alike on every run.
-            if (item.key * 0.6180339887498949) % 1.0 < self.saturation() ** 5:
-                wait = float(self._scorer.ttft(view)[view.best])
-                self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
-                return True
-        return False
+        if view.best < 0 or item.service_class not in self._config.sheddable:
+            return False
+        # The golden ratio spreads consecutive keys evenly over (0, 1), alike on every run.
+        if (item.key * 0.6180339887498949) % 1.0 >= self.saturation() ** 5:
+            return False
+        wait = float(self._scorer.ttft(view)[view.best])
+        self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
+        return True
 
     def _shed(self, waiting: Waiting, now: float, wait: float, why: str) -> None:
         key = waiting.item.key
@@ -361,7 +276,7 @@ class Dispatcher:
     def _ring(self, now: float) -> None:
         for waiting, wait in self._deadlines.ring(self._queue, now):
             if wait is not None:
-                self._lift(waiting)
+                self._places.lift(waiting)
                 self._shed(waiting, now, wait, TOO_LATE)
             else:
                 self._lanes.hurry(waiting)
@@ -369,10 +284,9 @@ class Dispatcher:
 
     # Keeping the books
 
-    def _compare(self, waiting: Waiting, view: View, now: float) -> None:
-        """Note how the workers stood for one that is about to be sent."""
-        if self._config.explained:
-            waiting.candidates = self._scorer.candidates(waiting, view, BEST, now)
+    def _put(self, waiting: Waiting, view: View, now: float) -> None:
+        if self._places.put(waiting, view, now):
+            self._dirty[waiting.slot] = None
 
     def _touch(self, slot: int) -> None:
         """The worker may have room that it had not: somebody may wait for it, here or in another's lane."""

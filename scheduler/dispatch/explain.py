@@ -7,9 +7,6 @@ from collections import OrderedDict
 from scheduler.dispatch.lanes import Waiting
 from scheduler.dispatch.types import Explanation
 
-BEST = 3
-"""Workers that an explanation compares."""
-
 
 class Explanations:
     """Of the last `most` requests that were decided on."""
