@@ -23,6 +23,7 @@ from tests.integration.fleet import Fleet, Part
 SIZES = {"worker": 4, "ingress": 2, "scheduler": 2, "nats": 3}
 PACE = 0.02
 """Seconds between two tokens of a stream."""
+_BEHIND_PROXIES = "worker", "scheduler"
 _STARTS = 8
 _ELECTION = 4.0, 10.0
 """Seconds that an election of nats-server takes, at least and at most."""
@@ -70,7 +71,7 @@ class Stage:
         self._slots: dict[tuple[str, int], Part] = {}
         self._names: dict[tuple[str, int], str] = {}
         self._generation: Counter[tuple[str, int]] = Counter()
-        self._proxies: list[Proxy] = []
+        self._proxies: dict[tuple[str, int], Proxy] = {}
         self._open = contextlib.AsyncExitStack()
 
     @property
@@ -84,9 +85,10 @@ class Stage:
             await self._open.enter_async_context(broker)
             await broker.subscribe(subjects.JOURNAL_ELECTED, lambda _: self._elected())
             nodes = [urlsplit(node.url) for node in self.cluster.nodes]
-            for _ in range(SIZES["worker"]):
-                proxy = Proxy([(str(node.hostname), node.port or 0) for node in nodes])
-                self._proxies.append(await self._open.enter_async_context(proxy))
+            for part in _BEHIND_PROXIES:
+                for slot in range(SIZES[part]):
+                    proxy = Proxy([(str(node.hostname), node.port or 0) for node in nodes])
+                    self._proxies[part, slot] = await self._open.enter_async_context(proxy)
             await asyncio.gather(
                 *(self._fill(part, slot) for part in _SETTINGS for slot in range(SIZES[part]))
             )
@@ -117,8 +119,8 @@ class Stage:
         self._generation[part, slot] += 1
         name = f"{part[0]}{slot}-{self._generation[part, slot]}"
         settings = _SETTINGS[part] | {f"{part}__name": name}
-        if part == "worker":
-            urls = [f"nats://127.0.0.1:{port}" for port in self._proxies[slot].ports]
+        if part in _BEHIND_PROXIES:
+            urls = [f"nats://127.0.0.1:{port}" for port in self._proxies[part, slot].ports]
             settings |= {"broker__url": ",".join(urls)}
         started = await self._started(part, settings)
         self._slots[part, slot] = started
@@ -155,7 +157,7 @@ class Stage:
 
     async def _stop(self, fault: Fault) -> None:
         self._note(fault)
-        process = self._slots["worker", fault.slot].process
+        process = self._slots[fault.kind.part, fault.slot].process
         process.send_signal(signal.SIGSTOP)
         try:
             await asyncio.sleep(fault.lasts)
@@ -164,7 +166,7 @@ class Stage:
 
     async def _network(self, fault: Fault, act: Callable[[Proxy], None]) -> None:
         self._note(fault)
-        proxy = self._proxies[fault.slot]
+        proxy = self._proxies[fault.kind.part, fault.slot]
         act(proxy)
         try:
             await asyncio.sleep(fault.lasts)
@@ -199,6 +201,8 @@ class Stage:
         Kind.KILL_INGRESS: _kill,
         Kind.DRAIN_INGRESS: _drain,
         Kind.KILL_SCHEDULER: _kill,
+        Kind.STOP_SCHEDULER: _stop,
+        Kind.CUT_SCHEDULER: _cut,
         Kind.KILL_NATS: _kill_nats,
     }
 

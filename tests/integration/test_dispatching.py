@@ -13,7 +13,7 @@ import pytest
 from broker import client, subjects
 from broker.base import Broker, Message
 from broker.config import BrokerConfig
-from broker.messages import Dispatch, FrameKind, News, Sent
+from broker.messages import Credit, Dispatch, FrameKind, News, Sent
 from broker.server import NatsServer
 from ops import explain
 from scheduler.config import SchedulerConfig
@@ -298,4 +298,57 @@ async def test_without_dispatching_workers_pull(
         assert metric("headrace_leader") == 1
     assert not wire.sent
     assert not wire.dispatched
+    await engine.close()
+
+
+async def test_lies_and_garbage_cost_no_request(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST)
+    garbage = (b"", b"[]", b"\xff{", b'{"worker": "w1"}', b"9" * 10_000)
+    async with serving(broker, engine) as at, desk(server.url) as lead:
+        await led(at)
+        beat = lead.scheduler._dispatching._beats["w1"]
+        lies = [
+            News(worker="w1", credit=Credit(slots_free=10**30, step_tokens=-5), dispatched=(1, 10**30)),
+            News(worker="w1", credit=Credit(held=-(10**30), kv_tokens_free=10**40), dispatched=(-1, -1)),
+            News(worker="nobody", credit=Credit(), dispatched=(0, 0), done=((1, 2, 3, 4),)),
+            News(worker="w1", credit=Credit(), dispatched=(0, 0), first=((9, -3),), done=((9, -1, 9, -7),)),
+        ]
+        for data in (*garbage, *(each.model_dump_json().encode() for each in lies)):
+            for subject in ("credit.w1", "dispatch", "run.w1", "explain", "held.w1"):
+                await broker.publish(subject, data)
+        await broker.publish(
+            "fleet.w1", beat.model_copy(update={"credit": lies[0].credit}).model_dump_json().encode()
+        )
+        await broker.publish("run.w1", b"{}", {subjects.SENT: Sent(epoch=1, number=1).model_dump_json()})
+        for _ in range(3):
+            await (await caller.submit(3)).finishes()
+        await caller.drained()
+        # However much room it claims, and however little: what it has no slot for comes back.
+        calls = [await caller.submit(20) for _ in range(30)]
+        for call in calls:
+            await call.finishes()
+    assert len(await caller.usage(33)) == 33
+    await engine.close()
+
+
+async def test_a_defect_of_the_dispatcher_leaves_the_workers_to_pull(
+    server: NatsServer, broker: Broker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await sim.start(ONE)
+    async with serving(broker, engine) as at, desk(server.url) as lead:
+        await led(at)
+        calls = [await caller.submit(60) for _ in range(4)]
+        await calls[0].reach(FrameKind.HEAD)
+
+        def breaks(*_: object) -> None:
+            raise ZeroDivisionError
+
+        dispatcher = lead.scheduler._dispatching._queues["sim"].dispatcher
+        monkeypatch.setattr(dispatcher, "decide", breaks)
+        for call in calls:
+            await call.finishes()
+        await pulls(at)
+    assert len(await caller.usage(4)) == 4
     await engine.close()
