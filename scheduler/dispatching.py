@@ -503,8 +503,9 @@ class Dispatching:
         found = self._names.get(asked) or next(
             (place for key, place in reversed(self._names.items()) if key.endswith(f".{asked}")), None
         )
-        queue = self._queues.get(found[0]) if found is not None else None
-        told = queue.dispatcher.explain(found[1], time.monotonic()) if queue is not None and found is not None else None
+        told = None
+        if found is not None and (queue := self._queues.get(found[0])) is not None:
+            told = queue.dispatcher.explain(found[1], time.monotonic())
         self._spawn(self._broker.publish(message.reply, orjson.dumps(told)))
 
 

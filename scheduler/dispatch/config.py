@@ -27,7 +27,7 @@ class DispatchConfig(BaseModel):
         True, description="false: workers pull their requests themselves, first come, first served"
     )
     window: int = Field(
-        4096, ge=1, description="requests of one base and class that the scheduler looks at; others wait behind"
+        4096, ge=1, description="requests of a base and class that the scheduler looks at; others wait behind"
     )
     weights: dict[str, float] = Field({}, description="shares of tenants; of one that is not named, 1")
     stale_after: float = Field(0.2, gt=0, description="a worker whose figures are older is given nothing")
