@@ -123,25 +123,25 @@ def _add(a: float, b: float) -> float:
 
 
 class Rounds:
-    """Deficit round robin of the classes that wait for one worker."""
+    """Deficit round robin of the classes that wait for one worker, the most urgent first in each round."""
 
     def __init__(self, quanta: Sequence[int]) -> None:
         self._quanta = quanta
-        self._deficits = [float(quanta[0]), *(0.0 for _ in quanta[1:])]
-        self._at = 0
+        self._deficits = [float(quantum) for quantum in quanta]
 
     def turn(self, costs: Sequence[float | None]) -> int | None:
         """The class to serve next: an index. `costs`: of the first request of each; None = it has none."""
-        if all(cost is None for cost in costs):
+        waiting = [(rank, cost) for rank, cost in enumerate(costs) if cost is not None]
+        if not waiting:
             return None
         while True:
-            cost = costs[self._at]
-            if cost is not None and cost <= self._deficits[self._at]:
-                return self._at
-            if cost is None:
-                self._deficits[self._at] = 0.0
-            self._at = (self._at + 1) % len(self._quanta)
-            self._deficits[self._at] += self._quanta[self._at]
+            for rank, cost in waiting:
+                if cost <= self._deficits[rank]:
+                    return rank
+            for rank, quantum in enumerate(self._quanta):
+                # What a class did not use while it had nothing is not kept for it.
+                kept = 0.0 if costs[rank] is None else self._deficits[rank]
+                self._deficits[rank] = kept + quantum
 
     def charge(self, rank: int, cost: float) -> None:
         self._deficits[rank] -= cost
