@@ -55,13 +55,9 @@ def shown(request: str, told: dict[str, Any]) -> str:
         f"because {plain(told['why'])}",
     ]
     if told["candidates"]:
-        head = ("WORKER", "SCORE", "PENDING", "BACKLOG", "UNCACHED", "LOAD", "CREDIT")
+        head = ("WORKER", "SCORE", "PENDING", "BACKLOG", "UNCACHED", "LOAD")
         rows = [
-            (
-                plain(each["worker"]),
-                *(f"{each[part.lower()]:.0f}" for part in head[1:6]),
-                "yes" if each["credit"] else "no",
-            )
+            (plain(each["worker"]), *(f"{each[part.lower()]:.0f}" for part in head[1:]))
             for each in told["candidates"]
         ]
         lines += ["", table(head, rows)]

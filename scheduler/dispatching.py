@@ -511,16 +511,16 @@ class Dispatching:
 
 def _state(beat: Heartbeat, credit: Credit, sends: int) -> WorkerState:
     """Of what a worker tells; whatever it is."""
-    held = _within(credit.held)
+    held, step = _within(credit.held), max(1, _within(credit.step_tokens))
     kv_total = _within(credit.kv_tokens_total)
     busy = sum(1 for each in beat.adapters if each.running or each.waiting)
     return WorkerState(
         worker=beat.worker,
         seen=time.monotonic(),
-        step_tokens=max(1, _within(credit.step_tokens)),
+        step_tokens=step,
         slots_total=held + _within(credit.slots_free),
         running=held,
-        prefill_held=_within(credit.prefill_tokens_held),
+        prefill_held=max(0, _within(credit.prefill_tokens_held) - step),  # the step under way computes these
         kv_total=kv_total,
         kv_free=min(kv_total, _within(credit.kv_tokens_free)),
         sends=_within(sends),

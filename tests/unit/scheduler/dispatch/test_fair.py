@@ -149,3 +149,16 @@ def test_a_class_alone_is_served_always_and_saves_nothing_up() -> None:
         order.append(rank)
     assert sum(order) == pytest.approx(10, abs=2)
     assert rounds.turn([None, None]) is None
+
+
+def test_the_most_urgent_class_goes_first_whoever_went_before_it_came() -> None:
+    rounds = Rounds([100, 100, 100])
+    for costs, turn in (
+        ([None, None, 10.0], 2),
+        ([None, 10.0, 10.0], 1),
+        ([10.0, 10.0, 10.0], 0),
+        ([None, 10.0, 10.0], 1),
+        ([None, None, 10.0], 2),
+    ):
+        assert rounds.turn(costs) == turn
+        rounds.charge(turn, 10.0)
