@@ -1,0 +1,361 @@
+"""Which worker's cache holds which prefix block, over the whole fleet. Pure.
+
+A copy of what the workers' own caches do: each evicts the block that was used longest ago, a chain's end
+before its beginning. Entries come by prediction when a request is sent, are confirmed by the engine's own
+count when it has run, and by the engine's events where it tells any. Workers are small numbers, slots, and a
+block knows its holders as one integer of bits: a walk along a chain takes one AND a block, whatever the
+number of workers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstate.errors import IntegrityError
+
+TTL = 10.0
+"""Seconds for which a prediction counts that nothing confirms."""
+
+MOST = 1 << 21
+"""Blocks of the whole fleet that are remembered; divided evenly among the workers where they have more."""
+
+SLACK = 8
+"""Blocks in which an engine's count may be off by one, besides one: tokens a block are an estimate, and an
+engine computes the last tokens of a prompt even where it has them all."""
+
+
+@dataclass(slots=True)
+class _Cache:
+    """What one worker is thought to hold.
+
+    `blocks`: used longest ago first, with the time since when the block has been there for certain: when it
+    was last confirmed, or predicted if it never was. `unsure`: those only predicted, by when they expire.
+    """
+
+    worker: str
+    capacity: int
+    blocks: OrderedDict[int, float] = field(default_factory=OrderedDict)
+    unsure: dict[int, float] = field(default_factory=dict)  # the soonest first
+    event: int = 0  # the last one taken
+    leftovers: int = 0  # names given to blocks that no chain has; they count down from -1
+
+
+class PrefixIndex:
+    """Times are in seconds on any one clock that never goes back.
+
+    Of workers that have not joined, or have left, nothing is kept: what is told of them is ignored.
+    """
+
+    def __init__(self, ttl: float = TTL, most: int = MOST) -> None:
+        self._ttl = ttl
+        self._most = most
+        self._caches: list[_Cache | None] = []  # by slot
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []  # heap of slots without a worker
+        self._bits: list[int] = []  # 1 << slot
+        self._all = 0  # mask of the slots with a worker
+        self._masks: dict[
+            int, int
+        ] = {}  # holders of a block as bits; of a single one, as ~slot, which is small
+        self._due: list[tuple[float, int]] = []  # heap: when predictions of a slot expire; one entry a slot
+        self._watched: set[int] = set()  # slots in `_due`
+
+    # Workers
+
+    def join(self, worker: str, capacity_blocks: int) -> int:
+        """Its slot. One that was there begins again with an empty cache."""
+        if worker in self._slots:
+            self.leave(worker)
+        if self._free:
+            slot = heapq.heappop(self._free)
+        else:
+            slot = len(self._caches)
+            self._caches.append(None)
+            self._bits.append(1 << slot)
+        self._caches[slot] = _Cache(worker, capacity_blocks)
+        self._slots[worker] = slot
+        self._all |= self._bits[slot]
+        for at, cache in enumerate(self._caches):
+            if cache is not None:
+                self._evict(cache, at)
+        return slot
+
+    def leave(self, worker: str) -> None:
+        slot = self._slots.pop(worker, None)
+        if slot is None:
+            return
+        cache = self._caches[slot]
+        assert cache is not None
+        for block in cache.blocks:
+            self._unmark(block, slot)
+        self._caches[slot] = None
+        self._all &= ~self._bits[slot]
+        heapq.heappush(self._free, slot)
+
+    def resize(self, worker: str, capacity_blocks: int) -> None:
+        cache = self._find(worker)
+        if cache is not None:
+            cache.capacity = capacity_blocks
+            self._evict(cache, self._slots[worker])
+
+    def slot(self, worker: str) -> int:
+        """Raises KeyError if it has not joined. A slot is given anew when its worker has left."""
+        return self._slots[worker]
+
+    def worker(self, slot: int) -> str:
+        """Raises KeyError if nobody has it."""
+        cache = self._caches[slot] if 0 <= slot < len(self._caches) else None
+        if cache is None:
+            raise KeyError(slot)
+        return cache.worker
+
+    @property
+    def slots(self) -> int:
+        """One more than the highest slot ever given: the length of a vector over workers."""
+        return len(self._caches)
+
+    def held(self, worker: str) -> int:
+        """Blocks that it is thought to hold."""
+        cache = self._find(worker)
+        return len(cache.blocks) if cache is not None else 0
+
+    # Questions
+
+    def depths(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
+        """(blocks, mask of the slots that hold at least the first so many), deepest last, each mask within
+        the one before; only where it gets smaller. Empty when nobody holds the first."""
+        mask, levels, masks = self._all, [], self._masks
+        for depth, block in enumerate(hashes):
+            holders = masks.get(block, 0)
+            if holders < 0:
+                holders = self._bits[~holders]
+            deeper = mask & holders
+            if deeper != mask:
+                if depth:
+                    levels.append((depth, mask))
+                if not deeper:
+                    return levels
+                mask = deeper
+        if hashes and mask:
+            levels.append((len(hashes), mask))
+        return levels
+
+    def hits(self, hashes: Sequence[int]) -> NDArray[np.int32]:
+        """`depths` as a vector: by slot, how many of the first blocks it holds."""
+        hits = np.zeros(len(self._caches), np.int32)
+        size = (len(self._caches) + 7) // 8
+        for depth, mask in self.depths(hashes):
+            packed = np.frombuffer(mask.to_bytes(size, "little"), np.uint8)
+            hits[np.unpackbits(packed, count=len(hits), bitorder="little").view(bool)] = depth
+        return hits
+
+    # What changes it
+
+    def predict(self, worker: str, hashes: Sequence[int], now: float) -> None:
+        """A request was sent there: it will have all of `hashes` soon, and counts as having them at once."""
+        self.expire(now)
+        cache = self._find(worker)
+        if cache is None:
+            return
+        slot, blocks, unsure, expires = self._slots[worker], cache.blocks, cache.unsure, now + self._ttl
+        for block in reversed(hashes):
+            if block not in blocks:
+                blocks[block] = now
+                self._mark(block, slot)
+                unsure[block] = expires
+                continue
+            blocks.move_to_end(block)
+            if block in unsure:
+                del unsure[block]
+                unsure[block] = expires
+        self._evict(cache, slot)
+        self._watch(cache, slot)
+
+    def confirm(
+        self,
+        worker: str,
+        hashes: Sequence[int],
+        cached_blocks: int,
+        now: float,
+        sent: float = -math.inf,
+        tail: int = 0,
+    ) -> None:
+        """A request ran there, so that its cache has all of `hashes` now.
+
+        Args:
+            cached_blocks: how many of them it had before, by its own count.
+            sent: when the request was sent. A block that was counted on before that, and was not there, had
+                been evicted, and with it everything that was used longer ago: that goes here too. Without it
+                nothing is concluded.
+            tail: further blocks it left behind, of the rest of the prompt and of its output.
+        """
+        self.expire(now)
+        cache = self._find(worker)
+        if cache is None:
+            return
+        slot = self._slots[worker]
+        self._correct(cache, slot, hashes, cached_blocks, sent)
+        blocks = cache.blocks
+        for _ in range(min(tail, cache.capacity)):
+            cache.leftovers -= 1
+            blocks[cache.leftovers] = now
+        self._keep(cache, slot, hashes, now)
+
+    def expire(self, now: float) -> None:
+        """Forget the predictions that nothing confirmed in time."""
+        while self._due and self._due[0][0] <= now:
+            _, slot = heapq.heappop(self._due)
+            self._watched.discard(slot)
+            cache = self._caches[slot]
+            if cache is None:
+                continue
+            late = []
+            for block, expires in cache.unsure.items():
+                if expires > now:
+                    break
+                late.append(block)
+            for block in late:
+                self._drop(cache, slot, block)
+            self._watch(cache, slot)
+
+    @property
+    def due(self) -> float:
+        """When `expire` may next have something to do; inf = never, as things are."""
+        return self._due[0][0] if self._due else math.inf
+
+    # Events of the engine's cache, numbered from 1 for each worker
+
+    def stored(self, worker: str, event: int, hashes: Sequence[int], now: float) -> tuple[int, int] | None:
+        """Its cache has taken `hashes`, a chain's beginning first.
+
+        Returns:
+            The first and the last event to ask it for, this one included, when some before it are missing:
+            it was not taken then. None: taken, or known already.
+        """
+        cache = self._find(worker)
+        if cache is None:
+            return None
+        if event == cache.event + 1:
+            cache.event = event
+            self._keep(cache, self._slots[worker], hashes, now)
+        return _missing(cache, event)
+
+    def removed(self, worker: str, event: int, hashes: Iterable[int]) -> tuple[int, int] | None:
+        """Its cache has evicted `hashes`. Returns what `stored` does."""
+        cache = self._find(worker)
+        if cache is None:
+            return None
+        if event == cache.event + 1:
+            cache.event = event
+            for block in hashes:
+                self._drop(cache, self._slots[worker], block)
+        return _missing(cache, event)
+
+    def reset(self, worker: str, event: int, hashes: Sequence[int], now: float) -> None:
+        """`hashes` is all that its cache holds as of `event`, used most recently first; predictions stay."""
+        cache = self._find(worker)
+        if cache is None or event < cache.event:
+            return
+        slot = self._slots[worker]
+        for block in [block for block in cache.blocks if block not in cache.unsure]:
+            self._drop(cache, slot, block)
+        cache.event = event
+        self._keep(cache, slot, hashes, now)
+
+    # Integrity
+
+    def check(self) -> None:
+        """Raises IntegrityError if masks, caches and capacities disagree."""
+        masks: dict[int, int] = {}
+        for worker, slot in self._slots.items():
+            cache = self._caches[slot]
+            if cache is None or cache.worker != worker:
+                raise IntegrityError(f"slot {slot} is not {worker}'s")
+            if len(cache.blocks) > self._room(cache):
+                raise IntegrityError(f"{worker} holds {len(cache.blocks)} blocks of {self._room(cache)}")
+            if not cache.unsure.keys() <= cache.blocks.keys():
+                raise IntegrityError(f"{worker} has predictions of blocks that it does not hold")
+            if cache.unsure and slot not in self._watched:
+                raise IntegrityError(f"nobody watches when the predictions for {worker} expire")
+            for block in cache.blocks:
+                if block >= 0:
+                    masks[block] = masks.get(block, 0) | 1 << slot
+        if masks != {block: 1 << ~mask if mask < 0 else mask for block, mask in self._masks.items()}:
+            raise IntegrityError("the blocks' holders are not those that the caches say")
+        if self._all != sum(1 << slot for slot in self._slots.values()):
+            raise IntegrityError("the mask of all workers is not of those that have joined")
+
+    # Keeping the books
+
+    def _find(self, worker: str) -> _Cache | None:
+        slot = self._slots.get(worker)
+        return self._caches[slot] if slot is not None else None
+
+    def _room(self, cache: _Cache) -> int:
+        return min(cache.capacity, self._most // len(self._slots))
+
+    def _mark(self, block: int, slot: int) -> None:
+        holders = self._masks.get(block)
+        if holders is None:
+            self._masks[block] = ~slot
+        elif holders >= 0:
+            self._masks[block] = holders | self._bits[slot]
+        elif holders != ~slot:
+            self._masks[block] = self._bits[~holders] | self._bits[slot]
+
+    def _unmark(self, block: int, slot: int) -> None:
+        holders = self._masks[block]
+        if holders < 0:
+            del self._masks[block]
+            return
+        holders &= ~self._bits[slot]
+        self._masks[block] = holders if holders & (holders - 1) else ~(holders.bit_length() - 1)
+
+    def _drop(self, cache: _Cache, slot: int, block: int) -> None:
+        if cache.blocks.pop(block, None) is not None and block >= 0:
+            self._unmark(block, slot)
+            cache.unsure.pop(block, None)
+
+    def _evict(self, cache: _Cache, slot: int) -> None:
+        blocks, room = cache.blocks, self._room(cache)
+        while len(blocks) > room:
+            self._drop(cache, slot, next(iter(blocks)))
+
+    def _keep(self, cache: _Cache, slot: int, hashes: Sequence[int], now: float) -> None:
+        """It has them all for certain."""
+        blocks, unsure = cache.blocks, cache.unsure
+        for block in reversed(hashes):
+            if block in blocks:
+                blocks.move_to_end(block)
+                unsure.pop(block, None)
+            else:
+                self._mark(block, slot)
+            blocks[block] = now
+        self._evict(cache, slot)
+
+    def _correct(self, cache: _Cache, slot: int, hashes: Sequence[int], cached: int, sent: float) -> None:
+        """Forget what must have been evicted before a block that was missing, though counted on when sent."""
+        first = cached + 1 + cached // SLACK
+        if first >= len(hashes) or hashes[first] in cache.unsure:
+            return
+        since = cache.blocks.get(hashes[first], math.inf)
+        if since >= sent:
+            return
+        while cache.blocks and next(iter(cache.blocks.values())) <= since:
+            self._drop(cache, slot, next(iter(cache.blocks)))
+
+    def _watch(self, cache: _Cache, slot: int) -> None:
+        if cache.unsure and slot not in self._watched:
+            self._watched.add(slot)
+            heapq.heappush(self._due, (next(iter(cache.unsure.values())), slot))
+
+
+def _missing(cache: _Cache, event: int) -> tuple[int, int] | None:
+    return (cache.event + 1, event) if event > cache.event else None
