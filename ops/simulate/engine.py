@@ -75,19 +75,20 @@ class Engine(Generic[S]):
         self._stuck = False
         self._halt(now)
 
-    def begin(self, now: float) -> Items[S]:
-        """Start the next step, or several; those of whose prompts something is computed in it."""
+    def begin(self, now: float) -> tuple[Items[S], Items[S]]:
+        """Start the next step, or several: those of whose prompts something is computed in it, and those that
+        were thrown back to the waiting ones."""
         if steps := self._alike():
             self._start_leap(now, steps)
-            return ()
+            return (), ()
         step = self.model.begin()
         if step is None:
             self.ends = math.inf
-            return ()
+            return (), ()
         self.ends = now + step.duration_ms / 1000
         prefills = [seq for seq in step.batch if not _decodes(seq)]
         self._stuck = bool(self.model.waiting) and not prefills and not step.preempted
-        return prefills
+        return prefills, step.preempted
 
     def finish(self) -> list[S]:
         """End what has begun: those that have their first token, or their last."""

@@ -146,7 +146,7 @@ def test_a_lone_answer_is_two_events() -> None:
     engine: Engine[Sequence] = Engine(config(kv_blocks=4000, context_tokens=4096))
     seq = Sequence(4, 3000)
     engine.add(seq, 0.0)
-    assert engine.begin(0.0) == [seq]
+    assert engine.begin(0.0) == ([seq], [])
     assert engine.finish() == [seq]
     engine.begin(0.02)
     assert engine.finish() == [seq]
