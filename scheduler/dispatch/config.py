@@ -1,0 +1,62 @@
+"""Settings of the dispatcher."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from broker.messages import ServiceClass
+
+I, S, B = ServiceClass.INTERACTIVE, ServiceClass.STANDARD, ServiceClass.BATCH
+
+
+class Pool(BaseModel):
+    """Workers by the token budget of their steps, which bounds how long a newcomer waits for one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    least_step_tokens: int = Field(0, ge=0, description="tokens in a step of its workers, at least")
+    most_step_tokens: int = Field(2**31, ge=1, description="and at most")
+
+
+class DispatchConfig(BaseModel):
+    """`[dispatch]`. Times in seconds, lengths in tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stale_after: float = Field(0.2, gt=0, description="a worker whose figures are older is given nothing")
+    theta: dict[ServiceClass, float] = Field(
+        {I: 1.0, S: 1.0, B: 1.0},
+        description="a worker is given more while the prompt tokens it has not computed are below so many steps",
+    )
+    theta_over: float = Field(
+        0.5, gt=0, description="the same for tenants above their share, so that others find room at once"
+    )
+    slots_over: float = Field(
+        0.9, gt=0, le=1, description="share of a worker's slots that those tenants may fill"
+    )
+    quanta: dict[ServiceClass, int] = Field(
+        {I: 8192, S: 2048, B: 512},
+        description="prompt tokens of each class in one round, where all classes wait",
+    )
+    memory: float = Field(10.0, gt=0, description="time constant with which a tenant's use is forgotten")
+    burst: int = Field(
+        8192, ge=0, description="tokens that a tenant may be above its share and count as within"
+    )
+    pools: dict[ServiceClass, Pool] = Field(
+        {}, description="workers of each class, where such are there; a class not named uses all"
+    )
+    ceilings: dict[ServiceClass, float] = Field(
+        {I: 0.9, S: 0.7, B: 0.4}, description="share of a worker's KV room that each class may fill"
+    )
+    budget: dict[ServiceClass, float] = Field(
+        {I: 1.0}, description="time to the first token for which running batch requests are taken back"
+    )
+    sheddable: tuple[ServiceClass, ...] = Field(
+        (), description="classes of which some are refused as the fleet fills up, whatever their deadlines"
+    )
+    load: float = Field(0.5, ge=0, description="time to load an adapter, as the choice of a worker counts it")
+    step: float = Field(0.03, gt=0, description="time of an engine's step, until it is known")
+    quantile: float = Field(
+        0.8, gt=0, le=1, description="of the output lengths seen, taken for a request's own"
+    )
+    explained: int = Field(4096, ge=0, description="requests that `headrace explain` knows of, the last ones")

@@ -1,0 +1,453 @@
+"""Hands each request to one worker, as late as that worker's credit asks for it. Pure: the caller has the clock.
+
+A request that comes is scored against every worker. If the best one has credit, it goes there; else it takes a
+place in that worker's lane, and is scored again when its turn comes. Places bind nobody: a worker that
+leaves strands nothing, and one that has credit and an empty lane takes from the longest one what it would
+begin sooner. So no worker idles while others queue, and a request leaves its cached prefix only for what
+waiting for it would cost more.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+
+from broker.messages import ServiceClass
+from kvstate.index import PrefixIndex
+from kvstate.prefix import BLOCK_TOKENS
+from scheduler.dispatch.config import DispatchConfig
+from scheduler.dispatch.explain import BEST, Explanations
+from scheduler.dispatch.fair import Shares
+from scheduler.dispatch.fleet import Fleet
+from scheduler.dispatch.lanes import RANKS, Lanes, Waiting
+from scheduler.dispatch.running import Running, Sent
+from scheduler.dispatch.score import Scorer, View
+from scheduler.dispatch.ttft import STEPS, Predictor
+from scheduler.dispatch.types import Decision, Explanation, Item, Preempt, Send, Shed, WorkerState
+
+MOVES = 8
+"""Requests that change lanes before a worker with credit is left for the next call."""
+
+PLACED = 32
+"""Requests without a place that are given one in a call."""
+
+WALKED = 256
+"""Requests of a class in another's lane that a worker with nothing to do looks at."""
+
+ROOMS = 8
+"""Workers, the best ones, on which batch requests may be taken back for one that waits."""
+
+UNKNOWN_BLOCKS = 4096
+"""Prefix blocks that a worker is taken to cache where it does not tell its KV room."""
+
+
+class Dispatcher:
+    """Of one base. Follow every call that brings news by `decide`, with the same or a later `now`."""
+
+    def __init__(self, base: str, config: DispatchConfig) -> None:
+        self._config = config
+        self._shares = [Shares(config.memory, config.burst) for _ in ServiceClass]
+        self._fleet = Fleet(base, config)
+        self._lanes = Lanes(self._shares, [config.quanta[each] for each in ServiceClass])
+        self._index = PrefixIndex()
+        self._predictor = Predictor(config.step)
+        self._scorer = Scorer(config, self._fleet, self._lanes, self._index, self._predictor)
+        self._running = Running(config)
+        self._explained = Explanations(config.explained)
+        self._queue: dict[int, Waiting] = {}
+        self._unplaced: dict[tuple[ServiceClass, str], dict[int, Waiting]] = {}  # by class and model
+        self._dirty: dict[int, None] = {}  # slots to be served, in order
+        self._refused: list[Decision] = []
+        self._alarms: list[tuple[float, int]] = []  # heap; of keys that may have left the queue
+        self._taking: dict[int, int] = {}  # by slot: the request that is being taken back from there
+
+    # What happens
+
+    def arrive(self, item: Item, now: float) -> None:
+        """It is queued. One of the same key is replaced, wherever it is."""
+        self.cancel(item.key)
+        self.returned(item.key, now)
+        shares = self._shares[RANKS[item.service_class]]
+        shares.enter(item.tenant, item.weight, now)
+        waiting = Waiting(item, RANKS[item.service_class])
+        waiting.over = shares.over(item.tenant, now)
+        self._queue[item.key] = waiting
+        view = self._scorer.view(waiting, now)
+        if view.best >= 0:
+            waiting.least = float((view.ttft - view.wait)[view.eligible].min())
+        if self._is_shed(waiting, view, now):
+            return
+        self._place(waiting, view, now)
+        if (alarm := self._alarm(waiting, now)) < math.inf:
+            heapq.heappush(self._alarms, (alarm, item.key))
+
+    def cancel(self, key: int) -> bool:
+        """Drop it from the queue. False: it is not there."""
+        waiting = self._queue.pop(key, None)
+        if waiting is None:
+            return False
+        self._lift(waiting)
+        self._shares[waiting.rank].leave(waiting.item.tenant)
+        return True
+
+    def state(self, state: WorkerState, now: float) -> None:
+        """A worker told how it is. News older than the last is ignored."""
+        try:
+            slot = self._index.slot(state.worker)
+        except KeyError:
+            slot = self._join(state)
+        if slot in self._fleet and state.seen < self._fleet[slot].seen:
+            return
+        self._fleet.state(slot, state)
+        self._running.state(slot, state, self._fleet.unseen(slot))
+        self._dirty[slot] = None
+
+    def lose(self, worker: str) -> None:
+        """It is gone. What it had comes back by `arrive`; who waited for it waits for others."""
+        try:
+            slot = self._index.slot(worker)
+        except KeyError:
+            return
+        for waiting in self._lanes.leave(slot):
+            self._unplace(waiting)
+        self._index.leave(worker)
+        self._running.leave(slot)
+        self._fleet.leave(slot)
+        self._dirty.pop(slot, None)
+        self._taking.pop(slot, None)
+
+    def first(self, key: int, now: float, cached_tokens: int | None) -> None:
+        """Its first token has come. `cached_tokens`: of its prompt, as the engine counted; None = not told."""
+        sent = self._running.get(key)
+        if sent is None or sent.first:
+            return
+        sent.first = now
+        self._predictor.erred(now - sent.at - sent.predicted)
+        missed = sent.hit - cached_tokens if cached_tokens is not None else 0
+        self._predictor.first(sent.slot, max(1.0, sent.tokens + missed), now - sent.at)
+        if cached_tokens is not None:
+            self._confirm(sent, cached_tokens / BLOCK_TOKENS, 0, now)
+
+    def finish(
+        self, key: int, now: float, prompt_tokens: int, cached_tokens: int | None, output_tokens: int
+    ) -> None:
+        """It has ended, with these counts of the engine; 0 and None where it told none."""
+        sent = self._forget(key)
+        if sent is None:
+            return
+        item = sent.item
+        self._running.learn(item, output_tokens)
+        self._shares[RANKS[item.service_class]].charge(item.tenant, 2.0 * output_tokens, now)
+        self._predictor.ended(sent.slot, now - sent.at, self._fleet[sent.slot].slots_total)
+        if cached_tokens is not None and prompt_tokens:
+            blocks = cached_tokens / prompt_tokens * item.context / BLOCK_TOKENS
+            self._confirm(sent, blocks, output_tokens // BLOCK_TOKENS, now)
+        self._dirty[sent.slot] = None
+
+    def returned(self, key: int, now: float) -> None:
+        """Its worker gave it back; it comes again by `arrive`. The worker is given nothing until it tells how it is."""
+        asked = key in self._taking.values()
+        sent = self._forget(key)
+        if sent is not None and not asked:
+            self._fleet.distrust(sent.slot)
+
+    # What shall happen
+
+    def decide(self, now: float) -> list[Decision]:
+        """All that is to be done now."""
+        out, self._refused = self._refused, []
+        self._ring(now, out)
+        self._place_some(now)
+        again: dict[int, None] = {}
+        while self._dirty:
+            slot = next(iter(self._dirty))
+            del self._dirty[slot]
+            if not self._serve(slot, now, out):
+                again[slot] = None
+        self._dirty = again
+        return out
+
+    def next_due(self, now: float) -> float:
+        """When `decide` has something to do even if nothing happens before; inf = never."""
+        if self._dirty or self._refused or any(self._placeable()):
+            return now
+        return self._alarms[0][0] if self._alarms else math.inf
+
+    # Questions
+
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def error_p90(self) -> float:
+        """Seconds by which predicted times from sending to the first token were off, nine of ten at most."""
+        return self._predictor.error_p90()
+
+    def saturation(self) -> float:
+        """Mean over workers of how full each is: 1 at five requests waiting for it, or 80 % of its KV room."""
+        slots = np.flatnonzero(self._fleet.serving)
+        if not len(slots):
+            return 1.0 if self._queue else 0.0
+        waiting = self._lanes.counts[-1][slots] / 5
+        return float(np.maximum(waiting, self._fleet.kv_used[slots] / 0.8).mean())
+
+    def explain(self, key: int) -> Explanation | None:
+        """Of one that waits or was decided on lately, by its own clock of the last decision; None = not known."""
+        return self._explained.get(key)
+
+    # Placing
+
+    def _place(self, waiting: Waiting, view: View, now: float) -> None:
+        if view.best < 0:
+            self._unplace(waiting)
+            return
+        slot = view.best
+        waiting.cost, waiting.ahead = float(view.uncached[slot]), float(view.ahead[slot])
+        waiting.placed, waiting.version = now, self._fleet.version
+        self._lanes.add(waiting, slot)
+        if self._config.explained:
+            waiting.candidates = self._scorer.candidates(view, BEST)
+        if self._fleet.takes(slot, waiting.item.service_class, waiting.over, now):
+            self._dirty[slot] = None
+
+    def _unplace(self, waiting: Waiting) -> None:
+        item = waiting.item
+        self._unplaced.setdefault((item.service_class, item.model), {})[item.key] = waiting
+
+    def _lift(self, waiting: Waiting) -> None:
+        """Take it from where it waits."""
+        if waiting.slot >= 0:
+            self._lanes.remove(waiting)
+            return
+        group = waiting.item.service_class, waiting.item.model
+        del self._unplaced[group][waiting.item.key]
+        if not self._unplaced[group]:
+            del self._unplaced[group]
+
+    def _placeable(self) -> Iterator[tuple[ServiceClass, str]]:
+        """Groups without a place, for which there is one now."""
+        return (group for group in self._unplaced if self._fleet.eligible(*group).any())
+
+    def _place_some(self, now: float) -> None:
+        if not self._unplaced:
+            return
+        left = PLACED
+        for group in list(self._placeable()):
+            for waiting in list(islice(self._unplaced[group].values(), left)):
+                self._lift(waiting)
+                self._place(waiting, self._scorer.view(waiting, now), now)
+                left -= 1
+
+    # Serving
+
+    def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
+        """Send the worker what it takes. False: there is more to do for it."""
+        skipped: set[int] = set()
+        moves = 0
+        while self._fleet.open(slot, now):
+            waiting = self._lanes.next(slot, skipped) or self._steal(slot, skipped, now)
+            if waiting is None:
+                return True
+            item = waiting.item
+            if not self._fleet.takes(slot, item.service_class, waiting.over, now):
+                skipped.add(waiting.rank)
+                continue
+            if waiting.version != self._fleet.version:
+                view = self._scorer.view(waiting, now)
+                if view.best not in (slot, -1):
+                    self._lift(waiting)
+                    self._place(waiting, view, now)
+                    moves += 1
+                    if moves == MOVES:
+                        return False
+                    continue
+            if self._running.fits(slot, item, now):
+                self._send(waiting, now, out)
+            else:
+                self._fleet.full[waiting.rank, slot] = True
+                skipped.add(waiting.rank)
+        return True
+
+    def _steal(self, slot: int, skipped: set[int], now: float) -> Waiting | None:
+        """From the lane that will take longest, the first that would begin sooner here; it moves to this one."""
+        fleet, tokens = self._fleet, self._lanes.tokens[-1]
+        if self._lanes.counts[-1, slot]:
+            return None  # those in its own lane can't go now; others would be no better off
+        longest = np.where(self._lanes.counts[-1] > 0, (fleet.pending + tokens) * (fleet.load + 1.0), -1.0)
+        lane = int(np.argmax(longest))
+        if longest[lane] < 0:
+            return None
+        here, there = float(fleet.load[slot]) + 1.0, float(fleet.load[lane]) + 1.0
+        before = (
+            float(fleet.pending[lane]) if fleet.seen[lane] >= now - self._config.stale_after else math.inf
+        )
+        pending = float(fleet.pending[slot])
+        if (pending + 1.0) * here >= (before + float(tokens[lane])) * there:
+            return None
+        for waiting, ahead in self._lanes.walk(lane, WALKED):
+            item = waiting.item
+            if (
+                waiting.rank not in skipped
+                and (pending + item.context) * here < (before + ahead + waiting.cost) * there
+                and fleet.takes(slot, item.service_class, waiting.over, now)
+                and fleet.eligible(item.service_class, item.model)[slot]
+            ):
+                view = self._scorer.view(waiting, now)
+                self._lift(waiting)
+                waiting.cost, waiting.ahead, waiting.placed = float(view.uncached[slot]), 0.0, now
+                waiting.version = fleet.version
+                self._lanes.add(waiting, slot)
+                return waiting
+        return None
+
+    def _send(self, waiting: Waiting, now: float, out: list[Decision]) -> None:
+        item, slot = waiting.item, waiting.slot
+        worker = self._fleet[slot].worker
+        tokens = float(self._fleet.pending[slot]) + waiting.cost
+        predicted = self._predictor.after(slot, tokens)
+        hit = max(0, round(item.context - waiting.cost))
+        if waiting.ahead > self._fleet.step_tokens[slot]:
+            self._predictor.sent(slot, waiting.ahead, now - waiting.placed)
+        self._lanes.charge(slot, waiting)
+        self.cancel(item.key)
+        self._shares[waiting.rank].charge(item.tenant, waiting.cost, now)
+        self._index.predict(worker, item.hashes, now)
+        self._fleet.sent(slot, item.model, waiting.cost)
+        self._running.add(Sent(item, slot, now, tokens, predicted, hit))
+        queue = now - item.arrived
+        why = "the best of those that could take it" if waiting.ahead == 0.0 else "its turn in the lane"
+        out.append(Send(item.key, worker, queue, predicted, hit, why))
+        self._note(waiting, "sent", worker, queue, predicted, why)
+
+    # Refusing, and making room
+
+    def _is_shed(self, waiting: Waiting, view: View, now: float) -> bool:
+        """Refuse it at once if no worker can make it, or as one of the classes that give way when it gets full."""
+        item = waiting.item
+        if view.best < 0:
+            return False
+        wait = float(view.ttft[view.best])
+        if item.deadline < math.inf and now + wait > item.deadline:
+            wait = float(view.ttft[view.eligible].min())
+            if now + wait > item.deadline:
+                self._shed(waiting, now, wait, "its first token would come after its deadline")
+                return True
+        if item.service_class in self._config.sheddable:
+            # The golden ratio spreads consecutive keys evenly over (0, 1), alike on every run.
+            if (item.key * 0.6180339887498949) % 1.0 < self.saturation() ** 5:
+                self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
+                return True
+        return False
+
+    def _shed(self, waiting: Waiting, now: float, wait: float, why: str) -> None:
+        key = waiting.item.key
+        del self._queue[key]
+        self._shares[waiting.rank].leave(waiting.item.tenant)
+        self._refused.append(Shed(key, wait, why))
+        self._note(waiting, "shed", "", now - waiting.item.arrived, wait, why)
+
+    def _ring(self, now: float, out: list[Decision]) -> None:
+        """Look again at those whose time is up: to hurry them, to refuse them, or to make room for them."""
+        while self._alarms and self._alarms[0][0] <= now:
+            _, key = heapq.heappop(self._alarms)
+            waiting = self._queue.get(key)
+            if waiting is None:
+                continue
+            view = self._scorer.view(waiting, now)
+            item = waiting.item
+            if view.best >= 0:
+                waiting.least = float((view.ttft - view.wait)[view.eligible].min())
+            if now + waiting.least >= item.deadline:
+                self._lift(waiting)
+                self._shed(waiting, now, waiting.least, "no worker could begin it in time")
+                continue
+            if (
+                not waiting.over
+                and waiting.slot >= 0
+                and now >= self._hurry_at(waiting)
+                and not waiting.urgent
+            ):
+                self._lanes.hurry(waiting)
+                if self._fleet.takes(waiting.slot, item.service_class, False, now):
+                    self._dirty[waiting.slot] = None
+            budget = self._config.budget.get(item.service_class, math.inf)
+            if not waiting.over and now >= item.arrived + budget / 2:
+                self._make_room(waiting, view, now, out)
+            heapq.heappush(self._alarms, (self._alarm(waiting, now), key))
+
+    def _hurry_at(self, waiting: Waiting) -> float:
+        """When it has slack for two steps left."""
+        return waiting.item.deadline - waiting.least * (1.0 + 2.0 / STEPS)
+
+    def _alarm(self, waiting: Waiting, now: float) -> float:
+        """When to look at it again, if it still waits; never before `now`."""
+        item = waiting.item
+        hurry = self._hurry_at(waiting)
+        deadline = hurry if hurry > now else item.deadline - waiting.least
+        budget = self._config.budget.get(item.service_class, math.inf)
+        room = max(item.arrived + budget / 2, now + budget / 4)
+        return max(now + 1e-3, min(deadline, room))
+
+    def _make_room(self, waiting: Waiting, view: View, now: float, out: list[Decision]) -> None:
+        """Take a batch request back on the best worker where its going helps; one at a time from each."""
+        for slot in np.argsort(view.score, kind="stable")[:ROOMS].tolist():
+            if slot in self._taking or not np.isfinite(view.score[slot]):
+                continue
+            full = bool(self._fleet.load[slot] >= self._fleet.slots[slot])
+            if not full and not self._fleet.full[waiting.rank, slot]:
+                continue
+            victim = self._running.victim(slot, waiting.item, full)
+            if victim is not None:
+                self._taking[slot] = victim.item.key
+                why = f"request {waiting.item.key}, {waiting.item.service_class}, needs its room"
+                out.append(Preempt(victim.item.key, self._fleet[slot].worker, why))
+                return
+
+    # Keeping the books
+
+    def _join(self, state: WorkerState) -> int:
+        blocks = state.kv_total // BLOCK_TOKENS if state.kv_total else UNKNOWN_BLOCKS
+        slot = self._index.join(state.worker, blocks)
+        self._fleet.join(slot)
+        self._lanes.join(slot)
+        self._predictor.join(slot, state.step_tokens)
+        self._running.join(slot)
+        return slot
+
+    def _forget(self, key: int) -> Sent | None:
+        """A worker has it no more."""
+        sent = self._running.pop(key)
+        if sent is not None and self._taking.get(sent.slot) == key:
+            del self._taking[sent.slot]
+        return sent
+
+    def _confirm(self, sent: Sent, cached_blocks: float, tail: int, now: float) -> None:
+        """The engine's count corrects the index, the first time that it is told; then all of it is there."""
+        item = sent.item
+        blocks = len(item.hashes) if sent.confirmed else round(cached_blocks)
+        tail += max(0, item.context // BLOCK_TOKENS - len(item.hashes)) if not sent.confirmed else 0
+        sent.confirmed = True
+        self._index.confirm(self._fleet[sent.slot].worker, item.hashes, blocks, now, sent.at, tail)
+
+    def _note(
+        self, waiting: Waiting, outcome: str, worker: str, queue_s: float, predicted: float, why: str
+    ) -> None:
+        if self._config.explained:
+            item = waiting.item
+            self._explained.keep(
+                Explanation(
+                    item.key,
+                    item.tenant,
+                    item.model,
+                    item.service_class,
+                    outcome,
+                    worker,
+                    queue_s,
+                    predicted,
+                    why,
+                    waiting.candidates,
+                )
+            )

@@ -1,0 +1,136 @@
+"""Whose turn it is. Pure.
+
+Tenants: virtual token counters (VTC, OSDI '24): of those that wait, the one that was served the fewest tokens for
+its weight goes first. Service is forgotten with a time constant, so that neither a busy night nor a quiet one
+is held against anybody the day after. Counters are logarithms of `sum(tokens * exp(time / memory)) / weight`: all
+fade alike, so their order needs no renewal.
+
+Classes: deficit round robin in quanta of tokens, most urgent first.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+OVER = 1.5
+"""A tenant is above its share when it used so many times as much, and `burst` tokens more."""
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """`used`: the counter. `seen`: when it last sent a request."""
+
+    weight: float
+    used: float
+    seen: float
+    queued: int = 0
+
+
+class Shares:
+    """The tenants of one class. Those that have nothing queued and were silent for `memory` are forgotten."""
+
+    def __init__(self, memory: float, burst: float) -> None:
+        self._memory = memory
+        self._burst = burst
+        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # the longest silent first
+        self._order: list[tuple[float, str]] = []  # heap; counters may have grown since
+        self._weights = 0.0
+        self._total = -math.inf
+
+    def enter(self, name: str, weight: float, now: float) -> None:
+        """A request of the tenant joins the queue. One that returns starts at the least of those who are there."""
+        self._forget(now)
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = self._tenants[name] = _Tenant(weight, self._least(), now)
+            heapq.heappush(self._order, (tenant.used, name))
+            self._weights += weight
+        elif tenant.weight != weight:
+            self._weights += weight - tenant.weight
+            tenant.weight = weight
+        self._tenants.move_to_end(name)
+        tenant.seen = now
+        tenant.queued += 1
+
+    def leave(self, name: str) -> None:
+        """A request of the tenant is no longer queued."""
+        self._tenants[name].queued -= 1
+
+    def charge(self, name: str, tokens: float, now: float) -> None:
+        """The tenant was served; nothing is noted of one that has been forgotten meanwhile."""
+        tenant = self._tenants.get(name)
+        if tenant is None or tokens <= 0:
+            return
+        grown = math.log(tokens) + now / self._memory
+        tenant.used = _add(tenant.used, grown - math.log(tenant.weight))
+        self._total = _add(self._total, grown)
+
+    def counter(self, name: str) -> float:
+        return self._tenants[name].used
+
+    def over(self, name: str, now: float) -> bool:
+        """Whether it was served more than its share, beyond what chance and a burst explain."""
+        tenant = self._tenants[name]
+        fade = now / self._memory
+        used = math.exp(tenant.used - fade)
+        share = math.exp(self._total - fade) / self._weights
+        return used > OVER * share and (used - share) * tenant.weight > self._burst
+
+    def _least(self) -> float:
+        while self._order:
+            used, name = self._order[0]
+            tenant = self._tenants.get(name)
+            if tenant is None:
+                heapq.heappop(self._order)
+            elif tenant.used > used:
+                heapq.heapreplace(self._order, (tenant.used, name))
+            else:
+                return used
+        return -math.inf
+
+    def _forget(self, now: float) -> None:
+        while self._tenants:
+            name, tenant = next(iter(self._tenants.items()))
+            if now - tenant.seen <= self._memory:
+                return
+            if tenant.queued:
+                tenant.seen = now
+                self._tenants.move_to_end(name)
+                continue
+            self._weights -= tenant.weight
+            del self._tenants[name]
+
+
+def _add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    high, low = max(a, b), min(a, b)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+
+
+class Rounds:
+    """Deficit round robin of the classes that wait for one worker."""
+
+    def __init__(self, quanta: Sequence[int]) -> None:
+        self._quanta = quanta
+        self._deficits = [float(quanta[0]), *(0.0 for _ in quanta[1:])]
+        self._at = 0
+
+    def turn(self, costs: Sequence[float | None]) -> int | None:
+        """The class to serve next: an index. `costs`: of the first request of each; None = it has none."""
+        if all(cost is None for cost in costs):
+            return None
+        while True:
+            cost = costs[self._at]
+            if cost is not None and cost <= self._deficits[self._at]:
+                return self._at
+            if cost is None:
+                self._deficits[self._at] = 0.0
+            self._at = (self._at + 1) % len(self._quanta)
+            self._deficits[self._at] += self._quanta[self._at]
+
+    def charge(self, rank: int, cost: float) -> None:
+        self._deficits[rank] -= cost

@@ -1,0 +1,160 @@
+"""The requests that workers have, as far as this dispatcher sent them: their KV room, and what it learns of them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from broker.messages import ServiceClass
+from kvstate.accounts import Account
+from kvstate.budget import KV_CEILING
+from kvstate.lengths import Lengths
+from scheduler.dispatch.config import DispatchConfig
+from scheduler.dispatch.types import Item, WorkerState
+
+REFRESH = 0.1
+"""Seconds for which the forecast of what a worker's requests have made so far is used again."""
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """A request on a worker.
+
+    Attributes:
+        tokens: uncomputed on the worker when it was sent, its own included.
+        predicted: seconds from then to its first token.
+        hit: tokens of it that were thought to be cached.
+        first: when its first token came; 0 = not yet.
+    """
+
+    item: Item
+    slot: int
+    at: float
+    tokens: float
+    predicted: float
+    hit: int
+    first: float = 0.0
+    confirmed: bool = False
+
+
+class Running:
+    def __init__(self, config: DispatchConfig) -> None:
+        self._config = config
+        self._lengths = Lengths()
+        self._sent: dict[int, Sent] = {}
+        self._on: dict[int, dict[int, Sent]] = {}  # by slot
+        self._accounts: dict[int, Account] = {}
+        self._refreshed: dict[int, float] = {}
+        self._most: dict[int, float] = {}  # by slot: tokens if all its requests reached their ends together
+        self._parts: dict[int, float] = {}  # of each request in that sum
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._sent
+
+    def get(self, key: int) -> Sent | None:
+        return self._sent.get(key)
+
+    # Workers
+
+    def join(self, slot: int) -> None:
+        self._on[slot], self._most[slot], self._refreshed[slot] = {}, 0.0, 0.0
+
+    def leave(self, slot: int) -> None:
+        for key in self._on.pop(slot):
+            del self._sent[key]
+            self._parts.pop(key, None)
+        self._accounts.pop(slot, None)
+
+    def state(self, slot: int, state: WorkerState, unseen: int) -> None:
+        """The worker said so. `unseen`: sends to it that this does not include."""
+        account = self._accounts.get(slot)
+        if account is None or account.total != state.kv_total:
+            account = self._accounts[slot] = Account(
+                state.kv_total,
+                state.block_size,
+                {each.value: share for each, share in self._config.ceilings.items()},
+            )
+            for key, sent in self._on[slot].items():
+                self._enter(account, key, sent)
+        known = len(self._on[slot]) - unseen
+        account.foreign = 0.0
+        if state.kv_total and state.running > known:
+            account.foreign = max(0.0, state.kv_total - state.kv_free - account.used())
+
+    # Requests
+
+    def fits(self, slot: int, item: Item, now: float) -> bool:
+        """Whether it and all others there will find room to their ends."""
+        account = self._accounts[slot]
+        if account.total == 0:
+            return True
+        rest = self._remaining(item, 0)
+        share = min(self._config.ceilings[item.service_class], KV_CEILING)
+        if account.foreign + self._most[slot] + item.context + rest <= share * account.total:
+            return True  # even if all were to end at the same time
+        self._refresh(slot, now)
+        return account.fits(item.service_class.value, item.context, rest, item.hashes)
+
+    def add(self, sent: Sent) -> None:
+        key = sent.item.key
+        self._sent[key] = self._on[sent.slot][key] = sent
+        self._enter(self._accounts[sent.slot], key, sent)
+
+    def pop(self, key: int) -> Sent | None:
+        """It is there no more."""
+        sent = self._sent.pop(key, None)
+        if sent is not None:
+            del self._on[sent.slot][key]
+            self._accounts[sent.slot].finish(key)
+            self._most[sent.slot] -= self._parts.pop(key)
+            if not self._on[sent.slot]:
+                self._most[sent.slot] = 0.0
+        return sent
+
+    def learn(self, item: Item, output_tokens: int) -> None:
+        if output_tokens > 0:
+            self._lengths.learn(item.model, item.tenant, item.done_tokens + output_tokens)
+
+    def victim(self, slot: int, item: Item, slots_full: bool) -> Sent | None:
+        """The batch request there to take back for `item`: the last one sent, if going of all makes room."""
+        batch = list(self._batch(slot))
+        if not batch:
+            return None
+        if slots_full or self._accounts[slot].fits(
+            item.service_class.value,
+            item.context,
+            self._remaining(item, 0),
+            item.hashes,
+            without={each.item.key for each in batch},
+        ):
+            return batch[-1]
+        return None
+
+    def _batch(self, slot: int) -> Iterator[Sent]:
+        return (each for each in self._on[slot].values() if each.item.service_class is ServiceClass.BATCH)
+
+    def _remaining(self, item: Item, made: int) -> float:
+        return self._lengths.remaining(
+            item.model, item.tenant, item.done_tokens + made, item.max_tokens, self._config.quantile
+        )
+
+    def _enter(self, account: Account, key: int, sent: Sent) -> None:
+        rest = self._remaining(sent.item, 0)
+        account.add(key, sent.item.service_class.value, sent.item.context, rest, sent.item.hashes)
+        self._most[sent.slot] += sent.item.context + rest - self._parts.get(key, 0.0)
+        self._parts[key] = sent.item.context + rest
+
+    def _refresh(self, slot: int, now: float) -> None:
+        """Their outputs have grown since they were sent, one token a step."""
+        if now - self._refreshed[slot] < REFRESH:
+            return
+        self._refreshed[slot] = now
+        account = self._accounts[slot]
+        for key, sent in self._on[slot].items():
+            if sent.first:
+                made = int((now - sent.first) / self._config.step)
+                made = min(made, sent.item.max_tokens or made)
+                account.progress(key, sent.item.context + made, self._remaining(sent.item, made))
