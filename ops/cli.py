@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ops.flags import add_adapters, add_models, add_placement, add_routes, name, whole
+from ops.flags import add_adapters, add_models, add_placement, add_routes, add_sim, name, whole
 
 if TYPE_CHECKING:
     from ops.settings import Settings
@@ -139,6 +139,12 @@ def _adapters(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -
     return adapters.run(args, settings.broker)
 
 
+def _sim(args: argparse.Namespace, _: Settings, __: dict[str, str]) -> int:
+    from ops.simulate import command
+
+    return command.run(args)
+
+
 _COMMANDS = {
     "up": _up,
     "ingress": _service,
@@ -152,6 +158,7 @@ _COMMANDS = {
     "routes": _routes,
     "models": _models,
     "adapters": _adapters,
+    "sim": _sim,
 }
 
 
@@ -218,6 +225,9 @@ def parser() -> argparse.ArgumentParser:
     add_placement(placement, [common, nats])
     routes = commands.add_parser("routes", help="what `model: auto` and routers go by: learn, try")
     add_routes(routes, [common, nats])
+    add_sim(
+        commands.add_parser("sim", parents=[common], help="simulate a fleet under its dispatcher, or others")
+    )
     return top
 
 

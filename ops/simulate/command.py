@@ -27,11 +27,12 @@ STEPS = 1.0
 
 def run(args: argparse.Namespace) -> int:
     """The exit status: 0 done. Raises SettingsError, TraceError, SimulationError."""
-    fleet = fleet_file.load(args.file)
+    fleet = fleet_file.load(args.file, {"policies": args.policy} if args.policy else {})
     if args.scale is not None:
         fleet = scaled(fleet, args.scale)
-    records, found = {}, {}
-    for name in args.policy or fleet.policies:
+    records: dict[str, Record] = {}
+    found: dict[str, report.Figures] = {}
+    for name in fleet.policies:
         began = time.perf_counter()
         records[name] = record = play(fleet, name)
         took = time.perf_counter() - began

@@ -127,7 +127,9 @@ class FleetFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(1, ge=0, description="of everything that is drawn; the same file gives the same figures")
+    seed: int = Field(
+        1, ge=0, description="of everything that is drawn; the same file gives the same figures"
+    )
     duration: float = Field(30.0, gt=0, description="requests come for so long; then those that are left end")
     warmup: float = Field(0.0, ge=0, description="requests that come before are not counted")
     policies: Annotated[tuple[PolicyName, ...], Field(min_length=1)] = POLICIES
@@ -186,6 +188,18 @@ def _explain(error: Any, file: Path) -> str:
     head = f"{'.'.join(path) or 'it'}{value} (from {file}): "
     if error["type"] == "extra_forbidden":
         return f"{head}unknown key"
-    node = schema.at(FleetFile.model_json_schema(), [part for part in path if not part.isdigit()])
-    what = node.get("description", "") if node else ""
+    what = _node(FleetFile.model_json_schema(), path).get("description", "")
     return f"{head}{error['msg']}" + (f" ({what})" if what else "")
+
+
+def _node(root: schema.Node, path: list[str]) -> schema.Node:
+    """As `schema.at`, through the tables of a list too."""
+    node = root
+    for key in path:
+        inner = (
+            node["items"]
+            if key.isdigit() and "items" in node
+            else schema.at({**node, "$defs": root["$defs"]}, [key])
+        )
+        node = schema.at({"properties": {"it": inner}, "$defs": root["$defs"]}, ["it"])
+    return node

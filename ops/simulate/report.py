@@ -74,15 +74,15 @@ def _of(columns: _Columns, mask: _Mask) -> Figures:
     ttft = columns.ttft[mask & ~np.isnan(columns.ttft)]
     count, seconds = int(mask.sum()), columns.seconds
     served = mask & (columns.cached >= 0)
-    cached = columns.cached[served].sum()
+    hits = np.minimum(columns.cached, columns.shareable)
     foretold = mask & (columns.predicted > 0) & ~np.isnan(columns.ttft) & (columns.preempted == 0)
     errors = np.abs(columns.first - columns.sent - columns.predicted)[foretold]
     return {
         "requests": count,
         "rate": round(count / seconds, 1),
         "ttft_ms": {f"p{p}": _ms(np.percentile(ttft, p)) if len(ttft) else None for p in (50, 90, 99)},
-        "hit_rate": _share(np.minimum(columns.cached, columns.shareable)[served].sum(), columns.shareable[served].sum()),
-        "cached_share": _share(cached, columns.prompt[served].sum()),
+        "hit_rate": _share(hits[served].sum(), columns.shareable[served].sum()),
+        "cached_share": _share(columns.cached[served].sum(), columns.prompt[served].sum()),
         "goodput": round(float((mask & columns.good).sum()) / seconds, 1),
         "tokens_per_s": round(float(columns.made[mask].sum()) / seconds, 1),
         "shed": int((mask & columns.shed).sum()),

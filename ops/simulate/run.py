@@ -288,7 +288,9 @@ class _World:
 
     def _beat(self, worker: Worker) -> None:
         if self.now - self._moved > PATIENCE:
-            raise SimulationError(f"{len(self._open)} requests wait, and nothing has come of any in {PATIENCE} s")
+            raise SimulationError(
+                f"{len(self._open)} requests wait, and nothing has come of any in {PATIENCE} s"
+            )
         if self.now >= worker.told + self._news.every:
             self._tell(worker, [], [])
         self._after(worker.told + self._news.every - self.now, self._beat, worker)

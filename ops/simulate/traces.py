@@ -25,7 +25,7 @@ def calls(section: TraceSection, source: int, block_size: int, context: int) -> 
 
     Raises TraceError, which says which line is wrong, and how.
     """
-    read = {"mooncake": _Mooncake(block_size), "burstgpt": _burstgpt}[section.format]
+    read: _Read = _Mooncake(block_size) if section.format == "mooncake" else _burstgpt
     try:
         with section.file.open("rb") as opened:
             yield from _calls(opened, read, section, source, context)
@@ -36,9 +36,7 @@ def calls(section: TraceSection, source: int, block_size: int, context: int) -> 
 _Read = Callable[[dict[str, Any]], tuple[float, int, int, tuple[int, ...], int]]
 
 
-def _calls(
-    lines: BinaryIO, read: _Read, section: TraceSection, source: int, context: int
-) -> Iterator[Call]:
+def _calls(lines: BinaryIO, read: _Read, section: TraceSection, source: int, context: int) -> Iterator[Call]:
     began, before = None, 0.0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -50,7 +48,7 @@ def _calls(
         if began is None:
             began = before = at
         if at < before:
-            raise TraceError(f"{section.file}:{number}: it is earlier than the line before: sort them by time")
+            raise TraceError(f"{section.file}:{number}: it comes before the line above: sort them by time")
         before = at
         if output < 1 or prompt + output > context:
             continue

@@ -128,12 +128,12 @@ class _Stream:
         weights = 1 / np.arange(1, count + 1) ** exponent
         shares = np.cumsum(weights / weights.sum())
         found = np.searchsorted(shares, self._rng.random(draws), side="right")
-        return np.minimum(found, count - 1).tolist()
+        return [int(n) for n in np.minimum(found, count - 1)]
 
     def _lengths(self, section: LengthsSection, draws: int) -> list[int]:
         middle = math.log(section.mean) - section.sigma**2 / 2
         drawn = np.rint(self._rng.lognormal(middle, section.sigma, draws))
-        return np.clip(drawn, 1, section.most).astype(int).tolist()
+        return [int(n) for n in np.clip(drawn, 1, section.most)]
 
 
 def _repeat(draw: Callable[[int], list[T]]) -> Iterator[T]:
