@@ -1,5 +1,5 @@
-"""The flags of `headrace models`, `adapters`, `placement`, `routes` and `sim`. Only the standard library, as in
-`ops.cli`."""
+"""The flags of `headrace models`, `adapters`, `placement`, `routes` and `sim`. Only the standard library, as
+in `ops.cli`."""
 
 from __future__ import annotations
 

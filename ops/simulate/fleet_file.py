@@ -127,9 +127,7 @@ class FleetFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(
-        1, ge=0, description="of everything that is drawn; the same file gives the same figures"
-    )
+    seed: int = Field(1, ge=0, description="of all that is drawn: the same file gives the same figures")
     duration: float = Field(30.0, gt=0, description="requests come for so long; then those that are left end")
     warmup: float = Field(0.0, ge=0, description="requests that come before are not counted")
     policies: Annotated[tuple[PolicyName, ...], Field(min_length=1)] = POLICIES
@@ -196,10 +194,8 @@ def _node(root: schema.Node, path: list[str]) -> schema.Node:
     """As `schema.at`, through the tables of a list too."""
     node = root
     for key in path:
-        inner = (
-            node["items"]
-            if key.isdigit() and "items" in node
-            else schema.at({**node, "$defs": root["$defs"]}, [key])
-        )
-        node = schema.at({"properties": {"it": inner}, "$defs": root["$defs"]}, ["it"])
+        if key.isdigit() and "items" in node:
+            node = schema.at({"properties": {key: node["items"]}, "$defs": root["$defs"]}, [key])
+        else:
+            node = schema.at({**node, "$defs": root["$defs"]}, [key])
     return node
