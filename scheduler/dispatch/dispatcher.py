@@ -175,6 +175,8 @@ class Dispatcher:
         """When `decide` has something to do even if nothing happens before; inf = never."""
         if self._dirty or self._refused or any(self._placeable()):
             return now
+        while self._alarms and self._alarms[0][1] not in self._queue:
+            heapq.heappop(self._alarms)
         return self._alarms[0][0] if self._alarms else math.inf
 
     # Questions
