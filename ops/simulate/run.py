@@ -28,8 +28,8 @@ PATIENCE = 120.0
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Run(Sequence):
-    """A request at a worker. `uncomputed`: prompt tokens that no step has begun to compute; an estimate until
-    the first one has."""
+    """A request at a worker. `uncomputed`: prompt tokens that no step has begun to compute; until the first
+    one has, those that whoever sent it thinks are not cached."""
 
     number: int
     uncomputed: int = 0
@@ -169,7 +169,7 @@ class _World:
             if isinstance(decision, Send):
                 self._record.sent[decision.key] = now
                 self._record.predicted[decision.key] = decision.predicted_ttft_s
-                self._after(self._send_s, self._deliver, (decision.key, self._workers[decision.worker]))
+                self._after(self._send_s, self._deliver, decision)
             elif isinstance(decision, Shed):
                 self._record.shed[decision.key] = now
                 self._record.retry[decision.key] = decision.retry_after_s
@@ -188,16 +188,13 @@ class _World:
 
     # Workers run
 
-    def _deliver(self, what: tuple[int, Worker]) -> None:
-        number, worker = what
-        opened = self._open[number]
+    def _deliver(self, sent: Send) -> None:
+        opened, worker = self._open[sent.key], self._workers[sent.worker]
         call, made = opened.call, opened.done
-        run = Run(call.prompt + made, call.output - made, tuple(call.hashes), number=number)
+        run = Run(call.prompt + made, call.output - made, call.hashes, number=sent.key)
         opened.worker, opened.run = worker, run
         worker.sends += 1
-        size = worker.config.block_size
-        hits = worker.engine.model.pool.cached(run.hashes, (run.prompt_tokens - 1) // size)
-        worker.expect(run, run.prompt_tokens - len(hits) * size)
+        worker.expect(run, max(1, run.prompt_tokens - sent.hit_tokens))
         self._change(worker, lambda: worker.engine.add(run, self.now))
 
     def _take_back(self, what: Preempt) -> None:

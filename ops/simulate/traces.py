@@ -42,7 +42,10 @@ def _calls(lines: BinaryIO, read: _Read, section: TraceSection, source: int, con
         if not line.strip():
             continue
         try:
-            at, prompt, output, hashes, shareable = read(orjson.loads(line))
+            one = orjson.loads(line)
+            if not isinstance(one, dict):
+                raise ValueError("it is no JSON object")
+            at, prompt, output, hashes, shareable = read(one)
         except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as exc:
             raise TraceError(f"{section.file}:{number}: {_wrong(exc)}") from exc
         if began is None:
@@ -68,9 +71,11 @@ class _Mooncake:
         self._seen: set[int] = set()
 
     def __call__(self, line: dict[str, Any]) -> tuple[float, int, int, tuple[int, ...], int]:
-        prompt, ids = _tokens(line, "input_length"), line["hash_ids"]
+        prompt, ids = _tokens(line, "input_length", 1), line["hash_ids"]
         if not isinstance(ids, list) or not all(type(one) is int for one in ids):
             raise ValueError("'hash_ids' is no list of whole numbers")
+        if len(ids) < (needed := -(-prompt // MOONCAKE_BLOCK)):
+            raise ValueError(f"'hash_ids' has {len(ids)} of {needed}, one for each {MOONCAKE_BLOCK} tokens")
         known = 0
         while known < len(ids) and ids[known] in self._seen:
             known += 1
@@ -82,12 +87,13 @@ class _Mooncake:
 
 
 def _burstgpt(line: dict[str, Any]) -> tuple[float, int, int, tuple[int, ...], int]:
-    return _time(line, "Timestamp"), _tokens(line, "Request tokens"), _tokens(line, "Response tokens"), (), 0
+    prompt, output = _tokens(line, "Request tokens", 1), _tokens(line, "Response tokens")
+    return _time(line, "Timestamp"), prompt, output, (), 0
 
 
-def _tokens(line: dict[str, Any], key: str) -> int:
+def _tokens(line: dict[str, Any], key: str, least: int = 0) -> int:
     value = line[key]
-    if type(value) is not int or value < 0:
+    if type(value) is not int or value < least:
         raise ValueError(f"{key!r} is {value!r}, and not a number of tokens")
     return value
 
