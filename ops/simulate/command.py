@@ -27,7 +27,7 @@ STEPS = 1.0
 
 def run(args: argparse.Namespace) -> int:
     """The exit status: 0 done. Raises SettingsError, TraceError, SimulationError."""
-    fleet = fleet_file.load(args.file, {"policies": args.policy} if args.policy else {})
+    fleet = fleet_file.load(args.file, {"policies": args.policy} if args.policy is not None else {})
     if args.scale is not None:
         fleet = scaled(fleet, args.scale)
     records: dict[str, Record] = {}

@@ -70,7 +70,9 @@ class Engine(Generic[S]):
         """Drop it; `generated` is what it has made until now. Idempotent."""
         leap = self._leap
         if leap is not None and seq.state is State.RUNNING:
-            seq.generated += leap.step_at(now) - 1
+            step = leap.step_at(now)
+            self._fill(step)  # with what was free before its own blocks are
+            seq.generated += step - 1
         self.model.abort(seq)
         self._stuck = False
         self._halt(now)
@@ -139,14 +141,11 @@ class Engine(Generic[S]):
 
     def _land(self, steps: int) -> list[S]:
         model = self.model
-        size = model.config.block_size
+        self._fill(steps)
         ended: list[S] = []
         for seq in model.running:
             seq.computed += steps
             seq.generated += steps
-            if fresh := -(-seq.computed // size) - len(seq.held) - seq.private:
-                model.pool.take(fresh)
-                seq.private += fresh
             if seq.generated == seq.max_tokens:
                 ended.append(seq)
         for seq in ended:
@@ -157,6 +156,14 @@ class Engine(Generic[S]):
             model.running = [seq for seq in model.running if seq.state is State.RUNNING]
             self._stuck = False
         return ended
+
+    def _fill(self, steps: int) -> None:
+        """Take the blocks that the first steps of a leap need."""
+        size, pool = self.model.config.block_size, self.model.pool
+        for seq in self.model.running:
+            if fresh := -(-(seq.computed + steps) // size) - len(seq.held) - seq.private:
+                pool.take(fresh)
+                seq.private += fresh
 
     def _halt(self, now: float) -> None:
         """No step of a leap begins after `now`: what has changed must be looked at first."""
