@@ -11,40 +11,20 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstate.cache import Cache
 from kvstate.errors import IntegrityError
+from kvstate.holders import Holders
 
 TTL = 10.0
 """Seconds for which a prediction counts that nothing confirms."""
 
 MOST = 1 << 21
 """Blocks of the whole fleet that are remembered; divided evenly among the workers where they have more."""
-
-SLACK = 8
-"""Blocks in which an engine's count may be off by one, besides one: tokens a block are an estimate, and an
-engine computes the last tokens of a prompt even where it has them all."""
-
-
-@dataclass(slots=True)
-class _Cache:
-    """What one worker is thought to hold.
-
-    `blocks`: used longest ago first, with the time since when the block has been there for certain: when it
-    was last confirmed, or predicted if it never was. `unsure`: those only predicted, by when they expire.
-    """
-
-    worker: str
-    capacity: int
-    blocks: OrderedDict[int, float] = field(default_factory=OrderedDict)
-    unsure: dict[int, float] = field(default_factory=dict)  # the soonest first
-    event: int = 0  # the last one taken
-    leftovers: int = 0  # names given to blocks that no chain has; they count down from -1
 
 
 class PrefixIndex:
@@ -56,14 +36,11 @@ class PrefixIndex:
     def __init__(self, ttl: float = TTL, most: int = MOST) -> None:
         self._ttl = ttl
         self._most = most
-        self._caches: list[_Cache | None] = []  # by slot
+        self._caches: list[Cache | None] = []  # by slot
         self._slots: dict[str, int] = {}
         self._free: list[int] = []  # heap of slots without a worker
-        self._bits: list[int] = []  # 1 << slot
         self._all = 0  # mask of the slots with a worker
-        self._masks: dict[
-            int, int
-        ] = {}  # holders of a block as bits; of a single one, as ~slot, which is small
+        self._holders = Holders()
         self._due: list[tuple[float, int]] = []  # heap: when predictions of a slot expire; one entry a slot
         self._watched: set[int] = set()  # slots in `_due`
 
@@ -78,10 +55,10 @@ class PrefixIndex:
         else:
             slot = len(self._caches)
             self._caches.append(None)
-            self._bits.append(1 << slot)
-        self._caches[slot] = _Cache(worker, capacity_blocks)
+            self._holders.extend(slot + 1)
+        self._caches[slot] = Cache(worker, capacity_blocks)
         self._slots[worker] = slot
-        self._all |= self._bits[slot]
+        self._all |= 1 << slot
         for at, cache in enumerate(self._caches):
             if cache is not None:
                 self._evict(cache, at)
@@ -94,9 +71,10 @@ class PrefixIndex:
         cache = self._caches[slot]
         assert cache is not None
         for block in cache.blocks:
-            self._unmark(block, slot)
+            if block >= 0:
+                self._holders.remove(block, slot)
         self._caches[slot] = None
-        self._all &= ~self._bits[slot]
+        self._all &= ~(1 << slot)
         heapq.heappush(self._free, slot)
 
     def resize(self, worker: str, capacity_blocks: int) -> None:
@@ -131,29 +109,17 @@ class PrefixIndex:
     def depths(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
         """(blocks, mask of the slots that hold at least the first so many), deepest last, each mask within
         the one before; only where it gets smaller. Empty when nobody holds the first."""
-        mask, levels, masks = self._all, [], self._masks
-        for depth, block in enumerate(hashes):
-            holders = masks.get(block, 0)
-            if holders < 0:
-                holders = self._bits[~holders]
-            deeper = mask & holders
-            if deeper != mask:
-                if depth:
-                    levels.append((depth, mask))
-                if not deeper:
-                    return levels
-                mask = deeper
-        if hashes and mask:
-            levels.append((len(hashes), mask))
-        return levels
+        return self._holders.walk(hashes, self._all)
 
     def hits(self, hashes: Sequence[int]) -> NDArray[np.int32]:
         """`depths` as a vector: by slot, how many of the first blocks it holds."""
-        hits = np.zeros(len(self._caches), np.int32)
-        size = (len(self._caches) + 7) // 8
-        for depth, mask in self.depths(hashes):
-            packed = np.frombuffer(mask.to_bytes(size, "little"), np.uint8)
-            hits[np.unpackbits(packed, count=len(hits), bitorder="little").view(bool)] = depth
+        levels, size = self.depths(hashes), (len(self._caches) + 7) // 8
+        packed = np.frombuffer(b"".join(mask.to_bytes(size, "little") for _, mask in levels), np.uint8)
+        bits = np.unpackbits(
+            packed.reshape(len(levels), size), axis=1, count=len(self._caches), bitorder="little"
+        )
+        reached = bits.sum(axis=0, dtype=np.intp)  # how many levels: each is within the one before
+        hits: NDArray[np.int32] = np.array([0, *(depth for depth, _ in levels)], np.int32)[reached]
         return hits
 
     # What changes it
@@ -168,7 +134,7 @@ class PrefixIndex:
         for block in reversed(hashes):
             if block not in blocks:
                 blocks[block] = now
-                self._mark(block, slot)
+                self._holders.add(block, slot)
                 unsure[block] = expires
                 continue
             blocks.move_to_end(block)
@@ -191,9 +157,9 @@ class PrefixIndex:
 
         Args:
             cached_blocks: how many of them it had before, by its own count.
-            sent: when the request was sent. A block that was counted on before that, and was not there, had
-                been evicted, and with it everything that was used longer ago: that goes here too. Without it
-                nothing is concluded.
+            sent: when the request was sent. From blocks that had been there before and were missing, and
+                from those that were there unexpectedly, it is learned how much of its room is a cache:
+                what runs takes the rest. Without it nothing is learned.
             tail: further blocks it left behind, of the rest of the prompt and of its output.
         """
         self.expire(now)
@@ -201,12 +167,11 @@ class PrefixIndex:
         if cache is None:
             return
         slot = self._slots[worker]
-        self._correct(cache, slot, hashes, cached_blocks, sent)
-        blocks = cache.blocks
-        for _ in range(min(tail, cache.capacity)):
-            cache.leftovers -= 1
-            blocks[cache.leftovers] = now
+        if sent > -math.inf:
+            cache.learn(hashes, cached_blocks, sent)
+        cache.leave_behind(min(tail, cache.room), now)
         self._keep(cache, slot, hashes, now)
+        self._evict(cache, slot)
 
     def expire(self, now: float) -> None:
         """Forget the predictions that nothing confirmed in time."""
@@ -245,7 +210,8 @@ class PrefixIndex:
         if event == cache.event + 1:
             cache.event = event
             self._keep(cache, self._slots[worker], hashes, now)
-        return _missing(cache, event)
+            self._evict(cache, self._slots[worker])
+        return cache.missing(event)
 
     def removed(self, worker: str, event: int, hashes: Iterable[int]) -> tuple[int, int] | None:
         """Its cache has evicted `hashes`. Returns what `stored` does."""
@@ -256,7 +222,7 @@ class PrefixIndex:
             cache.event = event
             for block in hashes:
                 self._drop(cache, self._slots[worker], block)
-        return _missing(cache, event)
+        return cache.missing(event)
 
     def reset(self, worker: str, event: int, hashes: Sequence[int], now: float) -> None:
         """`hashes` is all that its cache holds as of `event`, used most recently first; predictions stay."""
@@ -264,10 +230,16 @@ class PrefixIndex:
         if cache is None or event < cache.event:
             return
         slot = self._slots[worker]
-        for block in [block for block in cache.blocks if block not in cache.unsure]:
-            self._drop(cache, slot, block)
+        for block in list(cache.blocks):
+            if block < 0:
+                del cache.blocks[block]
+            elif block not in cache.unsure:
+                self._drop(cache, slot, block)
         cache.event = event
         self._keep(cache, slot, hashes, now)
+        for block in cache.unsure:
+            cache.blocks.move_to_end(block)
+        self._evict(cache, slot)
 
     # Integrity
 
@@ -287,48 +259,34 @@ class PrefixIndex:
             for block in cache.blocks:
                 if block >= 0:
                     masks[block] = masks.get(block, 0) | 1 << slot
-        if masks != {block: 1 << ~mask if mask < 0 else mask for block, mask in self._masks.items()}:
+        if masks != self._holders.masks():
             raise IntegrityError("the blocks' holders are not those that the caches say")
         if self._all != sum(1 << slot for slot in self._slots.values()):
             raise IntegrityError("the mask of all workers is not of those that have joined")
 
     # Keeping the books
 
-    def _find(self, worker: str) -> _Cache | None:
+    def _find(self, worker: str) -> Cache | None:
         slot = self._slots.get(worker)
         return self._caches[slot] if slot is not None else None
 
-    def _room(self, cache: _Cache) -> int:
-        return min(cache.capacity, self._most // len(self._slots))
+    def _room(self, cache: Cache) -> int:
+        return min(cache.room, self._most // len(self._slots))
 
-    def _mark(self, block: int, slot: int) -> None:
-        holders = self._masks.get(block)
-        if holders is None:
-            self._masks[block] = ~slot
-        elif holders >= 0:
-            self._masks[block] = holders | self._bits[slot]
-        elif holders != ~slot:
-            self._masks[block] = self._bits[~holders] | self._bits[slot]
-
-    def _unmark(self, block: int, slot: int) -> None:
-        holders = self._masks[block]
-        if holders < 0:
-            del self._masks[block]
-            return
-        holders &= ~self._bits[slot]
-        self._masks[block] = holders if holders & (holders - 1) else ~(holders.bit_length() - 1)
-
-    def _drop(self, cache: _Cache, slot: int, block: int) -> None:
-        if cache.blocks.pop(block, None) is not None and block >= 0:
-            self._unmark(block, slot)
+    def _drop(self, cache: Cache, slot: int, block: int) -> None:
+        if cache.blocks.pop(block, None) is not None:
             cache.unsure.pop(block, None)
+            self._holders.remove(block, slot)
 
-    def _evict(self, cache: _Cache, slot: int) -> None:
+    def _evict(self, cache: Cache, slot: int) -> None:
         blocks, room = cache.blocks, self._room(cache)
         while len(blocks) > room:
-            self._drop(cache, slot, next(iter(blocks)))
+            block, _ = blocks.popitem(last=False)
+            if block >= 0:
+                cache.unsure.pop(block, None)
+                self._holders.remove(block, slot)
 
-    def _keep(self, cache: _Cache, slot: int, hashes: Sequence[int], now: float) -> None:
+    def _keep(self, cache: Cache, slot: int, hashes: Sequence[int], now: float) -> None:
         """It has them all for certain."""
         blocks, unsure = cache.blocks, cache.unsure
         for block in reversed(hashes):
@@ -336,26 +294,10 @@ class PrefixIndex:
                 blocks.move_to_end(block)
                 unsure.pop(block, None)
             else:
-                self._mark(block, slot)
+                self._holders.add(block, slot)
             blocks[block] = now
-        self._evict(cache, slot)
 
-    def _correct(self, cache: _Cache, slot: int, hashes: Sequence[int], cached: int, sent: float) -> None:
-        """Forget what must have been evicted before a block that was missing, though counted on when sent."""
-        first = cached + 1 + cached // SLACK
-        if first >= len(hashes) or hashes[first] in cache.unsure:
-            return
-        since = cache.blocks.get(hashes[first], math.inf)
-        if since >= sent:
-            return
-        while cache.blocks and next(iter(cache.blocks.values())) <= since:
-            self._drop(cache, slot, next(iter(cache.blocks)))
-
-    def _watch(self, cache: _Cache, slot: int) -> None:
+    def _watch(self, cache: Cache, slot: int) -> None:
         if cache.unsure and slot not in self._watched:
             self._watched.add(slot)
             heapq.heappush(self._due, (next(iter(cache.unsure.values())), slot))
-
-
-def _missing(cache: _Cache, event: int) -> tuple[int, int] | None:
-    return (cache.event + 1, event) if event > cache.event else None

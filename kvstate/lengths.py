@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Hashable
 from typing import TypeVar
 
 SAMPLES = 256
 """Outputs that are remembered of each key, the newest."""
 
-KEYS = 4096
+KEYS = 2048
 """Pairs of model and tenant, and as many models; past it, those unused longest are forgotten."""
 
 ENOUGH = 16
@@ -28,18 +29,22 @@ K = TypeVar("K", bound=Hashable)
 
 
 class _Ring:
-    """The last `SAMPLES` lengths, in order of arrival and of length."""
+    """The last `SAMPLES` lengths, in order of length, and as they arrived: from `oldest` on, then round."""
 
-    __slots__ = ("arrived", "ordered")
+    __slots__ = ("arrived", "oldest", "ordered")
 
     def __init__(self) -> None:
-        self.arrived: deque[int] = deque()
-        self.ordered: list[int] = []
+        self.arrived = array("q")
+        self.ordered = array("q")
+        self.oldest = 0
 
     def add(self, tokens: int) -> None:
-        if len(self.arrived) == SAMPLES:
-            del self.ordered[bisect_left(self.ordered, self.arrived.popleft())]
-        self.arrived.append(tokens)
+        if len(self.arrived) < SAMPLES:
+            self.arrived.append(tokens)
+        else:
+            del self.ordered[bisect_left(self.ordered, self.arrived[self.oldest])]
+            self.arrived[self.oldest] = tokens
+            self.oldest = (self.oldest + 1) % SAMPLES
         insort(self.ordered, tokens)
 
     def quantile(self, beyond: int, quantile: float) -> int | None:
@@ -52,7 +57,7 @@ class _Ring:
 
 
 class Lengths:
-    """Output lengths of the (model, tenant), of the model, and of all; the first of them that knows enough says."""
+    """Output lengths of each model and tenant, each model, and all: the first that knows enough says."""
 
     def __init__(self, keys: int = KEYS) -> None:
         self._keys = keys
@@ -69,7 +74,7 @@ class Lengths:
         _ring(self._pairs, (model, tenant), self._keys).add(tokens)
 
     def remaining(self, model: str, tenant: str, so_far: int, max_tokens: int, quantile: float) -> float:
-        """Tokens that a request which has made `so_far` will still make, as `quantile` of its like do not exceed.
+        """Tokens that a request which made `so_far` will still make: `quantile` of its like make no more.
 
         Args:
             max_tokens: its own limit; 0 = it has none.

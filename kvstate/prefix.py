@@ -1,4 +1,4 @@
-"""Names of a prompt's prefix blocks: what two requests have in common is what their caches can share. Pure."""
+"""Hashes of a prompt's prefix blocks: what two requests have in common, one cache can share. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIMIT = 64
 
 
 def seed(salt: str, model: str) -> bytes:
-    """Where a chain begins: the caches of tenants with different salts, and of different models, share nothing.
+    """Where a chain begins: tenants with different salts share nothing, nor do different models.
 
     An adapter is a model of its own, since engines key their blocks by it.
     """

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from broker.messages import ServiceClass
 
-I, S, B = ServiceClass.INTERACTIVE, ServiceClass.STANDARD, ServiceClass.BATCH
+INTERACTIVE, STANDARD, BATCH = ServiceClass
 
 
 class Pool(BaseModel):
@@ -25,17 +25,17 @@ class DispatchConfig(BaseModel):
 
     stale_after: float = Field(0.2, gt=0, description="a worker whose figures are older is given nothing")
     theta: dict[ServiceClass, float] = Field(
-        {I: 1.0, S: 1.0, B: 1.0},
-        description="a worker is given more while the prompt tokens it has not computed are below so many steps",
+        {INTERACTIVE: 1.0, STANDARD: 1.0, BATCH: 1.0},
+        description="a worker is given more while its uncomputed prompt tokens are below so many steps",
     )
     theta_over: float = Field(
-        0.5, gt=0, description="the same for tenants above their share, so that others find room at once"
+        0.25, gt=0, description="the same for tenants above their share, so that others find room at once"
     )
     slots_over: float = Field(
         0.9, gt=0, le=1, description="share of a worker's slots that those tenants may fill"
     )
     quanta: dict[ServiceClass, int] = Field(
-        {I: 8192, S: 2048, B: 512},
+        {INTERACTIVE: 8192, STANDARD: 2048, BATCH: 512},
         description="prompt tokens of each class in one round, where all classes wait",
     )
     memory: float = Field(10.0, gt=0, description="time constant with which a tenant's use is forgotten")
@@ -46,10 +46,12 @@ class DispatchConfig(BaseModel):
         {}, description="workers of each class, where such are there; a class not named uses all"
     )
     ceilings: dict[ServiceClass, float] = Field(
-        {I: 0.9, S: 0.7, B: 0.4}, description="share of a worker's KV room that each class may fill"
+        {INTERACTIVE: 0.9, STANDARD: 0.7, BATCH: 0.4},
+        description="share of a worker's KV room that each class may fill",
     )
     budget: dict[ServiceClass, float] = Field(
-        {I: 1.0}, description="time to the first token for which running batch requests are taken back"
+        {INTERACTIVE: 1.0},
+        description="time to the first token for which running batch requests are taken back",
     )
     sheddable: tuple[ServiceClass, ...] = Field(
         (), description="classes of which some are refused as the fleet fills up, whatever their deadlines"

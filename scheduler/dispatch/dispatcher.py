@@ -1,7 +1,7 @@
-"""Hands each request to one worker, as late as that worker's credit asks for it. Pure: the caller has the clock.
+"""Hands each request to one worker, as late as that worker's credit asks for it. Pure.
 
-A request that comes is scored against every worker. If the best one has credit, it goes there; else it takes a
-place in that worker's lane, and is scored again when its turn comes. Places bind nobody: a worker that
+A request that comes is scored against every worker. If the best one has credit, it goes there; else it takes
+a place in that worker's lane, and is scored again when its turn comes. Places bind nobody: a worker that
 leaves strands nothing, and one that has credit and an empty lane takes from the longest one what it would
 begin sooner. So no worker idles while others queue, and a request leaves its cached prefix only for what
 waiting for it would cost more.
@@ -37,6 +37,8 @@ PLACED = 32
 
 WALKED = 256
 """Requests of a class in another's lane that a worker with nothing to do looks at."""
+
+TOO_LATE = "its first token would come after its deadline"
 
 ROOMS = 8
 """Workers, the best ones, on which batch requests may be taken back for one that waits."""
@@ -121,7 +123,7 @@ class Dispatcher:
         self._taking.pop(slot, None)
 
     def first(self, key: int, now: float, cached_tokens: int | None) -> None:
-        """Its first token has come. `cached_tokens`: of its prompt, as the engine counted; None = not told."""
+        """Its first token has come. `cached_tokens`: of its prompt, as the engine counts; None = untold."""
         sent = self._running.get(key)
         if sent is None or sent.first:
             return
@@ -149,7 +151,7 @@ class Dispatcher:
         self._dirty[sent.slot] = None
 
     def returned(self, key: int, now: float) -> None:
-        """Its worker gave it back; it comes again by `arrive`. The worker is given nothing until it tells how it is."""
+        """Its worker gave it back; it comes again by `arrive`. Unasked: it has less room than it said."""
         asked = key in self._taking.values()
         sent = self._forget(key)
         if sent is not None and not asked:
@@ -189,16 +191,21 @@ class Dispatcher:
         return self._predictor.error_p90()
 
     def saturation(self) -> float:
-        """Mean over workers of how full each is: 1 at five requests waiting for it, or 80 % of its KV room."""
+        """Mean over workers of how full each is: 1 = five requests wait for it, or 80 % of its KV is used."""
         slots = np.flatnonzero(self._fleet.serving)
         if not len(slots):
             return 1.0 if self._queue else 0.0
         waiting = self._lanes.counts[-1][slots] / 5
         return float(np.maximum(waiting, self._fleet.kv_used[slots] / 0.8).mean())
 
-    def explain(self, key: int) -> Explanation | None:
-        """Of one that waits or was decided on lately, by its own clock of the last decision; None = not known."""
-        return self._explained.get(key)
+    def explain(self, key: int, now: float) -> Explanation | None:
+        """Of one that waits, or was decided on lately; None = not known."""
+        waiting = self._queue.get(key)
+        if waiting is None:
+            return self._explained.get(key)
+        worker = self._fleet[waiting.slot].worker if waiting.slot >= 0 else ""
+        why = f"it waits for {worker}" if worker else "no worker is there that could run it"
+        return _explanation(waiting, "queued", worker, now - waiting.item.arrived, waiting.least, why)
 
     # Placing
 
@@ -266,17 +273,21 @@ class Dispatcher:
                     if moves == MOVES:
                         return False
                     continue
-            if self._running.fits(slot, item, now):
-                self._send(waiting, now, out)
+            predicted = self._predictor.after(slot, float(self._fleet.pending[slot]) + waiting.cost)
+            if now + predicted > item.deadline:
+                self._lift(waiting)
+                self._shed(waiting, now, predicted, TOO_LATE)
+            elif self._running.fits(slot, item, now):
+                self._send(waiting, now, predicted, out)
             else:
                 self._fleet.full[waiting.rank, slot] = True
                 skipped.add(waiting.rank)
         return True
 
     def _steal(self, slot: int, skipped: set[int], now: float) -> Waiting | None:
-        """From the lane that will take longest, the first that would begin sooner here; it moves to this one."""
+        """From the lane that will take longest, the first that would begin sooner here; it moves here."""
         fleet, tokens = self._fleet, self._lanes.tokens[-1]
-        if self._lanes.counts[-1, slot]:
+        if not len(self._lanes) or self._lanes.counts[-1, slot]:
             return None  # those in its own lane can't go now; others would be no better off
         longest = np.where(self._lanes.counts[-1] > 0, (fleet.pending + tokens) * (fleet.load + 1.0), -1.0)
         lane = int(np.argmax(longest))
@@ -305,11 +316,10 @@ class Dispatcher:
                 return waiting
         return None
 
-    def _send(self, waiting: Waiting, now: float, out: list[Decision]) -> None:
+    def _send(self, waiting: Waiting, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot
         worker = self._fleet[slot].worker
         tokens = float(self._fleet.pending[slot]) + waiting.cost
-        predicted = self._predictor.after(slot, tokens)
         hit = max(0, round(item.context - waiting.cost))
         if waiting.ahead > self._fleet.step_tokens[slot]:
             self._predictor.sent(slot, waiting.ahead, now - waiting.placed)
@@ -327,7 +337,7 @@ class Dispatcher:
     # Refusing, and making room
 
     def _is_shed(self, waiting: Waiting, view: View, now: float) -> bool:
-        """Refuse it at once if no worker can make it, or as one of the classes that give way when it gets full."""
+        """Refuse it at once if no worker can make it, or where its class gives way as the fleet fills up."""
         item = waiting.item
         if view.best < 0:
             return False
@@ -335,13 +345,15 @@ class Dispatcher:
         if item.deadline < math.inf and now + wait > item.deadline:
             wait = float(view.ttft[view.eligible].min())
             if now + wait > item.deadline:
-                self._shed(waiting, now, wait, "its first token would come after its deadline")
+                self._shed(waiting, now, wait, TOO_LATE)
                 return True
-        if item.service_class in self._config.sheddable:
-            # The golden ratio spreads consecutive keys evenly over (0, 1), alike on every run.
-            if (item.key * 0.6180339887498949) % 1.0 < self.saturation() ** 5:
-                self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
-                return True
+        # The golden ratio spreads consecutive keys evenly over (0, 1), alike on every run.
+        if (
+            item.service_class in self._config.sheddable
+            and (item.key * 0.6180339887498949) % 1.0 < self.saturation() ** 5
+        ):
+            self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
+            return True
         return False
 
     def _shed(self, waiting: Waiting, now: float, wait: float, why: str) -> None:
@@ -364,7 +376,7 @@ class Dispatcher:
                 waiting.least = float((view.ttft - view.wait)[view.eligible].min())
             if now + waiting.least >= item.deadline:
                 self._lift(waiting)
-                self._shed(waiting, now, waiting.least, "no worker could begin it in time")
+                self._shed(waiting, now, waiting.least, TOO_LATE)
                 continue
             if (
                 not waiting.over
@@ -438,18 +450,22 @@ class Dispatcher:
         self, waiting: Waiting, outcome: str, worker: str, queue_s: float, predicted: float, why: str
     ) -> None:
         if self._config.explained:
-            item = waiting.item
-            self._explained.keep(
-                Explanation(
-                    item.key,
-                    item.tenant,
-                    item.model,
-                    item.service_class,
-                    outcome,
-                    worker,
-                    queue_s,
-                    predicted,
-                    why,
-                    waiting.candidates,
-                )
-            )
+            self._explained.keep(_explanation(waiting, outcome, worker, queue_s, predicted, why))
+
+
+def _explanation(
+    waiting: Waiting, outcome: str, worker: str, queue_s: float, predicted: float, why: str
+) -> Explanation:
+    item = waiting.item
+    return Explanation(
+        key=item.key,
+        tenant=item.tenant,
+        model=item.model,
+        service_class=item.service_class,
+        outcome=outcome,
+        worker=worker,
+        queue_s=queue_s,
+        predicted_ttft_s=predicted,
+        why=why,
+        candidates=waiting.candidates,
+    )

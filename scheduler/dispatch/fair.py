@@ -1,9 +1,9 @@
 """Whose turn it is. Pure.
 
-Tenants: virtual token counters (VTC, OSDI '24): of those that wait, the one that was served the fewest tokens for
-its weight goes first. Service is forgotten with a time constant, so that neither a busy night nor a quiet one
-is held against anybody the day after. Counters are logarithms of `sum(tokens * exp(time / memory)) / weight`: all
-fade alike, so their order needs no renewal.
+Tenants: virtual token counters (VTC, OSDI '24): of those that wait, the one that was served the fewest tokens
+for its weight goes first. Service is forgotten with a time constant, so that neither a busy night nor a quiet
+one is held against anybody the day after. Counters are logarithms of
+`sum(tokens * exp(time / memory)) / weight`: all fade alike, so their order needs no renewal.
 
 Classes: deficit round robin in quanta of tokens, most urgent first.
 """
@@ -42,7 +42,7 @@ class Shares:
         self._total = -math.inf
 
     def enter(self, name: str, weight: float, now: float) -> None:
-        """A request of the tenant joins the queue. One that returns starts at the least of those who are there."""
+        """A request of the tenant joins the queue. One that returns begins at the least of those there."""
         self._forget(now)
         tenant = self._tenants.get(name)
         if tenant is None:

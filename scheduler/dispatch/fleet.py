@@ -157,7 +157,8 @@ class Fleet:
         """Who takes one more request of the class now. `over`: of a tenant above its share."""
         theta, share = self._limits(service_class, over)
         mask: Mask = (self.pending < theta * self.step_tokens) & (self.load < share * self.slots)
-        return mask & self.serving & self.fresh(now) & ~self.full[RANKS[service_class]]
+        mask &= self.serving & self.fresh(now) & ~self.full[RANKS[service_class]]
+        return mask
 
     def takes(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
         """`credit` of one worker."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -106,6 +105,7 @@ class Lanes:
         self._shares = shares
         self._quanta = quanta
         self._lanes: list[Lane] = []
+        self._count = 0
         self.tokens: NDArray[np.float64] = np.zeros((ROWS, 0))
         self.counts: NDArray[np.float64] = np.zeros((ROWS, 0))
 
@@ -132,12 +132,14 @@ class Lanes:
             self.hurry(waiting)
         self.tokens[waiting.row :, slot] += waiting.cost
         self.counts[waiting.row :, slot] += 1
+        self._count += 1
 
     def remove(self, waiting: Waiting) -> None:
         slot = waiting.slot
         del self._lanes[slot].queues[waiting.rank].members[waiting.item.key]
         self.tokens[waiting.row :, slot] -= waiting.cost
         self.counts[waiting.row :, slot] -= 1
+        self._count -= 1
         if not self.counts[-1, slot]:
             self.tokens[:, slot] = 0.0  # sums of floats leave a rest
         waiting.slot = -1
@@ -149,7 +151,7 @@ class Lanes:
         heapq.heappush(self._lanes[waiting.slot].urgent, entry)
 
     def next(self, slot: int, skipped: set[int]) -> Waiting | None:
-        """Whose turn it is, of all classes but `skipped`: the earliest deadline of the urgent, else by round."""
+        """Whose turn it is, classes `skipped` aside: the earliest deadline of the urgent, else by round."""
         lane = self._lanes[slot]
         while lane.urgent:
             _, rank, key = lane.urgent[0]
@@ -183,4 +185,4 @@ class Lanes:
                 ahead += waiting.cost
 
     def __len__(self) -> int:
-        return int(self.counts[-1].sum())
+        return self._count

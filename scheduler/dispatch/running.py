@@ -1,4 +1,4 @@
-"""The requests that workers have, as far as this dispatcher sent them: their KV room, and what it learns of them. Pure."""
+"""The requests that this dispatcher sent and that workers still have, and the KV room they take. Pure."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """How each worker stands for one request. Pure.
 
-`score = (pending + backlog + uncached) * (load + 1)`, the lowest wins (LMetric, arXiv 2603.15202, with what waits
-in the workers' lanes). `backlog` is what waits there beyond what waits everywhere: a delay that a request
-meets wherever it goes says nothing against any worker, and multiplied by the load it would drown what its
-cached prefix saves, most of all when there is no capacity to waste.
+`score = (pending + backlog + uncached * (1 + delayed)) * (load + 1)`, the lowest wins: LMetric
+(arXiv 2603.15202) with what waits in the workers' lanes. Where requests wait for every worker, two things
+count otherwise. `backlog` is what waits in a lane beyond what waits in each: a delay that is met everywhere
+says nothing against any worker, and multiplied by the load it would drown what a cached prefix saves. And
+what is not cached delays those behind, `delayed` of them at least: so the less capacity there is, the more
+requests stick to their prefixes.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from scheduler.dispatch.ttft import Predictor
 from scheduler.dispatch.types import Candidate
 
 Vector = NDArray[np.float64]
+
+MOST_DELAYED = 1000.0
+"""Also stands for no limit where no worker is eligible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,9 @@ class Scorer:
         backlog = ahead - np.min(ahead, where=eligible, initial=np.inf)
         np.maximum(backlog, 0.0, out=backlog)
         backlog += for_slot * self.predictor.rate(fleet.step_tokens)
-        score = (fleet.pending + backlog + uncached) * (fleet.load + 1.0)
+        # Its miss would delay as many as wait in every lane.
+        delayed = min(float(np.min(count, where=eligible, initial=np.inf)), MOST_DELAYED)
+        score = (fleet.pending + backlog + uncached * (1.0 + delayed)) * (fleet.load + 1.0)
         score[~eligible] = np.inf
         fresh = fleet.fresh(now)
         best = _least(np.where(fresh, score, np.inf))

@@ -1,6 +1,6 @@
 """When a request's first token would come, for each worker, learned from when others' came. Pure.
 
-`TTFT = residual step + (pending + uncached) / prefill rate` once it is sent: a line over the tokens before it,
+`TTFT = residual step + (pending + uncached) / prefill rate` once it is sent: a line over those tokens,
 fitted for each worker with the newest counting most. What waits for the worker and goes first takes a
 time for each token, and where all slots are taken, for each request: both are learned too.
 """
@@ -54,7 +54,8 @@ class Predictor:
 
     def after_send(self, tokens: Vector) -> Vector:
         """Seconds from sending to the first token, with `tokens` uncomputed, its own included."""
-        return self._of["intercept"] + self._of["slope"] * tokens
+        seconds: Vector = self._of["intercept"] + self._of["slope"] * tokens
+        return seconds
 
     def after(self, slot: int, tokens: float) -> float:
         """`after_send` of one worker."""
@@ -62,15 +63,18 @@ class Predictor:
 
     def behind(self, ahead: Vector) -> Vector:
         """Seconds until those with `ahead` tokens have been sent."""
-        return ahead * (self._of["waited"] / self._of["ahead"])
+        seconds: Vector = ahead * (self._of["waited"] / self._of["ahead"])
+        return seconds
 
     def for_slots(self, short: Vector) -> Vector:
         """Seconds until `short` slots have fallen free."""
-        return short * (self._of["held"] / np.maximum(self._of["ended"], 1.0))
+        seconds: Vector = short * (self._of["held"] / np.maximum(self._of["ended"], 1.0))
+        return seconds
 
     def rate(self, step_tokens: Vector) -> Vector:
         """Prompt tokens that a worker computes in a second."""
-        return step_tokens * STEPS / self._of["intercept"]
+        tokens: Vector = step_tokens * STEPS / self._of["intercept"]
+        return tokens
 
     def first(self, slot: int, tokens: float, elapsed: float) -> None:
         """The first token came `elapsed` after sending; `tokens` were uncomputed then, its own included."""

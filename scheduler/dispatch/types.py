@@ -1,4 +1,4 @@
-"""What goes into a dispatcher and what comes out. Times are seconds of one monotonic clock; lengths are tokens."""
+"""What goes into a dispatcher and what comes out. Times: seconds of one monotonic clock; lengths: tokens."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Shed:
-    """Refuse request `key`: it can't be served in time. `retry_after_s`: the wait that was predicted for it."""
+    """Refuse request `key`: it can't be served in time. `retry_after_s`: the wait predicted for it."""
 
     key: int
     retry_after_s: float
@@ -115,7 +115,7 @@ Decision = Send | Shed | Preempt
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """How one worker stood for a request: `score = (pending + backlog + uncached) * (load + 1)`, lowest wins.
+    """How one worker stood for a request; the lowest score wins (`scheduler.dispatch.score`).
 
     Attributes:
         pending: prompt tokens that it holds and has not computed.
