@@ -25,7 +25,7 @@ output = { mean = 5 }
 TRACE = '\n[[trace]]\nfile = "{file}"\nformat = "burstgpt"\n'
 
 
-@pytest.fixture()
+@pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "fleet.toml"
     path.write_text(FLEET)

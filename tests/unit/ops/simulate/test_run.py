@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -82,7 +83,7 @@ def test_a_request_takes_the_way_there_its_steps_and_the_way_back() -> None:
     assert spy.firsts[0] == pytest.approx(record.first[0] + 0.005)
     assert spy.ends == [(160, 0, 30)]
     assert all(now == pytest.approx(state.seen + 0.005) for now, state in spy.told[1:])
-    quiet = [b.seen - a.seen for (_, a), (_, b) in zip(spy.told, spy.told[1:], strict=False)]
+    quiet = [b.seen - a.seen for (_, a), (_, b) in itertools.pairwise(spy.told)]
     assert max(quiet) <= 0.05 + 1e-9
 
 
@@ -99,7 +100,7 @@ def test_a_state_tells_what_is_not_yet_computed_and_which_sends_it_counts() -> N
     figures = [(s.prefill_held, s.running, s.sends) for _, s in spy.told if s.sends]
     # A step has begun with 512 of 1000 tokens; the second one came after that.
     assert figures[0] == (488, 1, 1)
-    # Then the rest of the first, and the second, of which nearly all was cached, though nobody had foretold it.
+    # Then the rest of the first, and the second, nearly all of which was cached, though nobody foretold it.
     assert figures[1] == (0, 2, 2)
     assert (0, 0, 2) in figures
 

@@ -1,7 +1,8 @@
-"""What is made up is as its file says: rates, shares, lengths, conversations; and the same for the same seed."""
+"""What is made up is as its file says: rates, shares, lengths, conversations. The same seed, the same requests."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -92,11 +93,11 @@ def test_a_conversation_goes_on_from_what_was_said() -> None:
         talks.setdefault(call.hashes[0], []).append(call)
     assert len(made) / len(talks) == pytest.approx(3, rel=0.1)
     for talk in talks.values():
-        for before, after in zip(talk, talk[1:], strict=False):
+        for before, after in itertools.pairwise(talk):
             assert after.tenant == before.tenant
             assert after.prompt == before.prompt + before.output + 100
             assert after.hashes[: len(before.hashes)] == before.hashes
-    pauses = [b.at - a.at for talk in talks.values() for a, b in zip(talk, talk[1:], strict=False)]
+    pauses = [b.at - a.at for talk in talks.values() for a, b in itertools.pairwise(talk)]
     assert np.mean(pauses) == pytest.approx(2, rel=0.1)
 
 
