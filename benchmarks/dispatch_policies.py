@@ -1,8 +1,9 @@
-"""The dispatcher against other policies in the simulator: the scenario of examples/fleet.toml at several rates,
-up to more than the fleet can do. And what the simulator itself takes for 1,000 workers and a million requests.
+"""The dispatcher against other policies in the simulator: the scenario of examples/fleet.toml at several
+rates, up to more than the fleet can do. And what the simulator takes for 1,000 workers and a million requests.
 
-The goals are at 950 requests a second: p50 at most 25 ms, p99 at most 85 ms, prefix hits at least .93, and the
-times within 10 % of pushing with fresh state. They are the same on every machine; the simulator's speed is not.
+The goals are at 950 requests a second: p50 at most 25 ms, p99 at most 85 ms, prefix hits at least .93, and
+the times within 10 % of pushing with fresh state. They are the same on every machine; the simulator's speed
+is not.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 def _at(fleet: FleetFile, rate: int, policies: tuple[PolicyName, ...]) -> dict[str, report.Figures]:
     scaled = command.scaled(fleet, rate / fleet.stream[0].rate)
-    found = {}
+    found: dict[str, report.Figures] = {}
     for name in policies:
         figures = report.figures(scaled, command.play(scaled, name))
         found[name] = {key: figures[key] for key in ("requests", "ttft_ms", "hit_rate", "goodput", "shed")}

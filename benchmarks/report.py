@@ -268,17 +268,17 @@ placed; {rounds} rounds.
 _POLICIES = """\
 ## Dispatch policies
 
-Simulated (`headrace sim examples/fleet.toml`, [simulator.md](simulator.md)), each policy on the same requests:
-{workers} workers with {step_tokens} tokens a step and {kv_tokens:,} tokens of KV cache, one of {groups} prefixes of
-{prefix} tokens and {prompt:.0f} more in each prompt, one token as an answer; {seconds:.0f} s counted. "Good" are
-first tokens within {goal_ms:.0f} ms, which is the requests' deadline too: lanes refuse what can't meet it, the
-others never refuse.
+Simulated (`headrace sim examples/fleet.toml`, [simulator.md](simulator.md)), each policy on the same
+requests: {workers} workers with {step_tokens} tokens a step and {kv_tokens:,} tokens of KV cache, one of
+{groups} prefixes of {prefix} tokens and {prompt:.0f} more in each prompt, one token as an answer;
+{seconds:.0f} s counted. "Good" are first tokens within {goal_ms:.0f} ms, which is the requests' deadline
+too: lanes refuse what can't meet it, the others never refuse.
 """
 
 _SIMULATED = """\
 {workers:,} workers with {rate:,.0f} requests a second, in proportion, under lanes: {requests:,} requests in
-{wall_s:.0f} s (CPU time {cpu_s:.0f} s, target ≤ 600), with {peak_mib:,} MiB of memory at most (target ≤ 4,096): p50
-{p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, hits {hit_rate:.3f}.
+{wall_s:.0f} s (CPU time {cpu_s:.0f} s, target ≤ 600), with {peak_mib:,} MiB of memory at most (target ≤
+4,096): p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, hits {hit_rate:.3f}.
 """
 
 

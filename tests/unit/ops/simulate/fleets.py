@@ -16,7 +16,7 @@ ENGINE: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": 32, "kv
 
 
 def fleet(*streams: dict[str, Any], engine: dict[str, Any] | None = None, **changes: Any) -> FleetFile:
-    """Two workers, and 50 requests a second for ten seconds; in `streams` stands what differs from `STREAM`."""
+    """Two workers, and 50 requests a second for ten seconds; `streams` say what differs from `STREAM`."""
     workers = {"count": changes.pop("count", 2), "engine": ENGINE | (engine or {})}
     asked = [STREAM | stream for stream in streams or ({},)]
     tree = {"duration": 10.0, "workers": [workers], "stream": asked}

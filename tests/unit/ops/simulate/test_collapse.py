@@ -1,5 +1,5 @@
-"""The scenario of examples/fleet.toml, for a shorter time: which policies lose their prefixes as it gets full,
-and with them the capacity that they would have needed; and that the dispatcher does not.
+"""The scenario of examples/fleet.toml, for a shorter time: which policies lose their prefixes as it gets
+full, and with them the capacity that they would have needed; and that the dispatcher does not.
 
 Ratios alone are held, and they are the same on every machine: no time of its own goes in.
 """

@@ -1,4 +1,4 @@
-"""What is made up is as its file says: rates, shares, lengths, conversations. The same seed, the same requests."""
+"""What is made up is as its file says: rates, shares, lengths, conversations; a seed gives the same again."""
 
 from __future__ import annotations
 
