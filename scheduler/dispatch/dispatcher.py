@@ -40,8 +40,8 @@ WALKED = 256
 
 TOO_LATE = "its first token would come after its deadline"
 
-ROOMS = 8
-"""Workers, the best ones, on which batch requests may be taken back for one that waits."""
+SOON = 1e-3
+"""Seconds between two looks at a request whose deadline is near."""
 
 UNKNOWN_BLOCKS = 4096
 """Prefix blocks that a worker is taken to cache where it does not tell its KV room."""
@@ -65,6 +65,8 @@ class Dispatcher:
         self._dirty: dict[int, None] = {}  # slots to be served, in order
         self._refused: list[Decision] = []
         self._alarms: list[tuple[float, int]] = []  # heap; of keys that may have left the queue
+        self._patience = min(config.budget.values(), default=math.inf) / 8
+        self._rooms_due = -math.inf  # when to look again for whom room is to be made
         self._taking: dict[int, int] = {}  # by slot: the request that is being taken back from there
 
     # What happens
@@ -79,13 +81,11 @@ class Dispatcher:
         waiting.over = shares.over(item.tenant, now)
         self._queue[item.key] = waiting
         view = self._scorer.view(waiting, now)
-        if view.best >= 0:
-            waiting.least = float((view.ttft - view.wait)[view.eligible].min())
         if self._is_shed(waiting, view, now):
             return
         self._place(waiting, view, now)
-        if (alarm := self._alarm(waiting, now)) < math.inf:
-            heapq.heappush(self._alarms, (alarm, item.key))
+        if item.deadline < math.inf:
+            heapq.heappush(self._alarms, (self._alarm(waiting, now), item.key))
 
     def cancel(self, key: int) -> bool:
         """Drop it from the queue. False: it is not there."""
@@ -106,7 +106,7 @@ class Dispatcher:
             return
         self._fleet.state(slot, state)
         self._running.state(slot, state, self._fleet.unseen(slot))
-        self._dirty[slot] = None
+        self._touch(slot)
 
     def lose(self, worker: str) -> None:
         """It is gone. What it had comes back by `arrive`; who waited for it waits for others."""
@@ -148,7 +148,7 @@ class Dispatcher:
         if cached_tokens is not None and prompt_tokens:
             blocks = cached_tokens / prompt_tokens * item.context / BLOCK_TOKENS
             self._confirm(sent, blocks, output_tokens // BLOCK_TOKENS, now)
-        self._dirty[sent.slot] = None
+        self._touch(sent.slot)
 
     def returned(self, key: int, now: float) -> None:
         """Its worker gave it back; it comes again by `arrive`. Unasked: it has less room than it said."""
@@ -161,8 +161,8 @@ class Dispatcher:
 
     def decide(self, now: float) -> list[Decision]:
         """All that is to be done now."""
-        out, self._refused = self._refused, []
-        self._ring(now, out)
+        out: list[Decision] = []
+        self._ring(now)
         self._place_some(now)
         again: dict[int, None] = {}
         while self._dirty:
@@ -171,6 +171,10 @@ class Dispatcher:
             if not self._serve(slot, now, out):
                 again[slot] = None
         self._dirty = again
+        if self._running.with_batch and len(self._lanes):
+            self._make_rooms(now, out)
+        out += self._refused
+        self._refused = []
         return out
 
     def next_due(self, now: float) -> float:
@@ -179,7 +183,10 @@ class Dispatcher:
             return now
         while self._alarms and self._alarms[0][1] not in self._queue:
             heapq.heappop(self._alarms)
-        return self._alarms[0][0] if self._alarms else math.inf
+        due = self._alarms[0][0] if self._alarms else math.inf
+        if self._running.with_batch and len(self._lanes):
+            due = min(due, self._rooms_due)
+        return max(now, due)
 
     # Questions
 
@@ -203,6 +210,8 @@ class Dispatcher:
         waiting = self._queue.get(key)
         if waiting is None:
             return self._explained.get(key)
+        view = self._scorer.view(waiting, now)
+        waiting.candidates = self._scorer.candidates(waiting, view, BEST, now)
         worker = self._fleet[waiting.slot].worker if waiting.slot >= 0 else ""
         why = f"it waits for {worker}" if worker else "no worker is there that could run it"
         return _explanation(waiting, "queued", worker, now - waiting.item.arrived, waiting.least, why)
@@ -217,10 +226,9 @@ class Dispatcher:
         waiting.cost, waiting.ahead = float(view.uncached[slot]), float(view.ahead[slot])
         waiting.placed, waiting.version = now, self._fleet.version
         self._lanes.add(waiting, slot)
-        if self._config.explained:
-            waiting.candidates = self._scorer.candidates(view, BEST)
         if self._fleet.takes(slot, waiting.item.service_class, waiting.over, now):
             self._dirty[slot] = None
+            self._compare(waiting, view, now)
 
     def _unplace(self, waiting: Waiting) -> None:
         item = waiting.item
@@ -273,6 +281,7 @@ class Dispatcher:
                     if moves == MOVES:
                         return False
                     continue
+                self._compare(waiting, view, now)
             predicted = self._predictor.after(slot, float(self._fleet.pending[slot]) + waiting.cost)
             if now + predicted > item.deadline:
                 self._lift(waiting)
@@ -309,6 +318,7 @@ class Dispatcher:
                 and fleet.eligible(item.service_class, item.model)[slot]
             ):
                 view = self._scorer.view(waiting, now)
+                self._compare(waiting, view, now)
                 self._lift(waiting)
                 waiting.cost, waiting.ahead, waiting.placed = float(view.uncached[slot]), 0.0, now
                 waiting.version = fleet.version
@@ -341,9 +351,9 @@ class Dispatcher:
         item = waiting.item
         if view.best < 0:
             return False
-        wait = float(view.ttft[view.best])
-        if item.deadline < math.inf and now + wait > item.deadline:
-            wait = float(view.ttft[view.eligible].min())
+        if item.deadline < math.inf:
+            waiting.least = float(self._scorer.after_send(view)[view.eligible].min())
+            wait = float(self._scorer.ttft(view)[view.eligible].min())
             if now + wait > item.deadline:
                 self._shed(waiting, now, wait, TOO_LATE)
                 return True
@@ -352,6 +362,7 @@ class Dispatcher:
             item.service_class in self._config.sheddable
             and (item.key * 0.6180339887498949) % 1.0 < self.saturation() ** 5
         ):
+            wait = float(self._scorer.ttft(view)[view.best])
             self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
             return True
         return False
@@ -363,8 +374,8 @@ class Dispatcher:
         self._refused.append(Shed(key, wait, why))
         self._note(waiting, "shed", "", now - waiting.item.arrived, wait, why)
 
-    def _ring(self, now: float, out: list[Decision]) -> None:
-        """Look again at those whose time is up: to hurry them, to refuse them, or to make room for them."""
+    def _ring(self, now: float) -> None:
+        """Look again at those whose deadlines are near: to hurry them, or to refuse them."""
         while self._alarms and self._alarms[0][0] <= now:
             _, key = heapq.heappop(self._alarms)
             waiting = self._queue.get(key)
@@ -373,7 +384,7 @@ class Dispatcher:
             view = self._scorer.view(waiting, now)
             item = waiting.item
             if view.best >= 0:
-                waiting.least = float((view.ttft - view.wait)[view.eligible].min())
+                waiting.least = float(self._scorer.after_send(view)[view.eligible].min())
             if now + waiting.least >= item.deadline:
                 self._lift(waiting)
                 self._shed(waiting, now, waiting.least, TOO_LATE)
@@ -387,9 +398,6 @@ class Dispatcher:
                 self._lanes.hurry(waiting)
                 if self._fleet.takes(waiting.slot, item.service_class, False, now):
                     self._dirty[waiting.slot] = None
-            budget = self._config.budget.get(item.service_class, math.inf)
-            if not waiting.over and now >= item.arrived + budget / 2:
-                self._make_room(waiting, view, now, out)
             heapq.heappush(self._alarms, (self._alarm(waiting, now), key))
 
     def _hurry_at(self, waiting: Waiting) -> float:
@@ -397,30 +405,45 @@ class Dispatcher:
         return waiting.item.deadline - waiting.least * (1.0 + 2.0 / STEPS)
 
     def _alarm(self, waiting: Waiting, now: float) -> float:
-        """When to look at it again, if it still waits; never before `now`."""
-        item = waiting.item
+        """When to look at it again, if it still waits; later than `now`."""
         hurry = self._hurry_at(waiting)
-        deadline = hurry if hurry > now else item.deadline - waiting.least
-        budget = self._config.budget.get(item.service_class, math.inf)
-        room = max(item.arrived + budget / 2, now + budget / 4)
-        return max(now + 1e-3, min(deadline, room))
+        return max(now + SOON, hurry if hurry > now else waiting.item.deadline - waiting.least)
 
-    def _make_room(self, waiting: Waiting, view: View, now: float, out: list[Decision]) -> None:
-        """Take a batch request back on the best worker where its going helps; one at a time from each."""
-        for slot in np.argsort(view.score, kind="stable")[:ROOMS].tolist():
-            if slot in self._taking or not np.isfinite(view.score[slot]):
-                continue
-            full = bool(self._fleet.load[slot] >= self._fleet.slots[slot])
-            if not full and not self._fleet.full[waiting.rank, slot]:
-                continue
-            victim = self._running.victim(slot, waiting.item, full)
-            if victim is not None:
-                self._taking[slot] = victim.item.key
-                why = f"request {waiting.item.key}, {waiting.item.service_class}, needs its room"
-                out.append(Preempt(victim.item.key, self._fleet[slot].worker, why))
-                return
+    def _make_rooms(self, now: float, out: list[Decision]) -> None:
+        """Take batch requests back, one at a time from a worker, for those in its lane who waited long."""
+        if now < self._rooms_due:
+            return
+        self._rooms_due = now + self._patience
+        for slot in self._running.with_batch:
+            if slot not in self._taking and self._fleet.seen[slot] >= now - self._config.stale_after:
+                for service_class, budget in self._config.budget.items():
+                    waiting = self._lanes.first(slot, RANKS[service_class])
+                    if waiting is not None and now >= waiting.item.arrived + budget / 2 and not waiting.over:
+                        self._make_room(waiting, now, out)
+                        break
+
+    def _make_room(self, waiting: Waiting, now: float, out: list[Decision]) -> None:
+        slot = waiting.slot
+        no_slot = bool(self._fleet.load[slot] >= self._fleet.slots[slot])
+        if not no_slot and not self._fleet.full[waiting.rank, slot]:
+            return
+        victim = self._running.victim(slot, waiting.item, no_slot)
+        if victim is not None:
+            self._taking[slot] = victim.item.key
+            why = f"request {waiting.item.key}, {waiting.item.service_class}, needs its room"
+            out.append(Preempt(victim.item.key, self._fleet[slot].worker, why))
 
     # Keeping the books
+
+    def _compare(self, waiting: Waiting, view: View, now: float) -> None:
+        """Note how the workers stood for one that is about to be sent."""
+        if self._config.explained:
+            waiting.candidates = self._scorer.candidates(waiting, view, BEST, now)
+
+    def _touch(self, slot: int) -> None:
+        """The worker may have room that it had not: somebody may wait for it, here or in another's lane."""
+        if len(self._lanes):
+            self._dirty[slot] = None
 
     def _join(self, state: WorkerState) -> int:
         blocks = state.kv_total // BLOCK_TOKENS if state.kv_total else UNKNOWN_BLOCKS

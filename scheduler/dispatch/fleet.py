@@ -153,15 +153,8 @@ class Fleet:
         mask: Mask = self.seen >= now - self._config.stale_after
         return mask
 
-    def credit(self, service_class: ServiceClass, over: bool, now: float) -> Mask:
-        """Who takes one more request of the class now. `over`: of a tenant above its share."""
-        theta, share = self._limits(service_class, over)
-        mask: Mask = (self.pending < theta * self.step_tokens) & (self.load < share * self.slots)
-        mask &= self.serving & self.fresh(now) & ~self.full[RANKS[service_class]]
-        return mask
-
     def takes(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
-        """`credit` of one worker."""
+        """Whether it takes one more request of the class now. `over`: of a tenant above its share."""
         theta, share = self._limits(service_class, over)
         return bool(
             self.serving[slot]

@@ -169,6 +169,10 @@ class Lanes:
         rank_next = lane.rounds.turn([None if each is None else each.cost for each in firsts])
         return None if rank_next is None else firsts[rank_next]
 
+    def first(self, slot: int, rank: int) -> Waiting | None:
+        """Whose turn it is among those of one class."""
+        return self._lanes[slot].queues[rank].first(self._shares[rank])
+
     def charge(self, slot: int, waiting: Waiting) -> None:
         """It was served there."""
         if not waiting.urgent:

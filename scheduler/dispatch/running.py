@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from dataclasses import dataclass
 
 from broker.messages import ServiceClass
@@ -46,6 +46,7 @@ class Running:
         self._accounts: dict[int, Account] = {}
         self._refreshed: dict[int, float] = {}
         self._most: dict[int, float] = {}  # by slot: tokens if all its requests reached their ends together
+        self._batches: dict[int, int] = {}  # by slot: batch requests there
         self._parts: dict[int, float] = {}  # of each request in that sum
 
     def __len__(self) -> int:
@@ -66,6 +67,7 @@ class Running:
         for key in self._on.pop(slot):
             del self._sent[key]
             self._parts.pop(key, None)
+        self._batches.pop(slot, None)
         self._accounts.pop(slot, None)
 
     def state(self, slot: int, state: WorkerState, unseen: int) -> None:
@@ -102,6 +104,8 @@ class Running:
         key = sent.item.key
         self._sent[key] = self._on[sent.slot][key] = sent
         self._enter(self._accounts[sent.slot], key, sent)
+        if sent.item.service_class is ServiceClass.BATCH:
+            self._batches[sent.slot] = self._batches.get(sent.slot, 0) + 1
 
     def pop(self, key: int) -> Sent | None:
         """It is there no more."""
@@ -112,7 +116,16 @@ class Running:
             self._most[sent.slot] -= self._parts.pop(key)
             if not self._on[sent.slot]:
                 self._most[sent.slot] = 0.0
+            if sent.item.service_class is ServiceClass.BATCH:
+                self._batches[sent.slot] -= 1
+                if not self._batches[sent.slot]:
+                    del self._batches[sent.slot]
         return sent
+
+    @property
+    def with_batch(self) -> KeysView[int]:
+        """Slots whose workers have batch requests."""
+        return self._batches.keys()
 
     def learn(self, item: Item, output_tokens: int) -> None:
         if output_tokens > 0:

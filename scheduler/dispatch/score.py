@@ -11,6 +11,7 @@ requests stick to their prefixes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ from scheduler.dispatch.types import Candidate
 
 Vector = NDArray[np.float64]
 
+_NOTHING = np.zeros(1)
+
 MOST_DELAYED = 1000.0
 """Also stands for no limit where no worker is eligible."""
 
@@ -36,7 +39,8 @@ class View:
     Attributes:
         best: the slot with the lowest score among those whose figures are fresh, or else among all; -1 = none
             is eligible.
-        wait: time until it would be sent there. ttft: to its first token.
+        ahead: tokens that go before it there.
+        for_slot: seconds until a slot falls free for it.
     """
 
     best: int
@@ -44,9 +48,7 @@ class View:
     uncached: Vector
     backlog: Vector
     ahead: Vector
-    wait: Vector
-    ttft: Vector
-    credit: Mask
+    for_slot: Vector
     eligible: Mask
 
 
@@ -62,55 +64,74 @@ class Scorer:
 
     def view(self, waiting: Waiting, now: float) -> View:
         """`waiting` counts as the first in the lane where it is."""
-        item, fleet = waiting.item, self.fleet
+        item, fleet, predictor = waiting.item, self.fleet, self.predictor
         eligible = fleet.eligible(item.service_class, item.model)
         uncached = self._uncached(waiting)
         ahead, count = self._ahead(waiting)
-        short = np.maximum(0.0, count + fleet.load + 1.0 - fleet.slots)
-        for_slot = self.predictor.for_slots(short)
-        wait = np.maximum(for_slot, self.predictor.behind(ahead))
-        ttft = wait + self.predictor.after_send(fleet.pending + uncached)
-        backlog = ahead - np.min(ahead, where=eligible, initial=np.inf)
-        np.maximum(backlog, 0.0, out=backlog)
-        backlog += for_slot * self.predictor.rate(fleet.step_tokens)
-        # Its miss would delay as many as wait in every lane.
-        delayed = min(float(np.min(count, where=eligible, initial=np.inf)), MOST_DELAYED)
+        backlog, delayed = ahead, 0.0
+        if len(self.lanes):
+            common = np.minimum.reduce(ahead, where=eligible, initial=np.inf)
+            backlog = np.maximum(ahead - common, 0.0)
+            # Its miss would delay as many as wait in every lane.
+            delayed = min(float(np.minimum.reduce(count, where=eligible, initial=np.inf)), MOST_DELAYED)
+        short = count + (fleet.load + (1.0 - fleet.slots))
+        for_slot = _NOTHING
+        if len(short) and short.max() > 0.0:
+            for_slot = predictor.for_slots(np.maximum(short, 0.0))
+            backlog = backlog + for_slot * predictor.rate(fleet.step_tokens)
         score = (fleet.pending + backlog + uncached * (1.0 + delayed)) * (fleet.load + 1.0)
         score[~eligible] = np.inf
-        fresh = fleet.fresh(now)
-        best = _least(np.where(fresh, score, np.inf))
+        best = _least(np.where(fleet.fresh(now), score, np.inf))
         if best < 0:
             best = _least(score)
-        credit = fleet.credit(item.service_class, waiting.over, now)
-        return View(best, score, uncached, backlog, ahead, wait, ttft, credit, eligible)
+        return View(best, score, uncached, backlog, ahead, for_slot, eligible)
 
-    def candidates(self, view: View, most: int) -> tuple[Candidate, ...]:
+    def ttft(self, view: View) -> Vector:
+        """Seconds from now to the first token."""
+        return self.wait(view) + self.after_send(view)
+
+    def wait(self, view: View) -> Vector:
+        """Seconds until it would be sent."""
+        seconds: Vector = np.maximum(self.predictor.behind(view.ahead), view.for_slot)
+        return seconds
+
+    def after_send(self, view: View) -> Vector:
+        """Seconds from then to the first token, if the worker held as much as now."""
+        return self.predictor.after_send(self.fleet.pending + view.uncached)
+
+    def candidates(self, waiting: Waiting, view: View, most: int, now: float) -> tuple[Candidate, ...]:
         """The best few."""
+        service_class, over = waiting.item.service_class, waiting.over
         score = view.score
         few = np.argpartition(score, most)[:most] if most < len(score) else np.arange(len(score))
         few = few[np.isfinite(score[few])]
+        figures = zip(
+            few.tolist(),
+            score[few].tolist(),
+            self.fleet.pending[few].tolist(),
+            view.backlog[few].tolist(),
+            view.uncached[few].tolist(),
+            self.fleet.load[few].tolist(),
+            strict=True,
+        )
         return tuple(
-            Candidate(self.fleet[slot].worker, *figures)
-            for slot, *figures in sorted(
-                zip(
-                    few.tolist(),
-                    score[few].tolist(),
-                    self.fleet.pending[few].tolist(),
-                    view.backlog[few].tolist(),
-                    view.uncached[few].tolist(),
-                    self.fleet.load[few].tolist(),
-                    view.credit[few].tolist(),
-                    strict=True,
-                ),
-                key=lambda entry: (entry[1], entry[0]),
+            Candidate(
+                worker=self.fleet[slot].worker,
+                score=value,
+                pending=pending,
+                backlog=backlog,
+                uncached=uncached,
+                load=load,
+                credit=self.fleet.takes(slot, service_class, over, now),
             )
+            for slot, value, pending, backlog, uncached, load in sorted(figures, key=itemgetter(1, 0))
         )
 
     def _uncached(self, waiting: Waiting) -> Vector:
         item, fleet = waiting.item, self.fleet
         context = float(item.context)
         # An engine computes the last token even where it has it.
-        uncached: Vector = np.maximum(context - BLOCK_TOKENS * self.index.hits(item.hashes), 1.0)
+        uncached: Vector = np.maximum(context - float(BLOCK_TOKENS) * self.index.hits(item.hashes), 1.0)
         loaded = fleet.loaded(item.model)
         if loaded is not None:
             uncached += ~loaded * (self.config.load * self.predictor.rate(fleet.step_tokens))
@@ -126,5 +147,7 @@ class Scorer:
 
 def _least(values: Vector) -> int:
     """-1 where all are infinite."""
-    at = int(np.argmin(values)) if len(values) else -1
-    return at if at >= 0 and np.isfinite(values[at]) else -1
+    if not len(values):
+        return -1
+    at = int(values.argmin())
+    return at if values[at] < np.inf else -1
