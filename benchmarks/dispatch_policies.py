@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from kvstate import prefix
 from ops.simulate import command, fleet_file, report
 from ops.simulate.fleet_file import POLICIES, FleetFile, PolicyName
 
@@ -54,16 +55,20 @@ def _at(fleet: FleetFile, rate: int, policies: tuple[PolicyName, ...]) -> dict[s
 
 
 def large(requests: int) -> FleetFile:
-    """The same scenario with `WORKERS` workers, and in proportion more prefixes and requests a second."""
+    """The same scenario with `WORKERS` workers, and in proportion more prefixes and requests a second. The
+    engines' blocks are as large as the dispatcher's: nothing is told apart by them here."""
     fleet = fleet_file.load(FILE)
     (workers,), (stream,) = fleet.workers, fleet.stream
     factor = WORKERS / workers.count
+    engine = workers.engine
+    blocks = engine.kv_blocks * engine.block_size // prefix.BLOCK_TOKENS
+    coarse = engine.model_copy(update={"block_size": prefix.BLOCK_TOKENS, "kv_blocks": blocks})
     more = {"rate": stream.rate * factor, "groups": round(stream.groups * factor)}
     return fleet.model_copy(
         update={
             "duration": requests / (stream.rate * factor),
             "warmup": 0.0,
-            "workers": (workers.model_copy(update={"count": WORKERS}),),
+            "workers": (workers.model_copy(update={"count": WORKERS, "engine": coarse}),),
             "stream": (stream.model_copy(update=more),),
         }
     )
