@@ -28,6 +28,8 @@ class Record:
         preempted: how often it was taken back from a worker.
         step_seconds, step_counts: engine steps, all of one entry as long as each other.
         recomputed: how often an engine threw a request back for want of KV room.
+        busy_s: seconds of workers' steps while requests waited anywhere. `kv_s`: the same by the share of the
+            KV room that running requests held.
     """
 
     tenants: list[str] = field(default_factory=list)
@@ -48,6 +50,8 @@ class Record:
     step_seconds: array[float] = field(default_factory=_floats)
     step_counts: array[int] = field(default_factory=_ints)
     recomputed: int = 0
+    busy_s: float = 0.0
+    kv_s: float = 0.0
     _numbers: dict[str, int] = field(default_factory=dict)
 
     def add(self, call: Call) -> int:

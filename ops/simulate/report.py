@@ -48,9 +48,10 @@ class _Columns:
 def figures(fleet: FleetFile, record: Record) -> Figures:
     """Of the requests that came after the warm-up; times in ms, rates in requests a second.
 
-    `hit_rate` is of what a cache that forgets nothing would have had, `cached_share` of all prompt tokens;
-    `goodput` counts requests whose first token met their goal, `prediction_error_p90_ms` what the time to
-    the first token was off what was foretold at the send.
+    `hit_rate` is of what a cache that forgets nothing would have had, `cached_share` of all prompt tokens.
+    `goodput` counts requests that ended and whose first token met their goal. `prediction_error_p90_ms` is
+    what the time to the first token was off what was foretold at the send; `kv_use_while_queued` the mean
+    over workers that ran while requests waited somewhere, in the warm-up too.
     """
     columns = _Columns(fleet, record)
     overall = _of(columns, columns.counted)
@@ -58,6 +59,7 @@ def figures(fleet: FleetFile, record: Record) -> Figures:
     return {
         **overall,
         "engine_preemptions": record.recomputed,
+        "kv_use_while_queued": _share(record.kv_s, record.busy_s),
         "step_ms": {f"p{p}": _ms(_weighted(seconds, counts, p)) for p in (50, 99)},
         "classes": {
             str(name): _of(columns, columns.counted & (columns.classes == name))
@@ -87,12 +89,17 @@ def _of(columns: _Columns, mask: _Mask) -> Figures:
         "tokens_per_s": round(float(columns.made[mask].sum()) / seconds, 1),
         "shed": int((mask & columns.shed).sum()),
         "preempted": int(columns.preempted[mask].sum()),
+        "retry_after_p50_s": _median(columns.retry[mask & columns.shed]),
         "prediction_error_p90_ms": _ms(np.percentile(errors, 90)) if len(errors) else None,
     }
 
 
 def _ms(seconds: Any) -> float:
     return round(float(seconds) * 1000, 2)
+
+
+def _median(seconds: _Floats) -> float | None:
+    return round(float(np.median(seconds)), 2) if len(seconds) else None
 
 
 def _share(part: Any, whole: Any) -> float | None:

@@ -40,7 +40,7 @@ class Worker:
     """Attributes:
     sends: requests that have come to it so far.
     uncomputed: the sum of its requests'.
-    began: when what the engine does was begun.
+    began: when what the engine does was begun. `kv_use`: share of its blocks that requests then held.
     told: when it last told its state.
     """
 
@@ -50,6 +50,7 @@ class Worker:
     sends: int = 0
     uncomputed: int = 0
     began: float = 0.0
+    kv_use: float = 0.0
     told: float = -math.inf
 
     def state(self, now: float) -> WorkerState:
@@ -105,6 +106,7 @@ class _World:
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._order = itertools.count()
         self._more = True  # requests are still to come
+        self._queued = 0  # requests that the policy keeps
         self._wake_at = math.inf
         self._moved = 0.0  # when something last came of anything
         self.now = 0.0
@@ -157,6 +159,7 @@ class _World:
         )
         self._open[number] = _Open(call, item)
         self._moved = self.now
+        self._queued += 1
         self._policy.arrive(item, self.now)
         self._decide()
 
@@ -166,6 +169,7 @@ class _World:
         now = self.now
         for decision in self._policy.decide(now):
             self._moved = now
+            self._queued -= not isinstance(decision, Preempt)
             if isinstance(decision, Send):
                 self._record.sent[decision.key] = now
                 self._record.predicted[decision.key] = decision.predicted_ttft_s
@@ -210,6 +214,7 @@ class _World:
 
     def _return(self, opened: _Open) -> None:
         opened.item = replace(opened.item, done_tokens=opened.done)
+        self._queued += 1
         self._policy.returned(opened.item.key, self.now)
         self._policy.arrive(opened.item, self.now)
         self._decide()
@@ -233,6 +238,8 @@ class _World:
             worker.expect(run, run.total)
         worker.began = self.now
         if not worker.engine.idle:
+            pool = worker.engine.model.pool
+            worker.kv_use = 1 - pool.available / pool.total
             self._await(worker)
         return bool(prefills or thrown)
 
@@ -249,6 +256,9 @@ class _World:
         told = engine.finish()
         steps = engine.steps - before
         self._record.step((self.now - worker.began) / steps, steps)
+        if self._queued or engine.model.waiting:
+            self._record.busy_s += self.now - worker.began
+            self._record.kv_s += (self.now - worker.began) * worker.kv_use
         first = [self._first(run) for run in told if run.generated == 1]
         ended = [self._ended(run) for run in told if run.state is State.FINISHED]
         if self._step(worker) or told:

@@ -41,7 +41,7 @@ def record() -> Record:
     made.preempted[late] = 3
     made.step(0.010, 98)
     made.step(0.050, 2)
-    made.recomputed = 7
+    made.recomputed, made.busy_s, made.kv_s = 7, 8.0, 6.0
     return made
 
 
@@ -56,6 +56,11 @@ def test_figures() -> None:
     batch = found["classes"]["batch"]
     assert (batch["goodput"], batch["preempted"], batch["hit_rate"]) == (0.2, 3, None)
     assert (found["requests"], found["goodput"], found["engine_preemptions"]) == (6, 0.6, 7)
+    assert (found["kv_use_while_queued"], normal["retry_after_p50_s"], batch["retry_after_p50_s"]) == (
+        0.75,
+        2.0,
+        None,
+    )
     assert found["step_ms"] == {"p50": 10.0, "p99": 50.0}
     assert {name: of["requests"] for name, of in found["tenants"].items()} == {"a-0": 2, "a-1": 3, "b-0": 1}
 

@@ -172,3 +172,11 @@ def test_scaled_asks_for_so_many_times_as_much() -> None:
     file: FleetFile = fleet(duration=60.0)
     twice = list(command.calls(command.scaled(file, 2.0)))
     assert len(twice) / len(list(command.calls(file))) == pytest.approx(2, rel=0.1)
+
+
+def test_kv_use_is_of_the_time_in_which_requests_wait() -> None:
+    # Two requests of 480 tokens, 30 blocks of 128 each, and one slot: the second one waits for the first.
+    file = fleet(count=1, engine={"max_num_seqs": 1, "kv_blocks": 128, "context_tokens": 1024})
+    record = simulate(file, RoundRobin(), iter([one(480, 2), Call(1.0, 0, "s-0", 480, 2)]))
+    assert record.busy_s == pytest.approx(record.end[0] - 1.0005)
+    assert record.kv_s / record.busy_s == pytest.approx((30 + 31) / 2 / 128, rel=0.1)
