@@ -64,7 +64,7 @@ class _Fleet:
         self._timed(self.arrive)
         if self._deep:
             name = self._names[self.sent % len(self._names)]
-            self._timed(lambda: self._state(name, held=STEP - 1))
+            self._timed(lambda: self._state(name, held=0))
         if len(self._ending) > RUNNING * len(self._names) or (self._deep and len(self._ending) > SLOTS):
             name, item = self._ending.popleft()
             self._running[name] -= 1

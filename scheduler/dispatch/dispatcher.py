@@ -9,39 +9,28 @@ waiting for it would cost more.
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections.abc import Iterator
-from itertools import islice
-
 import numpy as np
 
 from broker.messages import ServiceClass
 from kvstate.index import PrefixIndex
 from kvstate.prefix import BLOCK_TOKENS
 from scheduler.dispatch.config import DispatchConfig
-from scheduler.dispatch.explain import BEST, Explanations
+from scheduler.dispatch.deadlines import Deadlines
+from scheduler.dispatch.explain import Explanations, explanation
 from scheduler.dispatch.fair import Shares
 from scheduler.dispatch.fleet import Fleet
 from scheduler.dispatch.lanes import RANKS, Lanes, Waiting
+from scheduler.dispatch.places import Places
+from scheduler.dispatch.rooms import Rooms
 from scheduler.dispatch.running import Running, Sent
 from scheduler.dispatch.score import Scorer, View
-from scheduler.dispatch.ttft import STEPS, Predictor
-from scheduler.dispatch.types import Decision, Explanation, Item, Preempt, Send, Shed, WorkerState
+from scheduler.dispatch.ttft import Predictor
+from scheduler.dispatch.types import Decision, Explanation, Item, Send, Shed, WorkerState
 
 MOVES = 8
 """Requests that change lanes before a worker with credit is left for the next call."""
 
-PLACED = 32
-"""Requests without a place that are given one in a call."""
-
-WALKED = 256
-"""Requests of a class in another's lane that a worker with nothing to do looks at."""
-
 TOO_LATE = "its first token would come after its deadline"
-
-SOON = 1e-3
-"""Seconds between two looks at a request whose deadline is near."""
 
 UNKNOWN_BLOCKS = 4096
 """Prefix blocks that a worker is taken to cache where it does not tell its KV room."""
@@ -59,15 +48,13 @@ class Dispatcher:
         self._predictor = Predictor(config.step)
         self._scorer = Scorer(config, self._fleet, self._lanes, self._index, self._predictor)
         self._running = Running(config)
+        self._places = Places(config, self._fleet, self._lanes, self._scorer)
+        self._deadlines = Deadlines(self._scorer)
+        self._rooms = Rooms(config, self._fleet, self._lanes, self._running)
         self._explained = Explanations(config.explained)
         self._queue: dict[int, Waiting] = {}
-        self._unplaced: dict[tuple[ServiceClass, str], dict[int, Waiting]] = {}  # by class and model
         self._dirty: dict[int, None] = {}  # slots to be served, in order
         self._refused: list[Decision] = []
-        self._alarms: list[tuple[float, int]] = []  # heap; of keys that may have left the queue
-        self._patience = min(config.budget.values(), default=math.inf) / 8
-        self._rooms_due = -math.inf  # when to look again for whom room is to be made
-        self._taking: dict[int, int] = {}  # by slot: the request that is being taken back from there
 
     # What happens
 
@@ -76,24 +63,23 @@ class Dispatcher:
         self.cancel(item.key)
         self.returned(item.key, now)
         shares = self._shares[RANKS[item.service_class]]
-        shares.enter(item.tenant, item.weight, now)
+        shares.enter(item.tenant, item.weight, item.context, now)
         waiting = Waiting(item, RANKS[item.service_class])
         waiting.over = shares.over(item.tenant, now)
         self._queue[item.key] = waiting
         view = self._scorer.view(waiting, now)
         if self._is_shed(waiting, view, now):
             return
-        self._place(waiting, view, now)
-        if item.deadline < math.inf:
-            heapq.heappush(self._alarms, (self._alarm(waiting, now), item.key))
+        self._put(waiting, view, now)
+        self._deadlines.watch(waiting, now)
 
     def cancel(self, key: int) -> bool:
         """Drop it from the queue. False: it is not there."""
         waiting = self._queue.pop(key, None)
         if waiting is None:
             return False
-        self._lift(waiting)
-        self._shares[waiting.rank].leave(waiting.item.tenant)
+        self._places.lift(waiting)
+        self._shares[waiting.rank].leave(waiting.item.tenant, waiting.item.context)
         return True
 
     def state(self, state: WorkerState, now: float) -> None:
@@ -114,13 +100,12 @@ class Dispatcher:
             slot = self._index.slot(worker)
         except KeyError:
             return
-        for waiting in self._lanes.leave(slot):
-            self._unplace(waiting)
+        self._places.strand(self._lanes.leave(slot))
         self._index.leave(worker)
         self._running.leave(slot)
         self._fleet.leave(slot)
         self._dirty.pop(slot, None)
-        self._taking.pop(slot, None)
+        self._rooms.leave(slot)
 
     def first(self, key: int, now: float, cached_tokens: int | None) -> None:
         """Its first token has come. `cached_tokens`: of its prompt, as the engine counts; None = untold."""
@@ -152,7 +137,7 @@ class Dispatcher:
 
     def returned(self, key: int, now: float) -> None:
         """Its worker gave it back; it comes again by `arrive`. Unasked: it has less room than it said."""
-        asked = key in self._taking.values()
+        asked = self._rooms.asked(key)
         sent = self._forget(key)
         if sent is not None and not asked:
             self._fleet.distrust(sent.slot)
@@ -163,7 +148,7 @@ class Dispatcher:
         """All that is to be done now."""
         out: list[Decision] = []
         self._ring(now)
-        self._place_some(now)
+        self._dirty |= dict.fromkeys(self._places.put_stranded(now))
         again: dict[int, None] = {}
         while self._dirty:
             slot = next(iter(self._dirty))
@@ -171,22 +156,16 @@ class Dispatcher:
             if not self._serve(slot, now, out):
                 again[slot] = None
         self._dirty = again
-        if self._running.with_batch and len(self._lanes):
-            self._make_rooms(now, out)
+        out += self._rooms.make(now)
         out += self._refused
         self._refused = []
         return out
 
     def next_due(self, now: float) -> float:
         """When `decide` has something to do even if nothing happens before; inf = never."""
-        if self._dirty or self._refused or any(self._placeable()):
+        if self._dirty or self._refused or any(self._places.stranded()):
             return now
-        while self._alarms and self._alarms[0][1] not in self._queue:
-            heapq.heappop(self._alarms)
-        due = self._alarms[0][0] if self._alarms else math.inf
-        if self._running.with_batch and len(self._lanes):
-            due = min(due, self._rooms_due)
-        return max(now, due)
+        return max(now, min(self._deadlines.due(self._queue), self._rooms.due()))
 
     # Questions
 
@@ -210,53 +189,10 @@ class Dispatcher:
         waiting = self._queue.get(key)
         if waiting is None:
             return self._explained.get(key)
-        view = self._scorer.view(waiting, now)
-        waiting.candidates = self._scorer.candidates(waiting, view, BEST, now)
+        self._places.compare(waiting, self._scorer.view(waiting, now), now)
         worker = self._fleet[waiting.slot].worker if waiting.slot >= 0 else ""
         why = f"it waits for {worker}" if worker else "no worker is there that could run it"
-        return _explanation(waiting, "queued", worker, now - waiting.item.arrived, waiting.least, why)
-
-    # Placing
-
-    def _place(self, waiting: Waiting, view: View, now: float) -> None:
-        if view.best < 0:
-            self._unplace(waiting)
-            return
-        slot = view.best
-        waiting.cost, waiting.ahead = float(view.uncached[slot]), float(view.ahead[slot])
-        waiting.placed, waiting.version = now, self._fleet.version
-        self._lanes.add(waiting, slot)
-        if self._fleet.takes(slot, waiting.item.service_class, waiting.over, now):
-            self._dirty[slot] = None
-            self._compare(waiting, view, now)
-
-    def _unplace(self, waiting: Waiting) -> None:
-        item = waiting.item
-        self._unplaced.setdefault((item.service_class, item.model), {})[item.key] = waiting
-
-    def _lift(self, waiting: Waiting) -> None:
-        """Take it from where it waits."""
-        if waiting.slot >= 0:
-            self._lanes.remove(waiting)
-            return
-        group = waiting.item.service_class, waiting.item.model
-        del self._unplaced[group][waiting.item.key]
-        if not self._unplaced[group]:
-            del self._unplaced[group]
-
-    def _placeable(self) -> Iterator[tuple[ServiceClass, str]]:
-        """Groups without a place, for which there is one now."""
-        return (group for group in self._unplaced if self._fleet.eligible(*group).any())
-
-    def _place_some(self, now: float) -> None:
-        if not self._unplaced:
-            return
-        left = PLACED
-        for group in list(self._placeable()):
-            for waiting in list(islice(self._unplaced[group].values(), left)):
-                self._lift(waiting)
-                self._place(waiting, self._scorer.view(waiting, now), now)
-                left -= 1
+        return explanation(waiting, "queued", worker, now - waiting.item.arrived, waiting.least, why)
 
     # Serving
 
@@ -265,26 +201,27 @@ class Dispatcher:
         skipped: set[int] = set()
         moves = 0
         while self._fleet.open(slot, now):
-            waiting = self._lanes.next(slot, skipped) or self._steal(slot, skipped, now)
+            waiting = self._lanes.next(slot, skipped) or self._places.steal(slot, skipped, now)
             if waiting is None:
                 return True
             item = waiting.item
-            if not self._fleet.takes(slot, item.service_class, waiting.over, now):
+            over = self._shares[waiting.rank].over(item.tenant, now)
+            if not self._fleet.takes(slot, item.service_class, over, now):
                 skipped.add(waiting.rank)
                 continue
             if waiting.version != self._fleet.version:
                 view = self._scorer.view(waiting, now)
                 if view.best not in (slot, -1):
-                    self._lift(waiting)
-                    self._place(waiting, view, now)
+                    self._places.lift(waiting)
+                    self._put(waiting, view, now)
                     moves += 1
                     if moves == MOVES:
                         return False
                     continue
-                self._compare(waiting, view, now)
+                self._places.compare(waiting, view, now)
             predicted = self._predictor.after(slot, float(self._fleet.pending[slot]) + waiting.cost)
             if now + predicted > item.deadline:
-                self._lift(waiting)
+                self._places.lift(waiting)
                 self._shed(waiting, now, predicted, TOO_LATE)
             elif self._running.fits(slot, item, now):
                 self._send(waiting, now, predicted, out)
@@ -292,39 +229,6 @@ class Dispatcher:
                 self._fleet.full[waiting.rank, slot] = True
                 skipped.add(waiting.rank)
         return True
-
-    def _steal(self, slot: int, skipped: set[int], now: float) -> Waiting | None:
-        """From the lane that will take longest, the first that would begin sooner here; it moves here."""
-        fleet, tokens = self._fleet, self._lanes.tokens[-1]
-        if not len(self._lanes) or self._lanes.counts[-1, slot]:
-            return None  # those in its own lane can't go now; others would be no better off
-        longest = np.where(self._lanes.counts[-1] > 0, (fleet.pending + tokens) * (fleet.load + 1.0), -1.0)
-        lane = int(np.argmax(longest))
-        if longest[lane] < 0:
-            return None
-        here, there = float(fleet.load[slot]) + 1.0, float(fleet.load[lane]) + 1.0
-        before = (
-            float(fleet.pending[lane]) if fleet.seen[lane] >= now - self._config.stale_after else math.inf
-        )
-        pending = float(fleet.pending[slot])
-        if (pending + 1.0) * here >= (before + float(tokens[lane])) * there:
-            return None
-        for waiting, ahead in self._lanes.walk(lane, WALKED):
-            item = waiting.item
-            if (
-                waiting.rank not in skipped
-                and (pending + item.context) * here < (before + ahead + waiting.cost) * there
-                and fleet.takes(slot, item.service_class, waiting.over, now)
-                and fleet.eligible(item.service_class, item.model)[slot]
-            ):
-                view = self._scorer.view(waiting, now)
-                self._compare(waiting, view, now)
-                self._lift(waiting)
-                waiting.cost, waiting.ahead, waiting.placed = float(view.uncached[slot]), 0.0, now
-                waiting.version = fleet.version
-                self._lanes.add(waiting, slot)
-                return waiting
-        return None
 
     def _send(self, waiting: Waiting, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot
@@ -342,103 +246,47 @@ class Dispatcher:
         queue = now - item.arrived
         why = "the best of those that could take it" if waiting.ahead == 0.0 else "its turn in the lane"
         out.append(Send(item.key, worker, queue, predicted, hit, why))
-        self._note(waiting, "sent", worker, queue, predicted, why)
+        self._explained.keep(waiting, "sent", worker, queue, predicted, why)
 
-    # Refusing, and making room
+    # Refusing
 
     def _is_shed(self, waiting: Waiting, view: View, now: float) -> bool:
         """Refuse it at once if no worker can make it, or where its class gives way as the fleet fills up."""
-        item = waiting.item
-        if view.best < 0:
-            return False
-        if item.deadline < math.inf:
-            waiting.least = float(self._scorer.after_send(view)[view.eligible].min())
-            wait = float(self._scorer.ttft(view)[view.eligible].min())
-            if now + wait > item.deadline:
-                self._shed(waiting, now, wait, TOO_LATE)
-                return True
-        # The golden ratio spreads consecutive keys evenly over (0, 1), alike on every run.
-        if (
-            item.service_class in self._config.sheddable
-            and (item.key * 0.6180339887498949) % 1.0 < self.saturation() ** 5
-        ):
-            wait = float(self._scorer.ttft(view)[view.best])
-            self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
+        wait = self._deadlines.refuses(waiting, view, now)
+        if wait is not None:
+            self._shed(waiting, now, wait, TOO_LATE)
             return True
-        return False
+        item = waiting.item
+        if view.best < 0 or item.service_class not in self._config.sheddable:
+            return False
+        # The golden ratio spreads consecutive keys evenly over (0, 1), alike on every run.
+        if (item.key * 0.6180339887498949) % 1.0 >= self.saturation() ** 5:
+            return False
+        wait = float(self._scorer.ttft(view)[view.best])
+        self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
+        return True
 
     def _shed(self, waiting: Waiting, now: float, wait: float, why: str) -> None:
         key = waiting.item.key
         del self._queue[key]
-        self._shares[waiting.rank].leave(waiting.item.tenant)
+        self._shares[waiting.rank].leave(waiting.item.tenant, waiting.item.context)
         self._refused.append(Shed(key, wait, why))
-        self._note(waiting, "shed", "", now - waiting.item.arrived, wait, why)
+        self._explained.keep(waiting, "shed", "", now - waiting.item.arrived, wait, why)
 
     def _ring(self, now: float) -> None:
-        """Look again at those whose deadlines are near: to hurry them, or to refuse them."""
-        while self._alarms and self._alarms[0][0] <= now:
-            _, key = heapq.heappop(self._alarms)
-            waiting = self._queue.get(key)
-            if waiting is None:
-                continue
-            view = self._scorer.view(waiting, now)
-            item = waiting.item
-            if view.best >= 0:
-                waiting.least = float(self._scorer.after_send(view)[view.eligible].min())
-            if now + waiting.least >= item.deadline:
-                self._lift(waiting)
-                self._shed(waiting, now, waiting.least, TOO_LATE)
-                continue
-            if (
-                not waiting.over
-                and waiting.slot >= 0
-                and now >= self._hurry_at(waiting)
-                and not waiting.urgent
-            ):
+        for waiting, wait in self._deadlines.ring(self._queue, now):
+            if wait is not None:
+                self._places.lift(waiting)
+                self._shed(waiting, now, wait, TOO_LATE)
+            else:
                 self._lanes.hurry(waiting)
-                if self._fleet.takes(waiting.slot, item.service_class, False, now):
-                    self._dirty[waiting.slot] = None
-            heapq.heappush(self._alarms, (self._alarm(waiting, now), key))
-
-    def _hurry_at(self, waiting: Waiting) -> float:
-        """When it has slack for two steps left."""
-        return waiting.item.deadline - waiting.least * (1.0 + 2.0 / STEPS)
-
-    def _alarm(self, waiting: Waiting, now: float) -> float:
-        """When to look at it again, if it still waits; later than `now`."""
-        hurry = self._hurry_at(waiting)
-        return max(now + SOON, hurry if hurry > now else waiting.item.deadline - waiting.least)
-
-    def _make_rooms(self, now: float, out: list[Decision]) -> None:
-        """Take batch requests back, one at a time from a worker, for those in its lane who waited long."""
-        if now < self._rooms_due:
-            return
-        self._rooms_due = now + self._patience
-        for slot in self._running.with_batch:
-            if slot not in self._taking and self._fleet.seen[slot] >= now - self._config.stale_after:
-                for service_class, budget in self._config.budget.items():
-                    waiting = self._lanes.first(slot, RANKS[service_class])
-                    if waiting is not None and now >= waiting.item.arrived + budget / 2 and not waiting.over:
-                        self._make_room(waiting, now, out)
-                        break
-
-    def _make_room(self, waiting: Waiting, now: float, out: list[Decision]) -> None:
-        slot = waiting.slot
-        no_slot = bool(self._fleet.load[slot] >= self._fleet.slots[slot])
-        if not no_slot and not self._fleet.full[waiting.rank, slot]:
-            return
-        victim = self._running.victim(slot, waiting.item, no_slot)
-        if victim is not None:
-            self._taking[slot] = victim.item.key
-            why = f"request {waiting.item.key}, {waiting.item.service_class}, needs its room"
-            out.append(Preempt(victim.item.key, self._fleet[slot].worker, why))
+                self._dirty[waiting.slot] = None
 
     # Keeping the books
 
-    def _compare(self, waiting: Waiting, view: View, now: float) -> None:
-        """Note how the workers stood for one that is about to be sent."""
-        if self._config.explained:
-            waiting.candidates = self._scorer.candidates(waiting, view, BEST, now)
+    def _put(self, waiting: Waiting, view: View, now: float) -> None:
+        if self._places.put(waiting, view, now):
+            self._dirty[waiting.slot] = None
 
     def _touch(self, slot: int) -> None:
         """The worker may have room that it had not: somebody may wait for it, here or in another's lane."""
@@ -457,8 +305,8 @@ class Dispatcher:
     def _forget(self, key: int) -> Sent | None:
         """A worker has it no more."""
         sent = self._running.pop(key)
-        if sent is not None and self._taking.get(sent.slot) == key:
-            del self._taking[sent.slot]
+        if sent is not None:
+            self._rooms.back(sent.slot, key)
         return sent
 
     def _confirm(self, sent: Sent, cached_blocks: float, tail: int, now: float) -> None:
@@ -468,27 +316,3 @@ class Dispatcher:
         tail += max(0, item.context // BLOCK_TOKENS - len(item.hashes)) if not sent.confirmed else 0
         sent.confirmed = True
         self._index.confirm(self._fleet[sent.slot].worker, item.hashes, blocks, now, sent.at, tail)
-
-    def _note(
-        self, waiting: Waiting, outcome: str, worker: str, queue_s: float, predicted: float, why: str
-    ) -> None:
-        if self._config.explained:
-            self._explained.keep(_explanation(waiting, outcome, worker, queue_s, predicted, why))
-
-
-def _explanation(
-    waiting: Waiting, outcome: str, worker: str, queue_s: float, predicted: float, why: str
-) -> Explanation:
-    item = waiting.item
-    return Explanation(
-        key=item.key,
-        tenant=item.tenant,
-        model=item.model,
-        service_class=item.service_class,
-        outcome=outcome,
-        worker=worker,
-        queue_s=queue_s,
-        predicted_ttft_s=predicted,
-        why=why,
-        candidates=waiting.candidates,
-    )

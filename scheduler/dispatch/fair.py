@@ -28,6 +28,7 @@ class _Tenant:
     used: float
     seen: float
     queued: int = 0
+    waiting: float = 0.0  # tokens of those
 
 
 class Shares:
@@ -40,25 +41,35 @@ class Shares:
         self._order: list[tuple[float, str]] = []  # heap; counters may have grown since
         self._weights = 0.0
         self._total = -math.inf
+        self._waiting = 0.0
 
-    def enter(self, name: str, weight: float, now: float) -> None:
-        """A request of the tenant joins the queue. One that returns begins at the least of those there."""
+    def enter(self, name: str, weight: float, tokens: float, now: float) -> None:
+        """A request of the tenant joins the queue. One that returns begins at the least of those there.
+
+        Another `weight` than before holds for what is served from now on.
+        """
         self._forget(now)
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._tenants[name] = _Tenant(weight, self._least(), now)
             heapq.heappush(self._order, (tenant.used, name))
             self._weights += weight
+            self._total = _add(self._total, tenant.used + math.log(weight))
         elif tenant.weight != weight:
             self._weights += weight - tenant.weight
             tenant.weight = weight
         self._tenants.move_to_end(name)
         tenant.seen = now
         tenant.queued += 1
+        tenant.waiting += tokens
+        self._waiting += tokens
 
-    def leave(self, name: str) -> None:
+    def leave(self, name: str, tokens: float) -> None:
         """A request of the tenant is no longer queued."""
-        self._tenants[name].queued -= 1
+        tenant = self._tenants[name]
+        tenant.queued -= 1
+        tenant.waiting -= tokens
+        self._waiting -= tokens
 
     def charge(self, name: str, tokens: float, now: float) -> None:
         """The tenant was served; nothing is noted of one that has been forgotten meanwhile."""
@@ -73,11 +84,11 @@ class Shares:
         return self._tenants[name].used
 
     def over(self, name: str, now: float) -> bool:
-        """Whether it was served more than its share, beyond what chance and a burst explain."""
+        """Whether it was served and asks for more than its share, beyond what chance and a burst explain."""
         tenant = self._tenants[name]
         fade = now / self._memory
-        used = math.exp(tenant.used - fade)
-        share = math.exp(self._total - fade) / self._weights
+        used = math.exp(tenant.used - fade) + tenant.waiting / tenant.weight
+        share = (math.exp(self._total - fade) + self._waiting) / self._weights
         return used > OVER * share and (used - share) * tenant.weight > self._burst
 
     def _least(self) -> float:

@@ -22,11 +22,11 @@ from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.fleet import Fleet, Mask
 from scheduler.dispatch.lanes import Lanes, Waiting
 from scheduler.dispatch.ttft import Predictor
-from scheduler.dispatch.types import Candidate
+from scheduler.dispatch.types import Candidate, Item
 
 Vector = NDArray[np.float64]
 
-_NOTHING = np.zeros(1)
+_NONE = np.zeros(1)
 
 MOST_DELAYED = 1000.0
 """Also stands for no limit where no worker is eligible."""
@@ -40,7 +40,7 @@ class View:
         best: the slot with the lowest score among those whose figures are fresh, or else among all; -1 = none
             is eligible.
         ahead: tokens that go before it there.
-        for_slot: seconds until a slot falls free for it.
+        delay: seconds until a slot falls free for it, and to load its adapter.
     """
 
     best: int
@@ -48,7 +48,7 @@ class View:
     uncached: Vector
     backlog: Vector
     ahead: Vector
-    for_slot: Vector
+    delay: Vector
     eligible: Mask
 
 
@@ -74,17 +74,15 @@ class Scorer:
             backlog = np.maximum(ahead - common, 0.0)
             # Its miss would delay as many as wait in every lane.
             delayed = min(float(np.minimum.reduce(count, where=eligible, initial=np.inf)), MOST_DELAYED)
-        short = count + (fleet.load + (1.0 - fleet.slots))
-        for_slot = _NOTHING
-        if len(short) and short.max() > 0.0:
-            for_slot = predictor.for_slots(np.maximum(short, 0.0))
-            backlog = backlog + for_slot * predictor.rate(fleet.step_tokens)
+        delay = self._delay(item, count)
+        if delay is not _NONE:
+            backlog = backlog + delay * predictor.rate(fleet.step_tokens)
         score = (fleet.pending + backlog + uncached * (1.0 + delayed)) * (fleet.load + 1.0)
         score[~eligible] = np.inf
         best = _least(np.where(fleet.fresh(now), score, np.inf))
         if best < 0:
             best = _least(score)
-        return View(best, score, uncached, backlog, ahead, for_slot, eligible)
+        return View(best, score, uncached, backlog, ahead, delay, eligible)
 
     def ttft(self, view: View) -> Vector:
         """Seconds from now to the first token."""
@@ -92,7 +90,7 @@ class Scorer:
 
     def wait(self, view: View) -> Vector:
         """Seconds until it would be sent."""
-        seconds: Vector = np.maximum(self.predictor.behind(view.ahead), view.for_slot)
+        seconds: Vector = np.maximum(self.predictor.behind(view.ahead), view.delay)
         return seconds
 
     def after_send(self, view: View) -> Vector:
@@ -128,14 +126,18 @@ class Scorer:
         )
 
     def _uncached(self, waiting: Waiting) -> Vector:
-        item, fleet = waiting.item, self.fleet
-        context = float(item.context)
+        item = waiting.item
         # An engine computes the last token even where it has it.
-        uncached: Vector = np.maximum(context - float(BLOCK_TOKENS) * self.index.hits(item.hashes), 1.0)
-        loaded = fleet.loaded(item.model)
-        if loaded is not None:
-            uncached += ~loaded * (self.config.load * self.predictor.rate(fleet.step_tokens))
+        uncached: Vector = np.maximum(item.context - float(BLOCK_TOKENS) * self.index.hits(item.hashes), 1.0)
         return uncached
+
+    def _delay(self, item: Item, count: Vector) -> Vector:
+        fleet = self.fleet
+        short = count + (fleet.load + (1.0 - fleet.slots))
+        full = len(short) > 0 and short.max() > 0.0
+        delay = self.predictor.for_slots(np.maximum(short, 0.0)) if full else _NONE
+        loaded = fleet.loaded(item.model)
+        return delay if loaded is None else delay + ~loaded * self.config.load
 
     def _ahead(self, waiting: Waiting) -> tuple[Vector, Vector]:
         """Tokens and requests that go before it, by lane; where it waits itself it is first."""
