@@ -24,19 +24,19 @@ def test_interactive_requests_meet_their_budget_and_batch_ones_keep_their_progre
         "output": {"mean": 800, "sigma": 0.8, "most": 4000},
     }
     file = fleet(chat, work, count=4, duration=30.0, engine={"max_num_seqs": 8, "kv_blocks": 2048})
-    found = figures(file)
+    record = command.play(file, "lanes")
+    found = report.figures(file, record)
     chatting, working = found["classes"]["interactive"], found["classes"]["batch"]
     assert chatting["goodput"] > 0.95 * chatting["rate"]
     assert working["preempted"] > 0
-    wanted = sum(call.output for call in command.calls(file) if call.source == 1)
-    assert working["tokens_per_s"] * 30 == wanted
+    assert list(record.made) == [call.output for call in command.calls(file)]
     assert figures(file, "fifo")["classes"]["interactive"]["goodput"] < 0.7 * chatting["rate"]
 
 
 def test_no_engine_runs_out_of_kv_room() -> None:
     """Long prompts, long outputs, bursts, and caches that hold a few of them."""
-    hostile = {"prompt": {"mean": 700, "sigma": 1.0, "most": 3000}, "output": {"mean": 250, "sigma": 1.0}}
-    hostile |= {"rate": 25.0, "arrivals": "bursts", "peak": 4.0}
+    hostile: dict[str, Any] = {"rate": 25.0, "arrivals": "bursts", "peak": 4.0}
+    hostile |= {"prompt": {"mean": 700, "sigma": 1.0, "most": 3000}, "output": {"mean": 250, "sigma": 1.0}}
     engine = {"kv_blocks": 1024, "context_tokens": 6000}
     file = fleet(hostile, {"name": "chat", "class": "interactive"}, count=4, engine=engine)
     found = figures(file)
