@@ -189,7 +189,7 @@ class Dispatcher:
         waiting = self._queue.get(key)
         if waiting is None:
             return self._explained.get(key)
-        self._places.compare(waiting, self._scorer.view(waiting, now), now)
+        self._places.compare(waiting, self._scorer.view(waiting, now))
         worker = self._fleet[waiting.slot].worker if waiting.slot >= 0 else ""
         why = f"it waits for {worker}" if worker else "no worker is there that could run it"
         return explanation(waiting, "queued", worker, now - waiting.item.arrived, waiting.least, why)
@@ -218,7 +218,7 @@ class Dispatcher:
                     if moves == MOVES:
                         return False
                     continue
-                self._places.compare(waiting, view, now)
+                self._places.compare(waiting, view)
             predicted = self._predictor.after(slot, float(self._fleet.pending[slot]) + waiting.cost)
             if now + predicted > item.deadline:
                 self._places.lift(waiting)

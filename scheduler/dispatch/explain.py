@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from scheduler.dispatch.lanes import Waiting
-from scheduler.dispatch.types import Explanation
+from scheduler.dispatch.types import Candidate, Explanation
 
 
 class Explanations:
@@ -45,5 +45,9 @@ def explanation(
         queue_s=queue_s,
         predicted_ttft_s=predicted,
         why=why,
-        candidates=waiting.candidates,
+        candidates=tuple(sorted((Candidate(*each) for each in waiting.figures), key=_best_first)),
     )
+
+
+def _best_first(candidate: Candidate) -> tuple[float, str]:
+    return candidate.score, candidate.worker

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from broker.messages import ServiceClass
 from scheduler.dispatch.fair import Rounds, Shares
-from scheduler.dispatch.types import Candidate, Item
+from scheduler.dispatch.types import Figures, Item
 
 Vector = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ class Waiting:
         version: of the fleet, for which the place is the best.
         urgent: its deadline is so near that it goes before those whose turn it is.
         least: time from sending to its first token on the worker where that is shortest.
-        candidates: how the best few workers stood for it when it was placed.
+        figures: how the best few workers stood for it lately.
     """
 
     item: Item
@@ -48,7 +48,7 @@ class Waiting:
     version: int = -1
     urgent: bool = False
     least: float = 0.0
-    candidates: tuple[Candidate, ...] = ()
+    figures: Figures = ()
 
     @property
     def row(self) -> int:

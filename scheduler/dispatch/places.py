@@ -42,7 +42,7 @@ class Places:
         self._enter(waiting, view.best, view, float(view.ahead[view.best]), now)
         if not self._fleet.takes(view.best, waiting.item.service_class, waiting.over, now):
             return False
-        self.compare(waiting, view, now)
+        self.compare(waiting, view)
         return True
 
     def strand(self, stranded: Iterable[Waiting]) -> None:
@@ -74,10 +74,10 @@ class Places:
                     yield waiting.slot
                 left -= 1
 
-    def compare(self, waiting: Waiting, view: View, now: float) -> None:
+    def compare(self, waiting: Waiting, view: View) -> None:
         """Note how the workers stand for it."""
         if self._config.explained:
-            waiting.candidates = self._scorer.candidates(waiting, view, COMPARED, now)
+            waiting.figures = self._scorer.figures(view, COMPARED)
 
     def steal(self, slot: int, skipped: set[int], now: float) -> Waiting | None:
         """From the lane that will take longest, the first that would begin sooner here; it moves here."""
@@ -104,7 +104,7 @@ class Places:
                 and fleet.eligible(item.service_class, item.model)[slot]
             ):
                 view = self._scorer.view(waiting, now)
-                self.compare(waiting, view, now)
+                self.compare(waiting, view)
                 self.lift(waiting)
                 self._enter(waiting, slot, view, 0.0, now)
                 return waiting

@@ -11,7 +11,6 @@ requests stick to their prefixes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.fleet import Fleet, Mask
 from scheduler.dispatch.lanes import Lanes, Waiting
 from scheduler.dispatch.ttft import Predictor
-from scheduler.dispatch.types import Candidate, Item
+from scheduler.dispatch.types import Figures, Item
 
 Vector = NDArray[np.float64]
 
@@ -97,32 +96,21 @@ class Scorer:
         """Seconds from then to the first token, if the worker held as much as now."""
         return self.predictor.after_send(self.fleet.pending + view.uncached)
 
-    def candidates(self, waiting: Waiting, view: View, most: int, now: float) -> tuple[Candidate, ...]:
-        """The best few."""
-        service_class, over = waiting.item.service_class, waiting.over
+    def figures(self, view: View, most: int) -> Figures:
+        """Of the best few; made into `Candidate`s when somebody asks."""
         score = view.score
         few = np.argpartition(score, most)[:most] if most < len(score) else np.arange(len(score))
         few = few[np.isfinite(score[few])]
-        figures = zip(
-            few.tolist(),
-            score[few].tolist(),
-            self.fleet.pending[few].tolist(),
-            view.backlog[few].tolist(),
-            view.uncached[few].tolist(),
-            self.fleet.load[few].tolist(),
-            strict=True,
-        )
         return tuple(
-            Candidate(
-                worker=self.fleet[slot].worker,
-                score=value,
-                pending=pending,
-                backlog=backlog,
-                uncached=uncached,
-                load=load,
-                credit=self.fleet.takes(slot, service_class, over, now),
+            zip(
+                [self.fleet[slot].worker for slot in few.tolist()],
+                score[few].tolist(),
+                self.fleet.pending[few].tolist(),
+                view.backlog[few].tolist(),
+                view.uncached[few].tolist(),
+                self.fleet.load[few].tolist(),
+                strict=True,
             )
-            for slot, value, pending, backlog, uncached, load in sorted(figures, key=itemgetter(1, 0))
         )
 
     def _uncached(self, waiting: Waiting) -> Vector:

@@ -122,7 +122,6 @@ class Candidate:
         backlog: prompt tokens that wait for it and go first, beyond those that wait for every worker.
         uncached: tokens of the request that it would compute.
         load: requests that it holds.
-        credit: it could take the request at once.
     """
 
     worker: str
@@ -131,7 +130,10 @@ class Candidate:
     backlog: float
     uncached: float
     load: float
-    credit: bool
+
+
+Figures = tuple[tuple[str, float, float, float, float, float], ...]
+"""The fields of some `Candidate`s."""
 
 
 @dataclass(frozen=True, slots=True)
