@@ -23,7 +23,7 @@ MODEL = "sim"
 """The base that all requests are for."""
 
 PATIENCE = 120.0
-"""Seconds in which nothing comes of anything, though requests wait: then nothing ever will."""
+"""Seconds for which requests wait while no engine has anything to do: nothing will ever come of them then."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -37,11 +37,13 @@ class Run(Sequence):
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """Attributes:
-    sends: requests that have come to it so far.
-    uncomputed: the sum of its requests'.
-    began: when what the engine does was begun. `kv_use`: share of its blocks that requests then held.
-    told: when it last told its state.
+    """A worker and its engine.
+
+    Attributes:
+        sends: requests that have come to it so far.
+        uncomputed: the sum of its requests'.
+        began: when what the engine does was begun. `kv_use`: share of its blocks that requests then held.
+        told: when it last told its state.
     """
 
     name: str
@@ -56,16 +58,16 @@ class Worker:
     def state(self, now: float) -> WorkerState:
         model, config = self.engine.model, self.config
         return WorkerState(
-            self.name,
-            now,
-            config.max_num_batched_tokens,
-            config.max_num_seqs,
-            len(model.running) + len(model.waiting),
-            self.uncomputed,
-            config.kv_blocks * config.block_size,
-            self.engine.kv_free(now),
-            config.block_size,
-            self.sends,
+            worker=self.name,
+            seen=now,
+            step_tokens=config.max_num_batched_tokens,
+            slots_total=config.max_num_seqs,
+            running=len(model.running) + len(model.waiting),
+            prefill_held=self.uncomputed,
+            kv_total=config.kv_blocks * config.block_size,
+            kv_free=self.engine.kv_free(now),
+            block_size=config.block_size,
+            sends=self.sends,
         )
 
     def expect(self, run: Run, tokens: int) -> None:
@@ -294,10 +296,8 @@ class _World:
         self._decide()
 
     def _beat(self, worker: Worker) -> None:
-        if self.now - self._moved > PATIENCE:
-            raise SimulationError(
-                f"{len(self._open)} requests wait, and nothing has come of any in {PATIENCE} s"
-            )
+        if self.now - self._moved > PATIENCE and all(each.engine.idle for each in self._workers.values()):
+            raise SimulationError(f"{len(self._open)} requests wait, and the policy sends them nowhere")
         if self.now >= worker.told + self._news.every:
             self._tell(worker, [], [])
         self._after(worker.told + self._news.every - self.now, self._beat, worker)

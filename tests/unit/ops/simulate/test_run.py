@@ -115,6 +115,12 @@ def test_a_policy_that_leaves_requests_lying_is_an_error() -> None:
         simulate(fleet(), _Never(), iter([one(), one()]))
 
 
+def test_a_long_answer_is_none() -> None:
+    file = fleet(engine={"kv_blocks": 2048, "context_tokens": 30_000})
+    record = simulate(file, RoundRobin(), iter([one(output=20_000)]))
+    assert record.end[0] == pytest.approx(20_000 * 0.0165, rel=0.01)
+
+
 class _TakesBack(RoundRobin):
     """Takes request 0 back half a second after it was sent, and refuses request 1."""
 
