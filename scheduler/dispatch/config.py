@@ -25,11 +25,15 @@ class DispatchConfig(BaseModel):
 
     stale_after: float = Field(0.2, gt=0, description="a worker whose figures are older is given nothing")
     theta: dict[ServiceClass, float] = Field(
-        {INTERACTIVE: 1.0, STANDARD: 1.0, BATCH: 1.0},
+        {INTERACTIVE: 1.0, STANDARD: 1.0, BATCH: 0.5},
         description="a worker is given more while its uncomputed prompt tokens are below so many steps",
     )
     theta_over: float = Field(
         0.25, gt=0, description="the same for tenants above their share, so that others find room at once"
+    )
+    slots: dict[ServiceClass, float] = Field(
+        {INTERACTIVE: 1.0, STANDARD: 0.95, BATCH: 0.9},
+        description="a worker is given more of a class while less than this share of its slots is taken",
     )
     slots_over: float = Field(
         0.9, gt=0, le=1, description="share of a worker's slots that those tenants may fill"

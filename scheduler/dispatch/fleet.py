@@ -165,8 +165,9 @@ class Fleet:
         )
 
     def _limits(self, service_class: ServiceClass, over: bool) -> tuple[float, float]:
-        theta = self._config.theta[service_class]
-        return (min(theta, self._config.theta_over), self._config.slots_over) if over else (theta, 1.0)
+        config = self._config
+        theta, share = config.theta[service_class], config.slots[service_class]
+        return (min(theta, config.theta_over), min(share, config.slots_over)) if over else (theta, share)
 
     def _pool(self, service_class: ServiceClass) -> Mask:
         mask = self._pools.get(service_class)

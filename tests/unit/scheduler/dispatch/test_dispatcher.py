@@ -182,6 +182,15 @@ def test_batch_is_taken_back_for_an_interactive_request_that_would_wait_too_long
     assert world.arrive(back) == []
 
 
+def test_batch_leaves_slots_to_the_others() -> None:
+    world = World(workers=1, slots=10)
+    world.arrive(*(item(key, service_class=BATCH) for key in range(20)))
+    for _ in range(20):
+        world.compute("w0")
+    assert len(world.running["w0"]) == 9
+    assert sent(world.arrive(item(100))) == [100]
+
+
 def test_no_class_takes_more_than_its_share_of_the_kv_room() -> None:
     world = World(workers=1, slots=64)
     kv = {"kv_total": 10_000, "kv_free": 10_000}
