@@ -21,6 +21,7 @@ NAMES = (
     "batching",
     "adapters",
     "planner",
+    "dispatch_policies",
     "routing",
 )
 

@@ -29,6 +29,7 @@ def write() -> Path:
             ("batching", "Continuous against static batching", _batching),
             ("adapters", "Adapters", _adapters),
             ("planner", "Planner", _planner),
+            ("dispatch_policies", "Dispatch policies", _policies),
             ("routing", "Intent routing", _routing),
         )
     ]
@@ -262,6 +263,53 @@ _PLANNER = """\
 One plan for {workers:,} workers of {slots} slots each and {adapters} adapters, with {replicas} replicas
 placed; {rounds} rounds.
 """
+
+
+_POLICIES = """\
+## Dispatch policies
+
+Simulated (`headrace sim examples/fleet.toml`, [simulator.md](simulator.md)), each policy on the same
+requests: {workers} workers with {step_tokens} tokens a step and {kv_tokens:,} tokens of KV cache, one of
+{groups} prefixes of {prefix} tokens and {prompt:.0f} more in each prompt, one token as an answer;
+{seconds:.0f} s counted. "Good" are first tokens within {goal_ms:.0f} ms, which is the requests' deadline
+too: lanes refuse what can't meet it, the others never refuse.
+"""
+
+_SIMULATED = """\
+{workers:,} workers with {rate:,.0f} requests a second, in proportion, under lanes: {requests:,} requests in
+{wall_s:.0f} s (CPU time {cpu_s:.0f} s, target ≤ 600), with {peak_mib:,} MiB of memory at most (target ≤
+4,096): p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, hits {hit_rate:.3f}.
+"""
+
+
+def _policies(record: Record) -> str:
+    rows = [
+        [
+            rate,
+            name,
+            f"{found['ttft_ms']['p50']:,.1f}",
+            f"{found['ttft_ms']['p99']:,.1f}",
+            f"{found['hit_rate']:.3f}",
+            f"{found['goodput']:,.0f}",
+            f"{found['shed'] / found['requests']:.1%}",
+            _policy_goals(found, at["push_fresh"]) if (rate, name) == ("950", "lanes") else "",
+        ]
+        for rate, at in (record["rates"] | record["beyond"]).items()
+        for name, found in at.items()
+    ]
+    head = ["requests/s", "policy", "TTFT p50, ms", "p99, ms", "prefix hits", "good/s", "refused", "target"]
+    text = _section(_POLICIES.format(**record), head, rows, record)
+    return "\n".join([text, _SIMULATED.format(**record["speed"])])
+
+
+def _policy_goals(lanes: Record, fresh: Record) -> str:
+    goals = {
+        "p50 ≤ 25": lanes["ttft_ms"]["p50"] <= 25,
+        "p99 ≤ 85": lanes["ttft_ms"]["p99"] <= 85,
+        "hits ≥ .93": lanes["hit_rate"] >= 0.93,
+        "within 10 % of fresh": all(lanes["ttft_ms"][p] <= 1.1 * fresh["ttft_ms"][p] for p in ("p50", "p99")),
+    }
+    return ", ".join(f"{goal}: {'met' if met else 'missed'}" for goal, met in goals.items())
 
 
 def _journal(record: Record) -> str:

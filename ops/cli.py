@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ops.flags import add_adapters, add_models, add_placement, add_routes, name, whole
+from ops.flags import add_adapters, add_models, add_placement, add_routes, add_sim, name, whole
 
 if TYPE_CHECKING:
     from ops.settings import Settings
@@ -145,6 +145,12 @@ def _adapters(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -
     return adapters.run(args, settings.broker)
 
 
+def _sim(args: argparse.Namespace, _: Settings, __: dict[str, str]) -> int:
+    from ops.simulate import command
+
+    return command.run(args)
+
+
 _COMMANDS = {
     "up": _up,
     "ingress": _service,
@@ -159,6 +165,7 @@ _COMMANDS = {
     "routes": _routes,
     "models": _models,
     "adapters": _adapters,
+    "sim": _sim,
 }
 
 
@@ -231,6 +238,9 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true")
     routes = commands.add_parser("routes", help="what `model: auto` and routers go by: learn, try")
     add_routes(routes, [common, nats])
+    add_sim(
+        commands.add_parser("sim", parents=[common], help="simulate a fleet under its dispatcher, or others")
+    )
     return top
 
 
