@@ -15,10 +15,10 @@ from broker.base import Broker, Message
 from broker.config import BrokerConfig
 from broker.messages import Credit, Dispatch, FrameKind, News, Sent
 from broker.server import NatsServer
-from ops import explain
 from scheduler.config import SchedulerConfig
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.service import Scheduler
+from tests.integration import command
 from tests.waiting import until
 from tests.workbench import FAST, LIMIT, STUCK, Caller, Serving, calling, metric, serving
 from workers.engines import sim
@@ -274,17 +274,21 @@ async def test_a_request_is_explained(server: NatsServer, broker: Broker, caller
     async with serving(broker, engine) as at, desk(server.url):
         await led(at)
         await (await caller.submit(3, request_id="chat/1")).finishes()
-        for tenant in (None, "acme"):
-            told = await explain.ask(broker, "chat/1", tenant)
-            assert (told["worker"], told["tenant"], told["model"]) == ("w1", "acme", "sim")
-            assert told["candidates"][0]["worker"] == "w1"
-            shown = explain.shown("chat/1", told)
-            assert "chat/1 of acme, standard, for sim" in shown
-            assert "because " in shown
-        with pytest.raises(Exception, match="knows no request 'other'"):
-            await explain.ask(broker, "other", None)
-    with pytest.raises(Exception, match="no scheduler answered"):
-        await explain.ask(broker, "chat/1", None)
+        for tenant in ((), ("--tenant", "acme")):
+            status, out, _ = await command.run("explain", server.url, "chat/1", *tenant)
+            assert status == 0
+            assert "chat/1 of acme, standard, for sim\nsent to w1 after " in out
+            assert "\nbecause " in out
+            assert out.splitlines()[-1].split()[0] == "w1"
+        status, out, _ = await command.run("explain", server.url, "chat/1", "--json")
+        told = orjson.loads(out)
+        assert (told["worker"], told["tenant"], told["candidates"][0]["worker"]) == ("w1", "acme", "w1")
+        status, _, err = await command.run("explain", server.url, "other")
+        assert status == 1
+        assert "knows no request 'other'" in err
+    status, _, err = await command.run("explain", server.url, "chat/1")
+    assert status == 1
+    assert "no scheduler answered" in err
     await engine.close()
 
 
