@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from broker.messages import ServiceClass
 
 INTERACTIVE, STANDARD, BATCH = ServiceClass
+
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Pool(BaseModel):
@@ -29,23 +35,23 @@ class DispatchConfig(BaseModel):
     window: int = Field(
         4096, ge=1, description="requests of a base and class that the scheduler looks at; others wait behind"
     )
-    weights: dict[str, float] = Field({}, description="shares of tenants; of one that is not named, 1")
+    weights: dict[str, Positive] = Field({}, description="shares of tenants; of one that is not named, 1")
     stale_after: float = Field(0.2, gt=0, description="a worker whose figures are older is given nothing")
-    theta: dict[ServiceClass, float] = Field(
+    theta: dict[ServiceClass, Positive] = Field(
         {INTERACTIVE: 1.0, STANDARD: 1.0, BATCH: 0.5},
         description="a worker is given more while its uncomputed prompt tokens are below so many steps",
     )
     theta_over: float = Field(
         0.25, gt=0, description="the same for tenants above their share, so that others find room at once"
     )
-    slots: dict[ServiceClass, float] = Field(
+    slots: dict[ServiceClass, Share] = Field(
         {INTERACTIVE: 1.0, STANDARD: 0.95, BATCH: 0.9},
         description="a worker is given more of a class while less than this share of its slots is taken",
     )
     slots_over: float = Field(
         0.9, gt=0, le=1, description="share of a worker's slots that those tenants may fill"
     )
-    quanta: dict[ServiceClass, int] = Field(
+    quanta: dict[ServiceClass, Annotated[int, Field(ge=1)]] = Field(
         {INTERACTIVE: 8192, STANDARD: 2048, BATCH: 512},
         description="prompt tokens of each class in one round, where all classes wait",
     )
@@ -54,13 +60,15 @@ class DispatchConfig(BaseModel):
         8192, ge=0, description="tokens that a tenant may be above its share and count as within"
     )
     pools: dict[ServiceClass, Pool] = Field(
-        {}, description="workers of each class, where such are there; a class not named uses all"
+        {},
+        description="least_step_tokens and most_step_tokens of each class's workers, where such are there; a class "
+        "not named uses all",
     )
-    ceilings: dict[ServiceClass, float] = Field(
+    ceilings: dict[ServiceClass, Share] = Field(
         {INTERACTIVE: 0.9, STANDARD: 0.7, BATCH: 0.4},
-        description="share of a worker's KV room that each class may fill",
+        description="share of a worker's KV room that each class may fill, while more urgent ones come",
     )
-    budget: dict[ServiceClass, float] = Field(
+    budget: dict[ServiceClass, Positive] = Field(
         {INTERACTIVE: 1.0},
         description="time to the first token for which running batch requests are taken back",
     )
@@ -73,3 +81,12 @@ class DispatchConfig(BaseModel):
         0.8, gt=0, le=1, description="of the output lengths seen, taken for a request's own"
     )
     explained: int = Field(4096, ge=0, description="requests that `headrace explain` knows of, the last ones")
+
+    @field_validator("theta", "slots", "quanta", "ceilings")
+    @classmethod
+    def _of_every_class(
+        cls, given: dict[ServiceClass, float], info: ValidationInfo
+    ) -> dict[ServiceClass, float]:
+        """Classes that are not named keep their own."""
+        assert info.field_name is not None
+        return {**cls.model_fields[info.field_name].default, **given}

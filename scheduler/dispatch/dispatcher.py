@@ -63,6 +63,7 @@ class Dispatcher:
         self.cancel(item.key)
         self.returned(item.key, now)
         shares = self._shares[RANKS[item.service_class]]
+        self._fleet.came(item.service_class, now)
         shares.enter(item.tenant, item.weight, item.context, now)
         waiting = Waiting(item, RANKS[item.service_class])
         waiting.over = shares.over(item.tenant, now)
@@ -223,7 +224,7 @@ class Dispatcher:
             if now + predicted > item.deadline:
                 self._places.lift(waiting)
                 self._shed(waiting, now, predicted, TOO_LATE)
-            elif self._running.fits(slot, item, now):
+            elif self._running.fits(slot, item, self._fleet.rights(item.service_class, now), now):
                 self._send(waiting, now, predicted, out)
             else:
                 self._fleet.full[waiting.rank, slot] = True

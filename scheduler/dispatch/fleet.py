@@ -54,6 +54,7 @@ class Fleet:
         ] = {}  # not in its figures: number, tokens, loads
         self._holders: dict[str, Mask] = {}  # of an adapter
         self._pools: dict[ServiceClass, Mask] = {}  # workers of a class; made when asked for
+        self._came = [-math.inf for _ in ServiceClass]
 
     def __getitem__(self, slot: int) -> WorkerState:
         return self._said[slot]
@@ -107,6 +108,10 @@ class Fleet:
         self.full[:, slot] = False
         self.version += 1
 
+    def came(self, service_class: ServiceClass, now: float) -> None:
+        """A request of the class joined the queue."""
+        self._came[RANKS[service_class]] = now
+
     def distrust(self, slot: int) -> None:
         """What the worker in `slot` said was not so: it is given nothing until it says anew."""
         self.seen[slot] = -math.inf
@@ -155,7 +160,7 @@ class Fleet:
 
     def takes(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
         """Whether it takes one more request of the class now. `over`: of a tenant above its share."""
-        theta, share = self._limits(service_class, over)
+        theta, share = self._limits(self.rights(service_class, now), over)
         return bool(
             self.serving[slot]
             and self.seen[slot] >= now - self._config.stale_after
@@ -163,6 +168,13 @@ class Fleet:
             and self.load[slot] < share * self.slots[slot]
             and not self.full[RANKS[service_class], slot]
         )
+
+    def rights(self, service_class: ServiceClass, now: float) -> ServiceClass:
+        """The class as which it may fill workers: the most urgent, while none above its own has come lately.
+        Room that is kept for others and that nobody wants would lie idle."""
+        lately = now - self._config.memory
+        kept = any(at >= lately for at in self._came[: RANKS[service_class]])
+        return service_class if kept else ServiceClass.INTERACTIVE
 
     def _limits(self, service_class: ServiceClass, over: bool) -> tuple[float, float]:
         config = self._config

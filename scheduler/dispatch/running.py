@@ -88,17 +88,17 @@ class Running:
 
     # Requests
 
-    def fits(self, slot: int, item: Item, now: float) -> bool:
-        """Whether it and all others there will find room to their ends."""
+    def fits(self, slot: int, item: Item, rights: ServiceClass, now: float) -> bool:
+        """Whether it, as one of class `rights`, and all others there will find room to their ends."""
         account = self._accounts[slot]
         if account.total == 0:
             return True
         rest = self._remaining(item, 0)
-        share = min(self._config.ceilings[item.service_class], KV_CEILING)
+        share = min(self._config.ceilings[rights], KV_CEILING)
         if account.foreign + self._most[slot] + item.context + rest <= share * account.total:
             return True  # even if all were to end at the same time
         self._refresh(slot, now)
-        return account.fits(item.service_class.value, item.context, rest, item.hashes)
+        return account.fits(rights.value, item.context, rest, item.hashes)
 
     def add(self, sent: Sent) -> None:
         key = sent.item.key

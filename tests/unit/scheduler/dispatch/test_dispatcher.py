@@ -182,18 +182,31 @@ def test_batch_is_taken_back_for_an_interactive_request_that_would_wait_too_long
     assert world.arrive(back) == []
 
 
-def test_batch_leaves_slots_to_the_others() -> None:
+def someone_urgent(world: World, key: int = 900) -> None:
+    """Came and went."""
+    world.arrive(item(key, service_class=INTERACTIVE))
+    world.compute("w0")
+    world.finish("w0", key)
+
+
+def test_batch_leaves_slots_to_the_others_where_there_are_such() -> None:
     world = World(workers=1, slots=10)
+    someone_urgent(world)
     world.arrive(*(item(key, service_class=BATCH) for key in range(20)))
     for _ in range(20):
         world.compute("w0")
     assert len(world.running["w0"]) == 9
     assert sent(world.arrive(item(100))) == [100]
+    world.finish("w0", 100)
+    world.now += world.config.memory + 1  # nobody else comes
+    world.compute("w0")
+    assert len(world.running["w0"]) == 10
 
 
-def test_no_class_takes_more_than_its_share_of_the_kv_room() -> None:
+def test_no_class_takes_more_than_its_share_of_the_kv_room_where_others_come() -> None:
     world = World(workers=1, slots=64)
     kv = {"kv_total": 10_000, "kv_free": 10_000}
+    someone_urgent(world)
     world.tell("w0", **kv)
     batch = [item(key, service_class=BATCH, prompt=1000, max_tokens=100) for key in range(20)]
     world.arrive(*batch)
@@ -204,6 +217,17 @@ def test_no_class_takes_more_than_its_share_of_the_kv_room() -> None:
     assert 1 <= held <= 0.4 * 10_000 / 1000
     world.arrive(item(100, prompt=1000, max_tokens=100))
     assert 100 in world.running["w0"]
+
+
+def test_one_class_alone_fills_the_kv_room() -> None:
+    world = World(workers=1, slots=64)
+    kv = {"kv_total": 10_000, "kv_free": 10_000}
+    world.tell("w0", **kv)
+    world.arrive(*(item(key, service_class=BATCH, prompt=1000, max_tokens=100) for key in range(20)))
+    for _ in range(20):
+        world.uncomputed["w0"].clear()
+        world.tell("w0", **kv)
+    assert 0.8 <= len(world.running["w0"]) * 1000 / 10_000 <= 0.95
 
 
 # Deadlines
