@@ -61,8 +61,8 @@ class DispatchConfig(BaseModel):
     )
     pools: dict[ServiceClass, Pool] = Field(
         {},
-        description="least_step_tokens and most_step_tokens of each class's workers, where such are there; a class "
-        "not named uses all",
+        description="least_step_tokens and most_step_tokens of each class's workers, where such are there; a "
+        "class not named uses all",
     )
     ceilings: dict[ServiceClass, Share] = Field(
         {INTERACTIVE: 0.9, STANDARD: 0.7, BATCH: 0.4},
