@@ -17,7 +17,9 @@ Record = dict[str, Any]
 
 def write() -> Path:
     """Write the document and the plot; of what was not measured here, the document's section stays."""
-    before = sections(path.read_text()) if (path := DOCS / "benchmarks.md").exists() else {}
+    before = sections(_GPU_UNMEASURED)
+    if (path := DOCS / "benchmarks.md").exists():
+        before |= sections(path.read_text())
     parts = [
         render(record) if (record := results.load(name)) is not None else before.get(title, "")
         for name, title, render in (
@@ -28,6 +30,7 @@ def write() -> Path:
             ("vllm_throughput", "Throughput of real vLLM", _vllm),
             ("batching", "Continuous against static batching", _batching),
             ("adapters", "Adapters", _adapters),
+            ("gpu_adapters", "Adapters and sleep on a GPU", _gpu_adapters),
             ("planner", "Planner", _planner),
             ("dispatch_policies", "Dispatch policies", _policies),
             ("routing", "Intent routing", _routing),
@@ -242,10 +245,10 @@ _ADAPTERS = """\
 ## Adapters
 
 Real vLLM on CPU with {count} adapters in memory and two slots, one request at a time: from the worker's
-taking a request to vLLM's first step with it. `swap`: its adapter is in memory and another has the slot.
-`cold`: it is in the object store only. `wanted`: likewise, but announced beforehand, as an ingress does
-while the request is queued. The engine with its worker takes {base:,.0f} MiB, with {count} adapters
-{with_adapters:,.0f}; an engine for each would take {an_engine_each:,.0f}.
+taking a request to vLLM's first step with it. `slotted`: its adapter has a slot. `swap`: its adapter is in
+memory and another has the slot. `cold`: it is in the object store only. `wanted`: likewise, but announced
+beforehand, as an ingress does while the request is queued. The engine with its worker takes {base:,.0f} MiB,
+with {count} adapters {with_adapters:,.0f}; an engine for each would take {an_engine_each:,.0f}.
 """
 
 _ZIPF = """\
@@ -256,6 +259,41 @@ wait; "none": the engine is handed everything and passes over what has no slot. 
 have a slot each.
 """
 
+
+_GPU_UNMEASURED = """\
+## Adapters and sleep on a GPU
+
+Not measured yet: no figure on this page comes from a GPU. On a machine with one
+
+    make GPU=1 bench ARGS=gpu_adapters
+
+measures on the demo model, `ARGS='gpu_adapters --model DIR'` on another, and puts the figures here: until
+the first step and the first token of requests whose adapter is in the machine's memory, and another has its
+slot, or in the object store only; what traffic of 20 adapters makes of 8 slots; and how long vLLM takes to
+sleep and to wake, and what memory of the GPU it gives free, against a new process.
+"""
+
+_GPU_ADAPTERS = """\
+## Adapters and sleep on a GPU
+
+{model} on {gpu}, with {adapters} adapters in the machine's memory and {slots} slots, one request at a time:
+from the worker's taking a request to vLLM's first step with it, and to its first token. What a step does to
+copy an adapter into its slot is in the latter only. The rows are those [above](#adapters); the requests of
+`swap` made {swaps:.0f} swaps.
+"""
+
+_GPU_ZIPF = """\
+Requests of these adapters, drawn by Zipf's law, {tokens} tokens each, by {in_flight} clients that ask one
+after the other, for {seconds:g} s:
+"""
+
+_GPU_SLEEP = """\
+vLLM's sleep (level 1) and back, {naps} times, by the worker's commands. The GPU's memory in use:
+{before_mib:,.0f} MiB before, {asleep_mib:,.0f} MiB asleep, so that {freed_mib:,.0f} MiB came free. Against it
+a worker's process, started {starts} times with the same settings; the very first start on a machine
+compiles, too, what the later ones find on its disk. The request whose first token is awaited is in the queue
+from the beginning.
+"""
 
 _PLANNER = """\
 ## Planner
@@ -465,6 +503,56 @@ def _adapters(record: Record) -> str:
     text = _ADAPTERS.format(count=vllm["adapters"], **vllm["memory_mib"])
     first = _table(["until the first step", "requests", "p50, ms", "p99, ms", "target"], waits)
     return "\n".join([text, first, _ZIPF.format_map(record), _table(head, runs), _origin(record) + "\n"])
+
+
+def _gpu_adapters(record: Record) -> str:
+    waits = [
+        [
+            name,
+            str(step["count"]),
+            *(f"{found[p]:.1f}" for found in (step, record["first_token_ms"][name]) for p in ("p50", "p99")),
+            _against(step["p99"], 100.0 if name in ("swap", "wanted") else None),
+        ]
+        for name, step in record["wait_ms"].items()
+    ]
+    head = ["", "requests", "step p50, ms", "p99, ms", "token p50, ms", "p99, ms", "target (step p99)"]
+    busy, slept = record["zipf"], record["sleep"]
+    traffic = [
+        f"{busy['requests']:,}",
+        f"{busy['swaps_per_minute']:.0f}",
+        f"{busy['skipped']:,}",
+        *(f"{busy[f'wait_{p}_ms']:.0f}" for p in ("p50", "p99", "max")),
+        _against(busy["skipped"], 0.0),
+    ]
+    ways = [
+        ["command to sleep, until it sleeps", slept["sleep_s"]],
+        ["command to wake, until it serves", slept["awake_s"]],
+        ["command to wake, until the first token", slept["token_s"]],
+        ["start of a process, until the first token", record["start_s"]],
+    ]
+    freed = slept["before_mib"] - slept["asleep_mib"]
+    return "\n".join(
+        [
+            _GPU_ADAPTERS.format_map(record),
+            _table(head, waits),
+            _GPU_ZIPF.format_map(record),
+            _table(
+                [
+                    "requests",
+                    "swaps a minute",
+                    "skipped",
+                    "wait p50, ms",
+                    "p99",
+                    "longest",
+                    "target (skipped)",
+                ],
+                [traffic],
+            ),
+            _GPU_SLEEP.format(**slept, starts=record["starts"], freed_mib=freed),
+            _table(["", "s"], [[name, _range(seconds)] for name, seconds in ways]),
+            _origin(record) + "\n",
+        ]
+    )
 
 
 def plot(latency: Record, throughput: Record | None) -> None:
