@@ -4,7 +4,7 @@ more than slots.
 - Real vLLM, one request at a time, so that nothing else is waited for. `slotted`: the adapter has a slot.
   `swap`: it is in memory, and another has its slot. `cold`: it lies in the object store only. `wanted`:
   likewise, but it was asked for beforehand, as an ingress does while the request is queued. Measured from the
-  worker's taking the request to vLLM's first step with it, as the usage event tells it, and to its first token.
+  worker's taking the request to vLLM's first step with it and to its first token, as the usage event tells.
 - The sim engine under Poisson arrivals, adapters drawn by Zipf's law: turns as workers give them, against an
   engine that is handed everything and passes over what has no slot.
 - Resident memory of one engine with all adapters loaded, against an engine for each.

@@ -34,7 +34,9 @@ from workers.engines import vllm
 from workers.engines.base import Engine
 
 LIMIT = 300.0
-"""Seconds for a large model to fall asleep or to wake."""
+"""Seconds for a large model to fall asleep or to wake, or for what a process had of the GPU to come free."""
+SLACK = 256
+"""MiB that may be in use beyond what was, when it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def run(model: Path | None, size: Size, *, cpu: bool) -> dict[str, Any]:
         _cuda_build()
     model = model.resolve() if model else demo_model.ensure(Path(".data"), progress=True).resolve()
     gpu = f"{len(found)} x {found[0].name}, driver {found[0].driver}" if found else "none"
-    return {"gpu": gpu, **asyncio.run(measure(model, size, sleep=not cpu))}
+    return {"gpu": gpu, **asyncio.run(measure(model, size, gpu=not cpu))}
 
 
 def gpus() -> list[Gpu]:
@@ -106,10 +108,15 @@ def _cuda_build() -> None:
         ) from None
 
 
-async def measure(model: Path, size: Size, *, sleep: bool) -> dict[str, Any]:
-    settings = {"model": str(model), "adapter_slots": size.slots, "sleep": sleep}
+async def measure(model: Path, size: Size, *, gpu: bool) -> dict[str, Any]:
+    settings = {"model": str(model), "adapter_slots": size.slots, "sleep": gpu}
     settings["adapters_in_memory"] = 2 * size.count
-    starts = [await start(model.name, settings) for _ in range(size.starts)]
+    in_use = _used() if gpu else 0
+    starts = []
+    for _ in range(size.starts):
+        starts.append(await start(model.name, settings))
+        if gpu:  # else the next engine may find too little
+            await until(lambda: _used() <= in_use + SLACK, LIMIT)
     engine = await vllm.start(VllmConfig.model_validate(settings))
     try:
         async with stages.staged(engine) as stage:
@@ -124,7 +131,7 @@ async def measure(model: Path, size: Size, *, sleep: bool) -> dict[str, Any]:
                 **await adapters.first_steps(stage, model, size.count, size.rounds),
                 "zipf": await traffic(stage, engine, model, size),
             }
-            if sleep:
+            if gpu:
                 found["sleep"] = summary(await naps(stage, model, size.naps))
     finally:
         await engine.close()

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from benchmarks import adapters, gpu_adapters, report, results, stages
 from benchmarks.gpu_adapters import Gpu, Nap
 from broker.messages import Latency, UsageEvent
 from workers import metrics
+from workers.engines.base import EngineStats
 
 TITLE = "Adapters and sleep on a GPU"
 
@@ -150,6 +152,17 @@ def test_swaps_are_the_workers_count() -> None:
     before = stages.swaps()
     metrics.ADAPTER_SWAPS.inc(3)
     assert stages.swaps() - before == 3
+
+
+def test_what_the_engine_skips_adds_up_over_its_steps_while_it_is_watched() -> None:
+    heard: list[str] = []
+    engine: Any = SimpleNamespace(on_change=lambda: heard.append("step"), stats=lambda: stats)
+    stats = EngineStats(1, 0, 1, 1, 0, 0, skipped=2)
+    with stages.watched(engine) as watch:
+        engine.on_change()
+        engine.on_change()
+    engine.on_change()
+    assert (watch.skipped, len(heard)) == (4, 3)
 
 
 def test_zipf_draws_the_first_most_often_and_the_same_each_time() -> None:
