@@ -156,8 +156,8 @@ def test_swaps_are_the_workers_count() -> None:
 
 def test_what_the_engine_skips_adds_up_over_its_steps_while_it_is_watched() -> None:
     heard: list[str] = []
-    engine: Any = SimpleNamespace(on_change=lambda: heard.append("step"), stats=lambda: stats)
     stats = EngineStats(1, 0, 1, 1, 0, 0, skipped=2)
+    engine: Any = SimpleNamespace(on_change=lambda: heard.append("step"), stats=lambda: stats)
     with stages.watched(engine) as watch:
         engine.on_change()
         engine.on_change()
