@@ -22,6 +22,8 @@ NAMES = (
     "adapters",
     "planner",
     "dispatch_policies",
+    "dispatcher",
+    "handing",
     "routing",
 )
 
