@@ -289,8 +289,8 @@ _HANDING = """\
 ## Handing out
 
 What the way through the scheduler adds: a fleet that dispatches ("on") against one whose workers pull
-("off"), with the load of "Added latency": {ttft_ms} ms to the first token, {itl_ms} ms between tokens, {tokens}
-tokens, {rounds} rounds. Other processes used {cores_used_by_others:.2f} cores at most.
+("off"), with the load of "Added latency": {ttft_ms} ms to the first token, {itl_ms} ms between tokens,
+{tokens} tokens, {rounds} rounds. Other processes used {cores_used_by_others:.2f} cores at most.
 """
 
 _SIMULATED = """\
@@ -336,7 +336,8 @@ def _handing(record: Record) -> str:
         for streams, found in record["streams"].items()
         for p in journal.PERCENTILES
     ]
-    return _section(_HANDING.format_map(record), ["streams", "", "on", "off", "added", "target"], rows, record)
+    head = ["streams", "", "on", "off", "added", "target"]
+    return _section(_HANDING.format_map(record), head, rows, record)
 
 
 def _policies(record: Record) -> str:
