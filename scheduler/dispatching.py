@@ -252,7 +252,9 @@ class Dispatching:
         while len(self._names) > _EXPLAINED:
             del self._names[next(iter(self._names))]
         age = max(0.0, (now_ms - delivery.enqueued_ms) / 1000)
-        left = (request.deadline_ms - now_ms) / 1000 if request.deadline_ms else math.inf
+        # Its first token may have come before, and then its answer is worth finishing: its worker judges.
+        begun = delivery.attempt > 1 or not request.deadline_ms
+        left = math.inf if begun else (request.deadline_ms - now_ms) / 1000
         queue.dispatcher.arrive(
             Item(
                 key=delivery.seq,
