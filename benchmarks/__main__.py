@@ -24,6 +24,8 @@ NAMES = (
     "gpu_adapters",
     "planner",
     "dispatch_policies",
+    "dispatcher",
+    "handing",
     "routing",
 )
 

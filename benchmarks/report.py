@@ -33,6 +33,8 @@ def write() -> Path:
             ("gpu_adapters", "Adapters and sleep on a GPU", _gpu_adapters),
             ("planner", "Planner", _planner),
             ("dispatch_policies", "Dispatch policies", _policies),
+            ("dispatcher", "Dispatcher", _dispatcher),
+            ("handing", "Handing out", _handing),
             ("routing", "Intent routing", _routing),
         )
     ]
@@ -313,11 +315,67 @@ requests: {workers} workers with {step_tokens} tokens a step and {kv_tokens:,} t
 too: lanes refuse what can't meet it, the others never refuse.
 """
 
+_DISPATCHER = """\
+## Dispatcher
+
+Decisions of `scheduler/dispatch` by itself, {decisions:,} each: a request arrives, is sent, has its first
+token and ends, and its worker tells its state at each. "Credit" is a fleet in which whoever comes goes on at
+once, "deep" one before which 20,000 requests wait.
+"""
+
+_HANDING = """\
+## Handing out
+
+What the way through the scheduler adds: a fleet that dispatches ("on") against one whose workers pull
+("off"), with the load of "Added latency": {ttft_ms} ms to the first token, {itl_ms} ms between tokens,
+{tokens} tokens, {rounds} rounds. Other processes used {cores_used_by_others:.2f} cores at most.
+"""
+
 _SIMULATED = """\
 {workers:,} workers with {rate:,.0f} requests a second, in proportion, under lanes: {requests:,} requests in
 {wall_s:.0f} s (CPU time {cpu_s:.0f} s, target ≤ 600), with {peak_mib:,} MiB of memory at most (target ≤
 4,096): p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, hits {hit_rate:.3f}.
 """
+
+
+def _dispatcher(record: Record) -> str:
+    rows = []
+    for case, found in record.items():
+        workers, _, kind = case.partition("_")
+        if not workers.isdecimal():
+            continue
+        least = 5000 if workers == "100" else 1000
+        rows.append(
+            [
+                f"{int(workers):,}",
+                kind,
+                f"{found['a_second']:,}",
+                _against(found["a_second"], least, least=True),
+                f"{found['p50_ms']:.2f}",
+                f"{found['p99_ms']:.2f}",
+                _against(found["p99_ms"], 1.0),
+                f"{1000 * found['heartbeat_ms']:.0f}",
+            ]
+        )
+    head = ["workers", "", "decisions/s", "target", "p50, ms", "p99, ms", "target", "a heartbeat, us"]
+    return _section(_DISPATCHER.format_map(record), head, rows, record)
+
+
+def _handing(record: Record) -> str:
+    rows = [
+        [
+            streams,
+            f"TTFT p{p}, ms",
+            f"{found[f'on_ttft_p{p}_ms']['median']:.2f}",
+            f"{found[f'off_ttft_p{p}_ms']['median']:.2f}",
+            _range(found[f"added_ttft_p{p}_ms"]),
+            _against(found[f"added_ttft_p{p}_ms"]["median"], 0.5 if p == 50 else None),
+        ]
+        for streams, found in record["streams"].items()
+        for p in journal.PERCENTILES
+    ]
+    head = ["streams", "", "on", "off", "added", "target"]
+    return _section(_HANDING.format_map(record), head, rows, record)
 
 
 def _policies(record: Record) -> str:

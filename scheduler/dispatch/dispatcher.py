@@ -143,6 +143,13 @@ class Dispatcher:
         if sent is not None and not asked:
             self._fleet.distrust(sent.slot)
 
+    def stays(self, key: int) -> None:
+        """Its worker can't give it back: it is not to be taken back again."""
+        sent = self._running.get(key)
+        if sent is not None:
+            sent.stays = True
+            self._rooms.back(sent.slot, key)
+
     # What shall happen
 
     def decide(self, now: float) -> list[Decision]:

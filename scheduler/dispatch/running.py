@@ -25,6 +25,7 @@ class Sent:
         predicted: seconds from then to its first token.
         hit: tokens of it that were thought to be cached.
         first: when its first token came; 0 = not yet.
+        stays: it can't be taken back.
     """
 
     item: Item
@@ -35,6 +36,7 @@ class Sent:
     hit: int
     first: float = 0.0
     confirmed: bool = False
+    stays: bool = False
 
 
 class Running:
@@ -147,7 +149,8 @@ class Running:
         return None
 
     def _batch(self, slot: int) -> Iterator[Sent]:
-        return (each for each in self._on[slot].values() if each.item.service_class is ServiceClass.BATCH)
+        on = self._on[slot].values()
+        return (each for each in on if each.item.service_class is ServiceClass.BATCH and not each.stays)
 
     def _remaining(self, item: Item, made: int) -> float:
         return self._lengths.remaining(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import time
@@ -25,6 +26,8 @@ PACE = 0.02
 """Seconds between two tokens of a stream."""
 _BEHIND_PROXIES = "worker", "scheduler"
 _STARTS = 8
+_WORDS = 0.35
+"""Seconds without a word of the leading scheduler after which workers hold that none leads."""
 _ELECTION = 4.0, 10.0
 """Seconds that an election of nats-server takes, at least and at most."""
 _SETTINGS: dict[str, dict[str, object]] = {
@@ -44,8 +47,8 @@ class Struck:
     target: str
 
 
-class Election(NamedTuple):
-    """The journal of replies had no leader: monotonic times."""
+class Span(NamedTuple):
+    """Monotonic times between which something had no leader."""
 
     since: float
     until: float
@@ -57,14 +60,17 @@ class Stage:
     Attributes:
         ingresses: URLs of those that take requests.
         struck: the faults so far.
-        elections: of the journal's leader, so far.
+        elections: while the journal of replies had no leader, so far.
+        unled: while no scheduler led, so far.
         restarts: processes that were started again since they ended before they were ready.
     """
 
     def __init__(self, data: Path) -> None:
         self.cluster = NatsCluster(data / "nats")
         self.struck: list[Struck] = []
-        self.elections: list[Election] = []
+        self.elections: list[Span] = []
+        self.unled: list[Span] = []
+        self._word = math.inf  # when a scheduler last said that it leads
         self.restarts = 0
         self._struck: set[tuple[str, int]] = set()  # under a fault now
         self._fleet = Fleet(data, self.cluster)
@@ -84,6 +90,8 @@ class Stage:
             broker = await client.connect(self.cluster.config, "chaos", make_streams=False)
             await self._open.enter_async_context(broker)
             await broker.subscribe(subjects.JOURNAL_ELECTED, lambda _: self._elected())
+            await broker.subscribe(subjects.DISPATCH, lambda _: self._led())
+            broker.on_reconnect(self._deaf)
             nodes = [urlsplit(node.url) for node in self.cluster.nodes]
             for part in _BEHIND_PROXIES:
                 for slot in range(SIZES[part]):
@@ -178,7 +186,17 @@ class Stage:
         now = time.monotonic()
         least, most = _ELECTION
         lost = [one.at for one in self.struck if one.fault.kind is Kind.KILL_NATS and one.at > now - most]
-        self.elections.append(Election(min(lost, default=now - least), now))
+        self.elections.append(Span(min(lost, default=now - least), now))
+
+    def _led(self) -> None:
+        now = time.monotonic()
+        if now - self._word > _WORDS:
+            self.unled.append(Span(self._word, now))
+        self._word = now
+
+    def _deaf(self) -> None:
+        """What was said meanwhile has passed us by."""
+        self._word = math.inf
 
     async def _stall(self, fault: Fault) -> None:
         await self._network(fault, Proxy.stall)
