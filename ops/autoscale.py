@@ -90,7 +90,7 @@ class Workers:
 
 
 async def follow(workers: Workers, bounds: Range, config: BrokerConfig, began_ms: int) -> None:
-    """Resize for ever. What was asked for before `began_ms`, unix time, is another run's and asks for nothing."""
+    """Resize for ever. What was asked for before `began_ms`, unix time, is another run's, and void."""
     from broker import client  # loads nats-py: not for an `up` that does not autoscale
 
     started = [child.ready for child in workers.children]
