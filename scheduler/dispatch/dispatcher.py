@@ -32,6 +32,8 @@ MOVES = 8
 
 TOO_LATE = "its first token would come after its deadline"
 
+MOST_URGENT = next(iter(ServiceClass))
+
 UNKNOWN_BLOCKS = 4096
 """Prefix blocks that a worker is taken to cache where it does not tell its KV room."""
 
@@ -227,9 +229,16 @@ class Dispatcher:
             elif self._running.fits(slot, item, self._fleet.rights(item.service_class, now), now):
                 self._send(waiting, now, predicted, out)
             else:
-                self._fleet.full[waiting.rank, slot] = True
+                self._no_room(waiting, now)
                 skipped.add(waiting.rank)
         return True
+
+    def _no_room(self, waiting: Waiting, now: float) -> None:
+        """Its worker's KV room has none for it. What falls free is kept for it, unless it was its class that had
+        enough: those less urgent would take it piece by piece, for ever."""
+        rank, slot = waiting.rank, waiting.slot
+        below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
+        self._fleet.full[rank:below, slot] = True
 
     def _send(self, waiting: Waiting, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot

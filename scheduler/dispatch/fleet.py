@@ -28,6 +28,7 @@ class Fleet:
         pending: prompt tokens that the worker holds and has not computed, those sent since included.
         load: requests that it holds, those sent since included.
         kv_used: share of its KV room that is taken.
+        full: by class, that its KV room had none for the first request of it, or is kept for a more urgent one.
     """
 
     def __init__(self, base: str, config: DispatchConfig) -> None:
@@ -44,9 +45,7 @@ class Fleet:
         self.lives: Mask = np.zeros(0, bool)
         self.serving: Mask = np.zeros(0, bool)
         self.room: Mask = np.zeros(0, bool)
-        self.full: Mask = np.zeros(
-            (ROWS // 2, 0), bool
-        )  # by class: the KV room had none for its first request
+        self.full: Mask = np.zeros((ROWS // 2, 0), bool)
         self._said: dict[int, WorkerState] = {}
         self._sends: dict[int, int] = {}
         self._since: dict[

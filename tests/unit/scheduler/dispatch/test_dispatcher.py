@@ -230,6 +230,30 @@ def test_one_class_alone_fills_the_kv_room() -> None:
     assert 0.8 <= len(world.running["w0"]) * 1000 / 10_000 <= 0.95
 
 
+def test_kv_room_that_falls_free_is_kept_for_the_most_urgent_that_needs_it() -> None:
+    world = World(workers=1, slots=64, kv=10_000)
+    someone_urgent(world)
+    world.arrive(*(item(key, service_class=STANDARD, prompt=1000) for key in range(20)))
+    for _ in range(10):
+        world.compute("w0")
+    world.arrive(item(100, prompt=5000))
+    for _ in range(6):
+        world.finish("w0", min(world.running["w0"]))
+    assert 100 in world.running["w0"]
+
+
+def test_a_class_that_has_its_share_of_the_kv_room_leaves_the_rest_to_the_others() -> None:
+    world = World(workers=1, slots=64, kv=10_000)
+    someone_urgent(world)
+    kinds = [STANDARD] * 20 + [BATCH] * 5
+    world.arrive(*(item(key, service_class=kind, prompt=1000) for key, kind in enumerate(kinds)))
+    for _ in range(20):
+        world.compute("w0")
+    held = [each.service_class for each in world.running["w0"].values()]
+    assert held.count(STANDARD) == 6
+    assert held.count(BATCH) == 3
+
+
 # Deadlines
 
 

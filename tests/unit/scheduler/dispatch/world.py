@@ -35,11 +35,14 @@ def item(
 class World:
     """Workers tell how they are when `tell` is called, and compute what they hold when `compute` is."""
 
-    def __init__(self, config: DispatchConfig | None = None, workers: int = 0, slots: int = SLOTS) -> None:
+    def __init__(
+        self, config: DispatchConfig | None = None, workers: int = 0, slots: int = SLOTS, kv: int = 0
+    ) -> None:
         self.config = config or DispatchConfig()
         self.dispatcher = Dispatcher(BASE, self.config)
         self.now = 0.0
         self.slots = slots
+        self.kv = kv
         self.waiting: dict[int, Item] = {}
         self.running: dict[str, dict[int, Item]] = {}
         self.uncomputed: dict[str, dict[int, int]] = {}
@@ -59,8 +62,8 @@ class World:
             "slots_total": self.slots,
             "running": len(self.running[name]),
             "prefill_held": sum(self.uncomputed[name].values()),
-            "kv_total": 0,
-            "kv_free": 0,
+            "kv_total": self.kv,
+            "kv_free": self.kv - sum(each.context for each in self.running[name].values()),
             "sends": self.sends[name],
         } | state
         self.told[name] = self.now
