@@ -93,7 +93,10 @@ class Dispatcher:
             slot = self._join(state)
         if slot in self._fleet and state.seen < self._fleet[slot].seen:
             return
+        was_serving = bool(self._fleet.serving[slot])
         self._fleet.state(slot, state)
+        if was_serving and not state.serving:
+            self._places.strand(self._lanes.leave(slot))
         self._running.state(slot, state, self._fleet.unseen(slot))
         self._touch(slot)
 
@@ -201,20 +204,20 @@ class Dispatcher:
 
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
         """Send the worker what it takes. False: there is more to do for it."""
-        skipped: set[int] = set()
+        skipped: set[int] = set()  # rows of the lanes
         moves = 0
         while self._fleet.open(slot, now):
-            waiting = self._lanes.next(slot, skipped) or self._places.steal(slot, skipped, now)
+            waiting = self._lanes.next(slot, skipped, now) or self._places.steal(slot, skipped, now)
             if waiting is None:
                 return True
             item = waiting.item
-            over = self._shares[waiting.rank].over(item.tenant, now)
+            over = self._lanes.over(waiting, now)
             if not self._fleet.takes(slot, item.service_class, over, now):
-                skipped.add(waiting.rank)
+                skipped.update(range(2 * waiting.rank + over, 2 * waiting.rank + 2))
                 continue
             if waiting.version != self._fleet.version:
                 view = self._scorer.view(waiting, now)
-                if view.best not in (slot, -1):
+                if view.best != slot:
                     self._places.lift(waiting)
                     self._put(waiting, view, now)
                     moves += 1
@@ -230,7 +233,7 @@ class Dispatcher:
                 self._send(waiting, now, predicted, out)
             else:
                 self._no_room(waiting, now)
-                skipped.add(waiting.rank)
+                skipped |= {2 * waiting.rank, 2 * waiting.rank + 1}
         return True
 
     def _no_room(self, waiting: Waiting, now: float) -> None:

@@ -24,6 +24,7 @@ class Fleet:
     """A slot without a worker, or whose worker drains, is never eligible.
 
     Attributes:
+        base: the model that all of them run.
         version: grows with every change that could make another worker the best for a request.
         pending: prompt tokens that the worker holds and has not computed, those sent since included.
         load: requests that it holds, those sent since included.
@@ -32,7 +33,7 @@ class Fleet:
     """
 
     def __init__(self, base: str, config: DispatchConfig) -> None:
-        self._base = base
+        self.base = base
         self._config = config
         self._widest = max(config.theta.values())
         self.version = 0
@@ -118,7 +119,7 @@ class Fleet:
 
     def sent(self, slot: int, model: str, tokens: float) -> None:
         """A request of `model` was sent there that would compute `tokens`."""
-        loads = model != self._base and not self._held(model)[slot]
+        loads = model != self.base and not self._held(model)[slot]
         self._sends[slot] += 1
         self._since[slot].append((self._sends[slot], tokens, model if loads else ""))
         self.pending[slot] += tokens
@@ -146,11 +147,11 @@ class Fleet:
     def eligible(self, service_class: ServiceClass, model: str) -> Mask:
         """Who may run it at all, now or later."""
         mask = self._pool(service_class)
-        return mask if model == self._base else mask & (self._held(model) | self.room)
+        return mask if model == self.base else mask & (self._held(model) | self.room)
 
     def loaded(self, model: str) -> Mask | None:
         """Who has the adapter; None = everybody, it is the base."""
-        return None if model == self._base else self._held(model)
+        return None if model == self.base else self._held(model)
 
     def fresh(self, now: float) -> Mask:
         """Whose figures are not too old to act on."""
@@ -166,6 +167,15 @@ class Fleet:
             and self.pending[slot] < theta * self.step_tokens[slot]
             and self.load[slot] < share * self.slots[slot]
             and not self.full[RANKS[service_class], slot]
+        )
+
+    def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
+        """Whether it is not to be known when it will take one of the class: it tells nothing, or has no room."""
+        _, share = self._limits(self.rights(service_class, now), over)
+        return bool(
+            self.seen[slot] < now - self._config.stale_after
+            or self.load[slot] >= share * self.slots[slot]
+            or self.full[RANKS[service_class], slot]
         )
 
     def rights(self, service_class: ServiceClass, now: float) -> ServiceClass:

@@ -54,8 +54,8 @@ class Rooms:
         if slot in self._taking or self._fleet.seen[slot] < now - self._config.stale_after:
             return None
         for service_class, budget in self._config.budget.items():
-            waiting = self._lanes.first(slot, RANKS[service_class])
-            if waiting is not None and now >= waiting.item.arrived + budget / 2 and not waiting.over:
+            waiting = self._lanes.first(slot, RANKS[service_class], now)
+            if waiting is not None and now >= waiting.item.arrived + budget / 2:
                 return waiting
         return None
 

@@ -122,7 +122,59 @@ def test_a_request_waits_for_the_first_worker() -> None:
     assert sent(world.log) == [1]
 
 
+def test_who_waited_for_a_worker_that_drains_goes_to_another() -> None:
+    world = World(workers=2)
+    fill(world, "w1", held=20 * STEP)
+    fill(world, "w0")
+    world.arrive(item(1))
+    world.tell("w0", running=1, serving=False)
+    assert where(world.compute("w1")) == {1: "w1"}
+
+
+def test_a_free_worker_takes_from_one_without_kv_room_whatever_is_cached_there() -> None:
+    world = World(workers=2)
+    warm(world, "w1")
+    world.lose("w0")
+    full = {"kv_total": 10_000, "kv_free": 100, "running": 3}
+    world.tell("w1", **full)
+    assert world.arrive(item(1, prompt=LONG, hashes=PREFIX)) == []
+    world.join("w2")
+    assert where(world.log) == {1000: "w1", 1: "w2"}
+
+
+def test_a_free_worker_looks_beyond_the_longest_lane() -> None:
+    pools = {INTERACTIVE: Pool(most_step_tokens=STEP), BATCH: Pool(least_step_tokens=2 * STEP)}
+    world = World(DispatchConfig(pools=pools), workers=1)
+    world.join("big", step_tokens=8 * STEP)
+    world.tell("big", step_tokens=8 * STEP, prefill_held=8 * STEP, running=1)
+    fill(world, "w0")
+    world.arrive(*(item(key, service_class=BATCH, prompt=5000) for key in range(10)))
+    world.arrive(*(item(key, prompt=1000) for key in range(10, 15)))
+    world.join("w1")
+    assert where(world.log) == {10: "w1"}
+
+
+def test_a_worker_whose_own_lane_can_not_go_now_takes_from_another() -> None:
+    world = World(workers=1)
+    someone_urgent(world)
+    fill(world, "w0")
+    assert world.arrive(item(2, service_class=BATCH)) == []
+    world.join("w1", prefill_held=STEP, running=1)
+    fill(world, "w0", held=5 * STEP)
+    assert world.arrive(item(3, prompt=1000)) == []
+    world.now += 0.3  # w1 tells nothing more, and w0 takes batch up to half a step
+    assert where(world.tell("w0", prefill_held=300, running=1)) == {3: "w0"}
+
+
 # Adapters
+
+
+def test_an_adapter_is_not_sent_to_a_worker_that_can_run_it_no_more() -> None:
+    world = World(workers=1)
+    world.tell("w0", adapters=frozenset({"a"}), prefill_held=STEP)
+    assert world.arrive(item(1, model="a")) == []
+    assert world.tell("w0", adapters=frozenset({"b"})) == []
+    assert sent(world.tell("w0", adapters=frozenset({"a"}))) == [1]
 
 
 def test_an_adapter_goes_where_it_is_loaded() -> None:
@@ -303,7 +355,7 @@ def test_a_tenant_that_floods_waits_behind_the_others() -> None:
     world.arrive(*(item(key, "flood") for key in range(1000)))
     for key in range(1000, 1050):
         world.now += 0.03
-        world.arrive(item(key, "other", arrived=world.now))
+        order += sent(world.arrive(item(key, "other", arrived=world.now)))
         order += sent(world.compute("w0"))
         assert key in order[-10:]
 
@@ -318,6 +370,16 @@ def test_a_tenant_above_its_share_leaves_room_on_every_worker() -> None:
     world.uncomputed["w0"] = {0: 300}
     assert sent(world.tell("w0")) == []
     assert sent(world.arrive(item(501, "other"))) == [501]
+
+
+def test_a_tenant_above_its_share_holds_up_nobody_within_it() -> None:
+    world = World(workers=1, slots=10**6)
+    world.arrive(item(1, "other", prompt=300))
+    world.compute("w0")
+    world.finish("w0", 1)
+    fill(world, "w0")
+    world.arrive(*(item(key, "flood", prompt=500) for key in range(100, 200)), item(2, "other"))
+    assert sent(world.tell("w0", prefill_held=200, running=1)) == [2]
 
 
 # Questions
