@@ -17,7 +17,7 @@ PLACED = 32
 """Requests without a place that are given one in a call."""
 
 LOOKED = 4
-"""Lanes that a worker with nothing to do looks at."""
+"""Lanes that a worker looks at that has nothing to do; where some wait in its own and can't go, it looks at one."""
 
 WALKED = 64
 """Requests of each class that it looks at in each."""
@@ -99,7 +99,7 @@ class Places:
         longest[~fleet.fresh(now) | fleet.full.any(axis=0)] = np.inf
         longest[lanes.waiting(rows) <= 0] = -1.0
         longest[slot] = -1.0
-        for _ in range(LOOKED):
+        for _ in range(1 if lanes.counts[-1, slot] else LOOKED):
             lane = int(longest.argmax())
             # What begins sooner here is sooner than the end of that lane.
             if longest[lane] <= (fleet.pending[slot] + 1.0) * (fleet.load[slot] + 1.0):
