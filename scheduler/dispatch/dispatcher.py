@@ -9,6 +9,9 @@ waiting for it would cost more.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 
 from broker.messages import ServiceClass
@@ -51,10 +54,10 @@ class Dispatcher:
         self._scorer = Scorer(config, self._fleet, self._lanes, self._index, self._predictor)
         self._running = Running(config)
         self._places = Places(config, self._fleet, self._lanes, self._scorer)
-        self._deadlines = Deadlines(self._scorer)
+        self._queue: dict[int, Waiting] = {}
+        self._deadlines = Deadlines(self._queue, self._scorer)
         self._rooms = Rooms(config, self._fleet, self._lanes, self._running)
         self._explained = Explanations(config.explained)
-        self._queue: dict[int, Waiting] = {}
         self._dirty: dict[int, None] = {}  # slots to be served, in order
         self._refused: list[Decision] = []
 
@@ -64,6 +67,8 @@ class Dispatcher:
         """It is queued. One of the same key is replaced, wherever it is."""
         self.cancel(item.key)
         self.returned(item.key, now)
+        if item.done_tokens:
+            item = replace(item, deadline=math.inf)  # its first token was in time, or late already
         shares = self._shares[RANKS[item.service_class]]
         self._fleet.came(item.service_class, now)
         shares.enter(item.tenant, item.weight, item.context, now)
@@ -93,6 +98,8 @@ class Dispatcher:
             slot = self._join(state)
         if slot in self._fleet and state.seen < self._fleet[slot].seen:
             return
+        if slot in self._fleet and state.kv_total != self._fleet[slot].kv_total:
+            self._index.resize(state.worker, _blocks(state))
         was_serving = bool(self._fleet.serving[slot])
         self._fleet.state(slot, state)
         if was_serving and not state.serving:
@@ -116,7 +123,7 @@ class Dispatcher:
     def first(self, key: int, now: float, cached_tokens: int | None) -> None:
         """Its first token has come. `cached_tokens`: of its prompt, as the engine counts; None = untold."""
         sent = self._running.get(key)
-        if sent is None or sent.first:
+        if sent is None or sent.first is not None:
             return
         sent.first = now
         self._predictor.erred(now - sent.at - sent.predicted)
@@ -169,9 +176,9 @@ class Dispatcher:
 
     def next_due(self, now: float) -> float:
         """When `decide` has something to do even if nothing happens before; inf = never."""
-        if self._dirty or self._refused or any(self._places.stranded()):
+        if self._dirty or self._refused or self._places.stranded():
             return now
-        return max(now, min(self._deadlines.due(self._queue), self._rooms.due()))
+        return max(now, min(self._deadlines.due(), self._rooms.due()))
 
     # Questions
 
@@ -183,12 +190,14 @@ class Dispatcher:
         return self._predictor.error_p90()
 
     def saturation(self) -> float:
-        """Mean over workers of how full each is: 1 = five requests wait for it, or 80 % of its KV is used."""
+        """Mean over workers of how full each is: 1 = five requests wait for it, or one does and 80 % of its KV
+        room is used."""
         slots = np.flatnonzero(self._fleet.serving)
         if not len(slots):
             return 1.0 if self._queue else 0.0
-        waiting = self._lanes.counts[-1][slots] / 5
-        return float(np.maximum(waiting, self._fleet.kv_used[slots] / 0.8).mean())
+        waiting = self._lanes.counts[-1][slots]
+        kv_used = np.where(waiting > 0, self._fleet.kv_used[slots] / 0.8, 0.0)
+        return float(np.maximum(waiting / 5, kv_used).mean())
 
     def explain(self, key: int, now: float) -> Explanation | None:
         """Of one that waits, or was decided on lately; None = not known."""
@@ -227,8 +236,7 @@ class Dispatcher:
                 self._places.compare(waiting, view)
             predicted = self._predictor.after(slot, float(self._fleet.pending[slot]) + waiting.cost)
             if now + predicted > item.deadline:
-                self._places.lift(waiting)
-                self._shed(waiting, now, predicted, TOO_LATE)
+                self._give_up(waiting, now)
             elif self._running.fits(slot, item, self._fleet.rights(item.service_class, now), now):
                 self._send(waiting, now, predicted, out)
             else:
@@ -279,6 +287,12 @@ class Dispatcher:
         self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
         return True
 
+    def _give_up(self, waiting: Waiting, now: float) -> None:
+        """It has waited in vain. It is told how long it would take if it came again."""
+        self._places.lift(waiting)
+        wait = self._deadlines.wait(waiting, self._scorer.view(waiting, now))
+        self._shed(waiting, now, wait, TOO_LATE)
+
     def _shed(self, waiting: Waiting, now: float, wait: float, why: str) -> None:
         key = waiting.item.key
         del self._queue[key]
@@ -287,10 +301,9 @@ class Dispatcher:
         self._explained.keep(waiting, "shed", "", now - waiting.item.arrived, wait, why)
 
     def _ring(self, now: float) -> None:
-        for waiting, wait in self._deadlines.ring(self._queue, now):
-            if wait is not None:
-                self._places.lift(waiting)
-                self._shed(waiting, now, wait, TOO_LATE)
+        for waiting, late in self._deadlines.ring(now):
+            if late:
+                self._give_up(waiting, now)
             else:
                 self._lanes.hurry(waiting)
                 self._dirty[waiting.slot] = None
@@ -307,8 +320,7 @@ class Dispatcher:
             self._dirty[slot] = None
 
     def _join(self, state: WorkerState) -> int:
-        blocks = state.kv_total // BLOCK_TOKENS if state.kv_total else UNKNOWN_BLOCKS
-        slot = self._index.join(state.worker, blocks)
+        slot = self._index.join(state.worker, _blocks(state))
         self._fleet.join(slot)
         self._lanes.join(slot)
         self._predictor.join(slot, state.step_tokens)
@@ -329,3 +341,7 @@ class Dispatcher:
         tail += max(0, item.context // BLOCK_TOKENS - len(item.hashes)) if not sent.confirmed else 0
         sent.confirmed = True
         self._index.confirm(self._fleet[sent.slot].worker, item.hashes, blocks, now, sent.at, tail)
+
+
+def _blocks(state: WorkerState) -> int:
+    return state.kv_total // BLOCK_TOKENS if state.kv_total else UNKNOWN_BLOCKS

@@ -26,6 +26,7 @@ class Fleet:
     Attributes:
         base: the model that all of them run.
         version: grows with every change that could make another worker the best for a request.
+        homes: grows with every change of who may run what.
         pending: prompt tokens that the worker holds and has not computed, those sent since included.
         load: requests that it holds, those sent since included.
         kv_used: share of its KV room that is taken.
@@ -37,6 +38,7 @@ class Fleet:
         self._config = config
         self._widest = max(config.theta.values())
         self.version = 0
+        self.homes = 0
         self.seen: Vector = np.zeros(0)
         self.step_tokens: Vector = np.zeros(0)
         self.slots: Vector = np.zeros(0)
@@ -52,8 +54,10 @@ class Fleet:
         self._since: dict[
             int, deque[tuple[int, float, str]]
         ] = {}  # not in its figures: number, tokens, loads
-        self._holders: dict[str, Mask] = {}  # of an adapter
+        self._holders: dict[str, Mask] = {}  # of an adapter that anybody has
+        self._nobody: Mask = np.zeros(0, bool)
         self._pools: dict[ServiceClass, Mask] = {}  # workers of a class; made when asked for
+        self._has_room: dict[ServiceClass, bool] = {}  # for an adapter; made when asked for
         self._came = [-math.inf for _ in ServiceClass]
 
     def __getitem__(self, slot: int) -> WorkerState:
@@ -72,6 +76,7 @@ class Fleet:
             for name in _FLAGS:
                 setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more, bool)]))
             self.full = np.hstack([self.full, np.zeros((len(self.full), more), bool)])
+            self._nobody = np.zeros(len(self.seen), bool)
             for model, mask in self._holders.items():
                 self._holders[model] = np.concatenate([mask, np.zeros(more, bool)])
         self._sends[slot], self._since[slot] = 0, deque()
@@ -80,9 +85,10 @@ class Fleet:
     def leave(self, slot: int) -> None:
         del self._sends[slot], self._since[slot], self._said[slot]
         self.lives[slot] = self.serving[slot] = False
-        for mask in self._holders.values():
-            mask[slot] = False
+        for model in list(self._holders):
+            self._hold(slot, model, False)
         self._pools.clear()
+        self._moved()
         self.version += 1
 
     def state(self, slot: int, state: WorkerState) -> None:
@@ -91,20 +97,24 @@ class Fleet:
         self._said[slot] = state
         if before is None or (before.step_tokens, before.serving) != (state.step_tokens, state.serving):
             self._pools.clear()
+            self._moved()
         if before is None or before.adapters != state.adapters:
             for model in (before.adapters if before else frozenset()) | state.adapters:
-                self._held(model)[slot] = model in state.adapters
+                self._hold(slot, model, model in state.adapters)
         since = self._since[slot]
         while since and since[0][0] <= state.sends:
             _, _, loads = since.popleft()
             if loads and loads not in state.adapters:
-                self._held(loads)[slot] = False
+                self._hold(slot, loads, False)
         self.seen[slot], self.step_tokens[slot] = state.seen, state.step_tokens
         self.slots[slot], self.serving[slot] = state.slots_total, state.serving
         self.pending[slot] = state.prefill_held + sum(tokens for _, tokens, _ in since)
         self.load[slot] = state.running + len(since)
         self.kv_used[slot] = 1.0 - state.kv_free / state.kv_total if state.kv_total else 0.0
-        self.room[slot] = state.adapter_room and not any(loads for _, _, loads in since)
+        room = state.adapter_room and not any(loads for _, _, loads in since)
+        if room != self.room[slot]:
+            self.room[slot] = room
+            self._moved()
         self.full[:, slot] = False
         self.version += 1
 
@@ -125,8 +135,9 @@ class Fleet:
         self.pending[slot] += tokens
         self.load[slot] += 1
         if loads:
-            self._held(model)[slot] = True
+            self._hold(slot, model, True)
             self.room[slot] = False  # until it says that one more could run
+            self._moved()
         self.version += 1
 
     # Questions
@@ -148,6 +159,16 @@ class Fleet:
         """Who may run it at all, now or later."""
         mask = self._pool(service_class)
         return mask if model == self.base else mask & (self._held(model) | self.room)
+
+    def runs(self, service_class: ServiceClass, model: str) -> bool:
+        """Whether anybody may run it at all."""
+        pool, held = self._pool(service_class), self._holders.get(model)
+        if model == self.base:
+            return bool(pool.any())
+        has_room = self._has_room.get(service_class)
+        if has_room is None:
+            has_room = self._has_room[service_class] = bool((pool & self.room).any())
+        return has_room or (held is not None and bool((pool & held).any()))
 
     def loaded(self, model: str) -> Mask | None:
         """Who has the adapter; None = everybody, it is the base."""
@@ -206,7 +227,20 @@ class Fleet:
         return mask
 
     def _held(self, model: str) -> Mask:
+        return self._holders.get(model, self._nobody)
+
+    def _hold(self, slot: int, model: str, holds: bool) -> None:
         mask = self._holders.get(model)
         if mask is None:
-            mask = self._holders[model] = np.zeros(len(self.seen), bool)
-        return mask
+            if not holds:
+                return
+            mask = self._holders[model] = self._nobody.copy()
+        if mask[slot] != holds:
+            mask[slot] = holds
+            self._moved()
+        if not mask.any():
+            del self._holders[model]
+
+    def _moved(self) -> None:
+        self.homes += 1
+        self._has_room.clear()

@@ -67,15 +67,28 @@ class _Queue:
     members: dict[int, Waiting] = field(default_factory=dict)  # in order of placing
     tenants: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # heaps of (arrived, key)
     order: list[tuple[float, str]] = field(default_factory=list)  # heap of (counter, tenant)
+    entries: int = 0  # in those of `tenants`
 
     def add(self, waiting: Waiting, shares: Shares) -> None:
-        item = waiting.item
-        self.members[item.key] = waiting
+        self.members[waiting.item.key] = waiting
+        if self.entries >= 2 * len(self.members) + 64:
+            self._renew(shares)
+        else:
+            self._enter(waiting.item, shares)
+
+    def _renew(self, shares: Shares) -> None:
+        """Without what has left."""
+        self.tenants, self.order, self.entries = {}, [], 0
+        for each in self.members.values():
+            self._enter(each.item, shares)
+
+    def _enter(self, item: Item, shares: Shares) -> None:
         heap = self.tenants.get(item.tenant)
         if heap is None:
             heap = self.tenants[item.tenant] = []
             heapq.heappush(self.order, (shares.counter(item.tenant), item.tenant))
         heapq.heappush(heap, (item.arrived, item.key))
+        self.entries += 1
 
     def first(self, shares: Shares) -> Waiting | None:
         """The oldest of the tenant that was served least; counters only grow."""
@@ -84,6 +97,7 @@ class _Queue:
             heap = self.tenants[tenant]
             while heap and heap[0][1] not in self.members:
                 heapq.heappop(heap)
+                self.entries -= 1
             if not heap:
                 heapq.heappop(self.order)
                 del self.tenants[tenant]

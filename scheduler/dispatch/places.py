@@ -26,6 +26,10 @@ COMPARED = 3
 """Workers that an explanation compares."""
 
 
+_Group = tuple[ServiceClass, str]
+"""Class and model."""
+
+
 class Places:
     """In the lanes, or nowhere, where no worker that could run it is there."""
 
@@ -34,7 +38,9 @@ class Places:
         self._fleet = fleet
         self._lanes = lanes
         self._scorer = scorer
-        self._nowhere: dict[tuple[ServiceClass, str], dict[int, Waiting]] = {}  # by class and model
+        self._nowhere: dict[_Group, dict[int, Waiting]] = {}
+        self._placeable: dict[_Group, None] = {}  # of those, for which there is a place
+        self._homes = 0  # as of when
 
     def put(self, waiting: Waiting, view: View, now: float) -> bool:
         """Give it a place. True: its worker could take it now."""
@@ -50,7 +56,11 @@ class Places:
     def strand(self, stranded: Iterable[Waiting]) -> None:
         for waiting in stranded:
             group = waiting.item.service_class, waiting.item.model
-            self._nowhere.setdefault(group, {})[waiting.item.key] = waiting
+            if group not in self._nowhere:
+                self._nowhere[group] = {}
+                if self._fleet.runs(*group):
+                    self._placeable[group] = None
+            self._nowhere[group][waiting.item.key] = waiting
 
     def lift(self, waiting: Waiting) -> None:
         """Take it from where it waits."""
@@ -61,15 +71,19 @@ class Places:
         del self._nowhere[group][waiting.item.key]
         if not self._nowhere[group]:
             del self._nowhere[group]
+            self._placeable.pop(group, None)
 
-    def stranded(self) -> Iterator[tuple[ServiceClass, str]]:
-        """Groups that are nowhere and for which there is a place now."""
-        return (group for group in self._nowhere if self._fleet.eligible(*group).any())
+    def stranded(self) -> bool:
+        """Whether some are nowhere for which there is a place now."""
+        if self._homes != self._fleet.homes:
+            self._homes = self._fleet.homes
+            self._placeable = {group: None for group in self._nowhere if self._fleet.runs(*group)}
+        return bool(self._placeable)
 
     def put_stranded(self, now: float) -> Iterator[int]:
         """Give some of them their places. Yields the slots of workers that could take one now."""
-        left = PLACED
-        for group in list(self.stranded()):
+        left = PLACED if self.stranded() else 0
+        for group in list(islice(self._placeable, left)):
             for waiting in list(islice(self._nowhere[group].values(), left)):
                 self.lift(waiting)
                 if self.put(waiting, self._scorer.view(waiting, now), now):

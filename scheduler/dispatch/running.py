@@ -24,7 +24,7 @@ class Sent:
         tokens: uncomputed on the worker when it was sent, its own included.
         predicted: seconds from then to its first token.
         hit: tokens of it that were thought to be cached.
-        first: when its first token came; 0 = not yet.
+        first: when its first token came; None = not yet.
     """
 
     item: Item
@@ -33,7 +33,7 @@ class Sent:
     tokens: float
     predicted: float
     hit: int
-    first: float = 0.0
+    first: float | None = None
     confirmed: bool = False
 
 
@@ -167,7 +167,7 @@ class Running:
         self._refreshed[slot] = now
         account = self._accounts[slot]
         for key, sent in self._on[slot].items():
-            if sent.first:
+            if sent.first is not None:
                 made = int((now - sent.first) / self._config.step)
                 made = min(made, sent.item.max_tokens or made)
                 account.progress(key, sent.item.context + made, self._remaining(sent.item, made))

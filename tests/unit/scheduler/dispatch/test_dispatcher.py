@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+
 import pytest
 
 from broker.messages import ServiceClass
@@ -336,6 +339,37 @@ def test_what_has_become_too_late_is_refused() -> None:
     assert world.now <= 1.0
 
 
+def test_what_has_waited_in_vain_is_told_what_a_new_one_would_be() -> None:
+    world = World(workers=1)
+    fill(world, "w0")
+    world.arrive(item(1, service_class=STANDARD, deadline=1.0))
+    world.arrive(*(item(key, prompt=1000) for key in range(100, 200)))
+    (late,) = world.wait(1.0)
+    (new,) = world.arrive(item(2, service_class=STANDARD, arrived=world.now, deadline=world.now))
+    assert isinstance(late, Shed)
+    assert isinstance(new, Shed)
+    assert late.retry_after_s == pytest.approx(new.retry_after_s)
+
+
+def test_an_answer_that_has_begun_is_never_too_late() -> None:
+    world = World(workers=1)
+    world.now = 10.0
+    assert world.arrive(item(1, deadline=5.0, done=3)) == []
+    assert world.wait(1.0) == []
+    assert sent(world.tell("w0")) == [1]
+
+
+def test_many_of_one_deadline_are_refused_in_many_calls() -> None:
+    world = World(workers=1)
+    fill(world, "w0")
+    world.arrive(*(item(key, deadline=1.0) for key in range(100)))
+    world.now = 1.0
+    assert 0 < len(world.decide()) < 20
+    assert world.dispatcher.next_due(world.now) == world.now
+    world.wait(0.001)
+    assert not world.waiting
+
+
 def test_sheddable_classes_give_way_as_the_fleet_fills_up() -> None:
     world = World(DispatchConfig(sheddable=(BATCH,)), workers=1)
     fill(world, "w0", held=STEP)
@@ -343,6 +377,16 @@ def test_sheddable_classes_give_way_as_the_fleet_fills_up() -> None:
     assert world.dispatcher.saturation() >= 1
     refused = world.arrive(item(100, service_class=BATCH))
     assert [type(each) for each in refused] == [Shed]
+
+
+def test_kv_room_in_use_alone_makes_nobody_give_way() -> None:
+    world = World(DispatchConfig(sheddable=(BATCH,)), workers=1, slots=100)
+    world.tell("w0", kv_total=10_000, kv_free=1500)
+    assert world.dispatcher.saturation() == 0
+    fill(world, "w0")
+    world.arrive(item(1))
+    world.tell("w0", kv_total=10_000, kv_free=1500, prefill_held=STEP)
+    assert world.dispatcher.saturation() > 1
 
 
 # Tenants
@@ -383,6 +427,15 @@ def test_a_tenant_above_its_share_holds_up_nobody_within_it() -> None:
 
 
 # Questions
+
+
+def test_a_first_token_counts_once_even_at_time_zero() -> None:
+    world = World(workers=1)
+    world.arrive(item(1))
+    world.dispatcher.first(1, 0.0, None)
+    error = world.dispatcher.error_p90()
+    world.dispatcher.first(1, 5.0, None)
+    assert world.dispatcher.error_p90() == error
 
 
 def test_it_explains_what_it_did() -> None:
@@ -437,3 +490,33 @@ def test_a_deep_queue_without_a_worker_is_placed_in_many_calls() -> None:
         for key in list(world.running[name]):
             world.finish(name, key)
     assert sorted(sent(world.log)) == list(range(100))
+
+
+def test_what_has_left_is_not_kept() -> None:
+    """Pickled, it is no larger after many have come and gone than it was before."""
+    world = World(workers=1, slots=10**6)
+    fill(world, "w0")
+    world.arrive(item(0, "patient", deadline=1e9))
+
+    def pass_by(count: int) -> int:
+        for _ in range(count):
+            key = len(world.log) + next(keys)
+            world.dispatcher.arrive(item(key, "hasty", model=f"m{key}", deadline=1e8), 0.0)
+            world.dispatcher.cancel(key)
+            world.dispatcher.arrive(item(key, "hasty", deadline=1e8), 0.0)
+            world.dispatcher.cancel(key)
+        return len(pickle.dumps(world.dispatcher))
+
+    keys = itertools.count(1)
+    pass_by(300)
+    most = max(pass_by(1) for _ in range(150))
+    assert max(pass_by(20) for _ in range(100)) <= 1.01 * most
+
+
+def test_the_cache_of_a_worker_that_tells_its_kv_room_later_is_as_large_as_it_says() -> None:
+    world = World(workers=1)
+    world.kv = 4 * 128
+    warm(world, "w0")
+    (again,) = world.arrive(item(2, prompt=LONG, hashes=PREFIX))
+    assert isinstance(again, Send)
+    assert again.hit_tokens <= 4 * 128
