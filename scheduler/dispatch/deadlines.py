@@ -19,7 +19,8 @@ RUNG = 8
 
 
 class Deadlines:
-    """Of a queue. Looks at each request that has one as it comes, once its slack is two steps, and once it has none."""
+    """Looks at each request of `queue` that has one as it comes, once its slack is two steps, and once it has
+    none."""
 
     def __init__(self, queue: Mapping[int, Waiting], scorer: Scorer) -> None:
         self._queue = queue

@@ -24,7 +24,7 @@ from scheduler.dispatch.fair import Shares
 from scheduler.dispatch.fleet import Fleet
 from scheduler.dispatch.lanes import RANKS, Lanes, Waiting
 from scheduler.dispatch.places import Places
-from scheduler.dispatch.rooms import Rooms
+from scheduler.dispatch.preemption import Preemption
 from scheduler.dispatch.running import Running, Sent
 from scheduler.dispatch.score import Scorer, View
 from scheduler.dispatch.ttft import Predictor
@@ -56,7 +56,7 @@ class Dispatcher:
         self._places = Places(config, self._fleet, self._lanes, self._scorer)
         self._queue: dict[int, Waiting] = {}
         self._deadlines = Deadlines(self._queue, self._scorer)
-        self._rooms = Rooms(config, self._fleet, self._lanes, self._running)
+        self._preemption = Preemption(config, self._fleet, self._lanes, self._running)
         self._explained = Explanations(config.explained)
         self._dirty: dict[int, None] = {}  # slots to be served, in order
         self._refused: list[Decision] = []
@@ -70,7 +70,7 @@ class Dispatcher:
         if item.done_tokens:
             item = replace(item, deadline=math.inf)  # its first token was in time, or late already
         shares = self._shares[RANKS[item.service_class]]
-        self._fleet.came(item.service_class, now)
+        self._fleet.note_arrival(item.service_class, now)
         shares.enter(item.tenant, item.weight, item.context, now)
         waiting = Waiting(item, RANKS[item.service_class])
         waiting.over = shares.over(item.tenant, now)
@@ -118,7 +118,7 @@ class Dispatcher:
         self._running.leave(slot)
         self._fleet.leave(slot)
         self._dirty.pop(slot, None)
-        self._rooms.leave(slot)
+        self._preemption.leave(slot)
 
     def first(self, key: int, now: float, cached_tokens: int | None) -> None:
         """Its first token has come. `cached_tokens`: of its prompt, as the engine counts; None = untold."""
@@ -150,7 +150,7 @@ class Dispatcher:
 
     def returned(self, key: int, now: float) -> None:
         """Its worker gave it back; it comes again by `arrive`. Unasked: it has less room than it said."""
-        asked = self._rooms.asked(key)
+        asked = self._preemption.asked(key)
         sent = self._forget(key)
         if sent is not None and not asked:
             self._fleet.distrust(sent.slot)
@@ -169,7 +169,7 @@ class Dispatcher:
             if not self._serve(slot, now, out):
                 again[slot] = None
         self._dirty = again
-        out += self._rooms.make(now)
+        out += self._preemption.take_back(now)
         out += self._refused
         self._refused = []
         return out
@@ -178,7 +178,7 @@ class Dispatcher:
         """When `decide` has something to do even if nothing happens before; inf = never."""
         if self._dirty or self._refused or self._places.stranded():
             return now
-        return max(now, min(self._deadlines.due(), self._rooms.due()))
+        return max(now, min(self._deadlines.due(), self._preemption.due()))
 
     # Questions
 
@@ -190,8 +190,8 @@ class Dispatcher:
         return self._predictor.error_p90()
 
     def saturation(self) -> float:
-        """Mean over workers of how full each is: 1 = five requests wait for it, or one does and 80 % of its KV
-        room is used."""
+        """Mean over workers of how full each is: 1 = five requests wait for it, or one, and 80 % of its KV is
+        used."""
         slots = np.flatnonzero(self._fleet.serving)
         if not len(slots):
             return 1.0 if self._queue else 0.0
@@ -237,7 +237,7 @@ class Dispatcher:
             predicted = self._predictor.after(slot, float(self._fleet.pending[slot]) + waiting.cost)
             if now + predicted > item.deadline:
                 self._give_up(waiting, now)
-            elif self._running.fits(slot, item, self._fleet.rights(item.service_class, now), now):
+            elif self._running.fits(slot, item, self._fleet.fills_as(item.service_class, now), now):
                 self._send(waiting, now, predicted, out)
             else:
                 self._no_room(waiting, now)
@@ -245,8 +245,8 @@ class Dispatcher:
         return True
 
     def _no_room(self, waiting: Waiting, now: float) -> None:
-        """Its worker's KV room has none for it. What falls free is kept for it, unless it was its class that had
-        enough: those less urgent would take it piece by piece, for ever."""
+        """Its worker's KV room has none for it. What falls free is kept for it, else those less urgent would
+        take it piece by piece, for ever; unless it is its class that has enough."""
         rank, slot = waiting.rank, waiting.slot
         below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
         self._fleet.full[rank:below, slot] = True
@@ -331,7 +331,7 @@ class Dispatcher:
         """A worker has it no more."""
         sent = self._running.pop(key)
         if sent is not None:
-            self._rooms.back(sent.slot, key)
+            self._preemption.back(sent.slot, key)
         return sent
 
     def _confirm(self, sent: Sent, cached_blocks: float, tail: int, now: float) -> None:

@@ -30,7 +30,7 @@ class Fleet:
         pending: prompt tokens that the worker holds and has not computed, those sent since included.
         load: requests that it holds, those sent since included.
         kv_used: share of its KV room that is taken.
-        full: by class, that its KV room had none for the first request of it, or is kept for a more urgent one.
+        full: by class: its KV room had none for the first request, or is kept for a more urgent one.
     """
 
     def __init__(self, base: str, config: DispatchConfig) -> None:
@@ -118,7 +118,7 @@ class Fleet:
         self.full[:, slot] = False
         self.version += 1
 
-    def came(self, service_class: ServiceClass, now: float) -> None:
+    def note_arrival(self, service_class: ServiceClass, now: float) -> None:
         """A request of the class joined the queue."""
         self._came[RANKS[service_class]] = now
 
@@ -181,7 +181,7 @@ class Fleet:
 
     def takes(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
         """Whether it takes one more request of the class now. `over`: of a tenant above its share."""
-        theta, share = self._limits(self.rights(service_class, now), over)
+        theta, share = self._limits(self.fills_as(service_class, now), over)
         return bool(
             self.serving[slot]
             and self.seen[slot] >= now - self._config.stale_after
@@ -191,15 +191,15 @@ class Fleet:
         )
 
     def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
-        """Whether it is not to be known when it will take one of the class: it tells nothing, or has no room."""
-        _, share = self._limits(self.rights(service_class, now), over)
+        """Whether nobody knows when it will take one of the class: it tells nothing, or has no room."""
+        _, share = self._limits(self.fills_as(service_class, now), over)
         return bool(
             self.seen[slot] < now - self._config.stale_after
             or self.load[slot] >= share * self.slots[slot]
             or self.full[RANKS[service_class], slot]
         )
 
-    def rights(self, service_class: ServiceClass, now: float) -> ServiceClass:
+    def fills_as(self, service_class: ServiceClass, now: float) -> ServiceClass:
         """The class as which it may fill workers: the most urgent, while none above its own has come lately.
         Room that is kept for others and that nobody wants would lie idle."""
         lately = now - self._config.memory

@@ -111,7 +111,7 @@ class _Queue:
 
     def first_within(self, shares: Shares, now: float) -> Waiting | None:
         """The same of those tenants that are not above their share."""
-        passed = []
+        passed: list[tuple[float, str]] = []
         waiting = self.first(shares)
         while waiting is not None and shares.over(waiting.item.tenant, now):
             if len(passed) == PASSED:
@@ -220,12 +220,11 @@ class Lanes:
 
     def waiting(self, rows: Sequence[int]) -> Vector:
         """How many of these rows wait, by lane."""
-        counts = self.counts
-        if len(rows) == ROWS:
-            return counts[-1]
-        count: Vector = np.zeros(counts.shape[1])
-        for row in rows:
-            count += counts[row] - counts[row - 1] if row else counts[row]
+        count: Vector = self.counts[-1]
+        if len(rows) < ROWS:
+            count = np.zeros(len(count))
+            for row in rows:
+                count += self.counts[row] - self.counts[row - 1] if row else self.counts[row]
         return count
 
     def walk(self, slot: int, ranks: Sequence[int], most: int) -> Iterator[tuple[Waiting, float]]:

@@ -17,7 +17,7 @@ PLACED = 32
 """Requests without a place that are given one in a call."""
 
 LOOKED = 4
-"""Lanes that a worker looks at that has nothing to do; where some wait in its own and can't go, it looks at one."""
+"""Lanes that a worker with nothing to do looks at; one, where some wait in its own and can't go now."""
 
 WALKED = 64
 """Requests of each class that it looks at in each."""
