@@ -54,9 +54,9 @@ class Life(RuleBasedStateMachine):
     @rule(
         tenant=st.sampled_from("abc"),
         service_class=st.sampled_from(ServiceClass),
-        prompt=st.integers(1, 3000),
+        prompt=st.one_of(st.integers(1, 3000), st.just(1100)),
         group=st.sampled_from(GROUPS),
-        patience=st.sampled_from([0.05, 0.5, 1e9]),
+        patience=st.sampled_from([0.05, 1e9, 1e9]),
         weight=st.sampled_from([1.0, 3.0]),
         model=st.sampled_from([BASE, BASE, "a", "b"]),
     )
@@ -138,7 +138,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def nobody_idles(self) -> None:
-        """A worker that has nothing and told so could do nothing that waits; else it would have come too late."""
+        """One that has nothing and told so could do nothing that waits; else it would have come too late."""
         world = self.world
         world.wait(0.0)
         for name, held in world.running.items():
