@@ -2,9 +2,10 @@
 
 A request that comes is scored against every worker. If the best one has credit, it goes there; else it takes
 a place in that worker's lane, and is scored again when its turn comes. Places bind nobody: a worker that
-leaves strands nothing, and one that has credit and an empty lane takes from the longest one what it would
-begin sooner. So no worker idles while others queue, and a request leaves its cached prefix only for what
-waiting for it would cost more.
+leaves or drains strands nothing, and one that has credit which nobody in its own lane can use takes from
+the longest lanes what it would begin sooner, and whatever it can from those of workers that are silent or
+have no room. So none idles beside others' queues, but for as long as waiting for a cached prefix costs less
+than computing it anew.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from scheduler.dispatch.ttft import Predictor
 from scheduler.dispatch.types import Decision, Explanation, Item, Send, Shed, WorkerState
 
 MOVES = 8
-"""Requests that change lanes before a worker with credit is left for the next call."""
+"""Requests that change lanes or are refused before a worker with credit is left for the next call."""
 
 TOO_LATE = "its first token would come after its deadline"
 
@@ -214,8 +215,10 @@ class Dispatcher:
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
         """Send the worker what it takes. False: there is more to do for it."""
         skipped: set[int] = set()  # rows of the lanes
-        moves = 0
+        left = MOVES
         while self._fleet.open(slot, now):
+            if not left:
+                return False
             waiting = self._lanes.next(slot, skipped, now) or self._places.steal(slot, skipped, now)
             if waiting is None:
                 return True
@@ -229,14 +232,13 @@ class Dispatcher:
                 if view.best != slot:
                     self._places.lift(waiting)
                     self._put(waiting, view, now)
-                    moves += 1
-                    if moves == MOVES:
-                        return False
+                    left -= 1
                     continue
                 self._places.compare(waiting, view)
             predicted = self._predictor.after(slot, float(self._fleet.pending[slot]) + waiting.cost)
             if now + predicted > item.deadline:
                 self._give_up(waiting, now)
+                left -= 1
             elif self._running.fits(slot, item, self._fleet.fills_as(item.service_class, now), now):
                 self._send(waiting, now, predicted, out)
             else:

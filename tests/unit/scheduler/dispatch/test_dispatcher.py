@@ -370,6 +370,16 @@ def test_many_of_one_deadline_are_refused_in_many_calls() -> None:
     assert not world.waiting
 
 
+def test_a_worker_with_room_refuses_who_is_too_late_in_many_calls() -> None:
+    world = World(workers=1)
+    fill(world, "w0")
+    world.arrive(*(item(key, deadline=1.0) for key in range(100)))
+    world.now = 1.0
+    assert 0 < len(world.compute("w0")) < 30
+    world.wait(0.001)
+    assert not world.waiting
+
+
 def test_sheddable_classes_give_way_as_the_fleet_fills_up() -> None:
     world = World(DispatchConfig(sheddable=(BATCH,)), workers=1)
     fill(world, "w0", held=STEP)
