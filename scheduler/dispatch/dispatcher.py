@@ -111,7 +111,7 @@ class Dispatcher:
     def first(self, key: int, now: float, cached_tokens: int | None) -> None:
         """Its first token has come. `cached_tokens`: of its prompt, as the engine counts; None = untold."""
         sent = self._running.get(key)
-        if sent is None or sent.first:
+        if sent is None or sent.first is not None:
             return
         sent.first = now
         self._predictor.erred(now - sent.at - sent.predicted)
@@ -128,7 +128,7 @@ class Dispatcher:
         if sent is None:
             return
         item = sent.item
-        self._running.learn(item, output_tokens)
+        self._running.learn(sent, output_tokens, now)
         self._shares[RANKS[item.service_class]].charge(item.tenant, 2.0 * output_tokens, now)
         self._predictor.ended(sent.slot, now - sent.at, self._fleet[sent.slot].slots_total)
         if cached_tokens is not None and prompt_tokens:
