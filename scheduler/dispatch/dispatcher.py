@@ -89,8 +89,11 @@ class Dispatcher:
             slot = self._index.slot(state.worker)
         except KeyError:
             slot = self._join(state)
-        if slot in self._fleet and state.seen < self._fleet[slot].seen:
-            return
+        if slot in self._fleet:
+            before = self._fleet[slot]
+            if state.seen < before.seen:
+                return
+            self._changed(slot, before, state)
         self._fleet.state(slot, state)
         self._running.state(slot, state, self._fleet.unseen(slot))
         self._touch(slot)
@@ -302,13 +305,19 @@ class Dispatcher:
             self._dirty[slot] = None
 
     def _join(self, state: WorkerState) -> int:
-        blocks = state.kv_total // BLOCK_TOKENS if state.kv_total else UNKNOWN_BLOCKS
-        slot = self._index.join(state.worker, blocks)
+        slot = self._index.join(state.worker, _blocks(state))
         self._fleet.join(slot)
         self._lanes.join(slot)
         self._predictor.join(slot, state.step_tokens)
         self._running.join(slot)
         return slot
+
+    def _changed(self, slot: int, before: WorkerState, state: WorkerState) -> None:
+        """Its engine is another than it was thought to be."""
+        if state.kv_total != before.kv_total:
+            self._index.resize(state.worker, _blocks(state))
+        if state.step_tokens != before.step_tokens:
+            self._predictor.join(slot, state.step_tokens)
 
     def _forget(self, key: int) -> Sent | None:
         """A worker has it no more."""
@@ -324,3 +333,8 @@ class Dispatcher:
         tail += max(0, item.context // BLOCK_TOKENS - len(item.hashes)) if not sent.confirmed else 0
         sent.confirmed = True
         self._index.confirm(self._fleet[sent.slot].worker, item.hashes, blocks, now, sent.at, tail)
+
+
+def _blocks(state: WorkerState) -> int:
+    """Prefix blocks that it caches."""
+    return state.kv_total // BLOCK_TOKENS if state.kv_total else UNKNOWN_BLOCKS
