@@ -317,9 +317,10 @@ class News(_Wire):
 class Dispatch(_Wire):
     """`dispatch`, every 100 ms: a scheduler hands out the requests of `bases`; their workers pull none."""
 
-    scheduler: str
+    scheduler: Name
     epoch: int = Field(description="grows with each scheduler that leads")
     bases: tuple[str, ...]
+    inbox: str = Field("", description="where what it pulls is delivered")
 
 
 class Sent(_Wire):

@@ -85,6 +85,9 @@ BODY_OBJECT = "Body-Object"
 ASKED = "Asked-Model"
 PREFIX = "Prefix"
 BUDGET = "Budget"
+OF_REQUESTS = frozenset(
+    {MSG_ID, REPLY_TO, PATH, TENANT, DEADLINE, REQUEST_ID, TRACEPARENT, BODY_OBJECT, ASKED, PREFIX, BUDGET}
+)
 
 # And what it has besides on its way from the dispatcher to a worker.
 SUBJECT = "Subject"

@@ -11,6 +11,7 @@ nobody tells of is handed on.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -41,6 +42,7 @@ from scheduler.dispatch.dispatcher import Dispatcher
 from scheduler.dispatch.types import Item, Preempt, Send, Shed, WorkerState
 from scheduler.guard import Guard
 from scheduler.leader import Leader
+from scheduler.sends import Sends
 
 _log = logging.getLogger(__name__)
 
@@ -56,8 +58,18 @@ _UNCLAIMED = 1.0
 _PAUSE = 5.0
 """Seconds for which workers pull by themselves after a defect of the dispatcher."""
 
-_MOST = 2**40
-"""A worker's figures may be anything; more than this they are not."""
+_MOST = 2**32
+_LONGEST = 2**22
+"""A worker's figures may be anything; more than this, of a worker or a request, they are not."""
+
+_UNSERVED = 10.0
+"""Seconds without a worker after which a base's requests go back into the queue."""
+
+_TURN = 2.0
+"""Seconds for which a worker's adapters may all be busy before another one's request is sent there."""
+
+_PULLS_STAND = 60.0
+"""Seconds after which no pull stands any more; `broker.client` asks for 30."""
 
 _EXPLAINED = 10_000
 """Requests whose names are remembered for `headrace explain`."""
@@ -107,8 +119,8 @@ class _Queue:
     pullers: dict[ServiceClass, base.Puller] = field(default_factory=dict)
     waiting: dict[int, _Queued] = field(default_factory=dict)
     of_class: dict[ServiceClass, int] = field(default_factory=lambda: dict.fromkeys(ServiceClass, 0))
-    sends: dict[str, int] = field(default_factory=dict)  # to each worker, so far
-    settled: dict[str, int] = field(default_factory=dict)  # the last of them that is known to be lost
+    sends: dict[str, Sends] = field(default_factory=dict)  # to each worker
+    unserved_since: float = math.inf
     decide_soon: bool = False
     timer: asyncio.TimerHandle | None = None
 
@@ -142,7 +154,11 @@ class Dispatching:
         self._epoch = 0
         self._queues: dict[str, _Queue] = {}
         self._out: dict[int, _Out] = {}
-        self._bases: dict[str, str] = {}  # worker -> its base
+        self._opening: set[str] = set()
+        self._numbers = itertools.count(1)
+        self._roomless: dict[str, float] = {}  # workers whose adapters are all busy, and since when
+        self._before: tuple[float, Dispatch] | None = None  # another one that dispatched, and when it said so
+        self._bounced: tuple[float, base.Subscription] | None = None  # in its place, and until when
         self._beats: dict[str, Heartbeat] = {}
         self._keys: dict[str, int] = {}  # of waiting requests
         self._names: dict[str, tuple[str, int]] = {}  # request -> base and sequence, for `explain`
@@ -161,6 +177,9 @@ class Dispatching:
             await self._broker.subscribe(subjects.ALL_CREDITS, self._on_news),
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._broker.subscribe(subjects.EXPLAIN, self._on_explain),
+            await self._broker.subscribe(subjects.DISPATCH, self._on_dispatch),
+            # That we are there, even if we hang: see `_bounce`.
+            await self._broker.subscribe(subjects.roster(self._name), lambda _: None),
         ]
 
     async def run(self) -> None:
@@ -184,18 +203,29 @@ class Dispatching:
             if self._epoch:
                 await self._stop(give_back=False)  # whoever leads has them, or will
             return
+        now = time.monotonic()
         if not self._epoch:
             self._epoch = self._leader.revision
             _log.info("dispatching", extra={"epoch": self._epoch})
-        served = {beat.base for beat in self._workers() if beat.state == "serving"}
-        for base_model in served - self._queues.keys():
-            await self._open(base_model)
-        now = time.monotonic()
-        told = Dispatch(scheduler=self._name, epoch=self._epoch, bases=tuple(self._queues))
+            self._spawn(self._bounce())
+        told = Dispatch(
+            scheduler=self._name, epoch=self._epoch, bases=tuple(self._queues), inbox=self._broker.inbox
+        )
         await self._broker.publish(subjects.DISPATCH, told.model_dump_json().encode())
+        live = {beat.base: beat for beat in self._workers()}
+        for beat in live.values():
+            if beat.base not in self._queues and beat.base not in self._opening:
+                self._opening.add(beat.base)
+                self._spawn(self._open(beat.base, self._epoch))
         for base_model, queue in list(self._queues.items()):
-            await self._fill(queue)
+            queue.unserved_since = math.inf if base_model in live else min(queue.unserved_since, now)
+            if now - queue.unserved_since > _UNSERVED:
+                del self._queues[base_model]
+                await self._close(queue, give_back=True)
+                continue
+            await self._fill(base_model, queue)
             self._soon(base_model)
+        await self._bounce_no_longer(now)
         await self._reclaim(now)
         if now - self._prolonged > self._broker.ack_wait / 3:
             self._prolonged = now
@@ -205,23 +235,69 @@ class Dispatching:
 
     # Taking what is queued
 
-    async def _open(self, base_model: str) -> None:
+    async def _open(self, base_model: str, epoch: int) -> None:
+        """Beside the ticks: a cluster that elects a leader may keep us waiting for long."""
         queue = _Queue(Dispatcher(base_model, self._config))
-        for service_class in ServiceClass:
-            queue.pullers[service_class] = await self._broker.pull(
-                base_model,
-                service_class,
-                lambda delivery: self._on_delivery(base_model, queue, delivery),
-                lambda: self._spawn(self._fill(queue)),
-            )
-        self._queues[base_model] = queue
-        for beat in self._workers():
-            if beat.base == base_model:
-                self._observe(beat, beat.credit, beat.dispatched)
-        self._spawn(self._guard.hand_on_unclaimed(base_model))  # what another dispatcher had and left
+        try:
+            for service_class in ServiceClass:
+                queue.pullers[service_class] = await self._broker.pull(
+                    base_model,
+                    service_class,
+                    lambda delivery: self._on_delivery(base_model, queue, delivery),
+                    lambda: self._spawn(self._fill(base_model, queue)),
+                )
+            if self._epoch == epoch:
+                self._queues[base_model] = queue
+        finally:
+            self._opening.discard(base_model)
+            if self._queues.get(base_model) is not queue:
+                await self._close(queue, give_back=False)
+        if self._queues.get(base_model) is queue:
+            for beat in self._workers():
+                if beat.base == base_model:
+                    self._observe(beat, beat.credit, beat.dispatched)
+            await self._guard.hand_on_unclaimed(base_model)  # what another dispatcher had and left
 
-    async def _fill(self, queue: _Queue) -> None:
+    async def _close(self, queue: _Queue, give_back: bool) -> None:
+        """`give_back`: nobody else can have what waits here."""
+        if queue.timer is not None:
+            queue.timer.cancel()
+        for puller in queue.pullers.values():
+            await puller.close()
+        waiting, queue.waiting = queue.waiting, {}
+        for queued in waiting.values():
+            if self._keys.get(queued.request.key) == queued.seq:
+                del self._keys[queued.request.key]
+            if give_back:
+                await self._broker.hand_on(queued.parcel.receipt)
+
+    def _on_dispatch(self, message: base.Message) -> None:
+        """Another one's word, or our own."""
+        try:
+            told = Dispatch.model_validate_json(message.data)
+        except ValidationError:
+            return
+        if told.scheduler != self._name:
+            self._before = time.monotonic(), told
+
+    async def _bounce(self) -> None:
+        """Hand on what is still delivered to the one that dispatched before, if it hangs: its pulls stand.
+        One that is gone has none, unless somebody listens in its place."""
+        if self._before is None or time.monotonic() - self._before[0] > _PULLS_STAND:
+            return
+        before = self._before[1]
+        if before.inbox and await self._broker.listens(subjects.roster(before.scheduler)):
+            self._bounced = time.monotonic() + _PULLS_STAND, await self._broker.bounce(before.inbox)
+
+    async def _bounce_no_longer(self, now: float) -> None:
+        if self._bounced is not None and now > self._bounced[0]:
+            (_, subscription), self._bounced = self._bounced, None
+            await subscription.close()
+
+    async def _fill(self, base_model: str, queue: _Queue) -> None:
         """Have the broker hand us what is queued, up to the window."""
+        if self._queues.get(base_model) is not queue:
+            return
         for service_class, puller in queue.pullers.items():
             room = self._config.window - queue.of_class[service_class] - puller.outstanding
             if room > self._config.window // 4:
@@ -238,7 +314,7 @@ class Dispatching:
             self._spawn(self._to_anyone(queue, delivery))
             return
         data = delivery.data if len(delivery.data) <= _SMALL else None
-        parcel = base.Parcel(delivery.subject, delivery.headers or {}, data, delivery.receipt)
+        parcel = base.Parcel(delivery.subject, request.headers(), data, delivery.receipt)
         queued = _Queued(request, parcel, delivery.seq, delivery.attempt, delivery.enqueued_ms)
         if self._out.pop(delivery.seq, None) is not None:
             queue.dispatcher.returned(delivery.seq, now)
@@ -252,7 +328,10 @@ class Dispatching:
         while len(self._names) > _EXPLAINED:
             del self._names[next(iter(self._names))]
         age = max(0.0, (now_ms - delivery.enqueued_ms) / 1000)
-        left = (request.deadline_ms - now_ms) / 1000 if request.deadline_ms else math.inf
+        # Its first token may have come before, and then its answer is worth finishing: its worker judges.
+        begun = delivery.attempt > 1 or not request.deadline_ms
+        left = math.inf if begun else (request.deadline_ms - now_ms) / 1000
+        prompt_tokens = max(1, bodies.size(self._broker, request) // 4)
         queue.dispatcher.arrive(
             Item(
                 key=delivery.seq,
@@ -261,9 +340,9 @@ class Dispatching:
                 service_class=service_class,
                 arrived=now - age,
                 deadline=now + left,
-                prompt_tokens=max(1, bodies.size(self._broker, request) // 4),
+                prompt_tokens=prompt_tokens,
                 max_tokens=request.budget,
-                hashes=_hashes(request.prefix),
+                hashes=_hashes(request.prefix, prompt_tokens),
                 weight=self._config.weights.get(request.subject.tenant, 1.0),
             ),
             now,
@@ -273,8 +352,10 @@ class Dispatching:
     def _model(self, request: Request) -> str:
         """An adapter, where workers take any; whatever else is named any worker answers, or refuses."""
         name, base_model = request.subject.model, request.subject.base
-        adapters = any(beat.slots for beat in self._beats.values() if beat.base == base_model)
-        return name if adapters and entries.split(name)[1] else base_model
+        if not entries.split(name)[1]:
+            return base_model
+        takes = any(beat.slots for beat in self._beats.values() if beat.base == base_model)
+        return name if takes else base_model
 
     async def _to_anyone(self, queue: _Queue, delivery: base.Delivery) -> None:
         """What is no request is a worker's to refuse."""
@@ -282,8 +363,10 @@ class Dispatching:
         if worker is None:
             await delivery.nak()
             return
-        parcel = base.Parcel(delivery.subject, delivery.headers or {}, delivery.data, delivery.receipt)
-        sent = Sent(epoch=self._epoch, number=queue.sends.get(worker, 0), why="it is no request")
+        # Whatever else a publisher may have set: not all that a server takes can be written again.
+        head = {name: text for name, text in (delivery.headers or {}).items() if name in subjects.OF_REQUESTS}
+        parcel = base.Parcel(delivery.subject, head, delivery.data, delivery.receipt)
+        sent = Sent(epoch=self._epoch, number=0, why="it is no request")
         await self._broker.relay(subjects.run(worker), parcel, sent.model_dump_json())
 
     def _drop(self, queue: _Queue, seq: int) -> _Queued | None:
@@ -320,7 +403,7 @@ class Dispatching:
             return
         queue.dispatcher.lose(worker)
         queue.sends.pop(worker, None)
-        queue.settled.pop(worker, None)
+        self._roomless.pop(worker, None)
         for seq, out in list(self._out.items()):
             if out.worker == worker:
                 del self._out[seq]
@@ -343,10 +426,17 @@ class Dispatching:
             return
         now = time.monotonic()
         for seq, cached in news.first:
-            queue.dispatcher.first(seq, now, cached)
+            if self._has(news.worker, seq):
+                queue.dispatcher.first(seq, now, _tokens(cached))
         for seq, prompt_tokens, cached, output in news.done:
-            self._out.pop(seq, None)
-            queue.dispatcher.finish(seq, now, prompt_tokens, cached, output)
+            if self._has(news.worker, seq):
+                del self._out[seq]
+                figures = (
+                    _tokens(prompt_tokens),
+                    min(_tokens(cached), _tokens(prompt_tokens)),
+                    _tokens(output),
+                )
+                queue.dispatcher.finish(seq, now, *figures)
         self._observe(beat, news.credit, news.dispatched)
 
     @_careful
@@ -355,9 +445,27 @@ class Dispatching:
         if queue is None:
             return
         epoch, number = dispatched
-        sends = max(number if epoch == self._epoch else 0, queue.settled.get(beat.worker, 0))
-        queue.dispatcher.state(_state(beat, credit, sends), time.monotonic())
+        sends = queue.sends.setdefault(beat.worker, Sends()).upto(number if epoch == self._epoch else 0)
+        now = time.monotonic()
+        queue.dispatcher.state(_state(beat, credit, sends, self._adapter_room(beat, now)), now)
         self._soon(beat.base)
+
+    def _has(self, worker: str, seq: int) -> bool:
+        """Whether it was sent there, and nowhere since."""
+        out = self._out.get(seq)
+        return out is not None and out.worker == worker
+
+    def _adapter_room(self, beat: Heartbeat, now: float) -> bool:
+        """Whether one more adapter could run there. Where all are busy for long, one more may wait there for
+        its turn, which the worker gives it: else it might wait here for ever."""
+        busy = sum(1 for each in beat.adapters if each.running or each.waiting)
+        if not beat.slots or busy < max(beat.slots, beat.adapters_in_memory):
+            self._roomless.pop(beat.worker, None)
+            return beat.slots > 0
+        if now - self._roomless.setdefault(beat.worker, now) < _TURN:
+            return False
+        del self._roomless[beat.worker]
+        return True
 
     # Deciding
 
@@ -385,7 +493,7 @@ class Dispatching:
                 case Shed():
                     self._shed(queue, decision)
                 case Preempt():
-                    self._preempt(decision)
+                    self._preempt(queue, decision)
         if sends:
             self._spawn(self._send(sends))
         if queue.timer is not None:
@@ -397,7 +505,8 @@ class Dispatching:
             )
 
     def _sent(self, queue: _Queue, queued: _Queued, send: Send, now: float) -> tuple[str, base.Parcel, str]:
-        number = queue.sends[send.worker] = queue.sends.get(send.worker, 0) + 1
+        number = next(self._numbers)
+        queue.sends.setdefault(send.worker, Sends()).add(number)
         self._out[send.key] = _Out(queued, send.worker, now, number)
         metrics.DISPATCHED.inc()
         sent = Sent(
@@ -412,7 +521,10 @@ class Dispatching:
 
     async def _send(self, sends: list[tuple[str, base.Parcel, str]]) -> None:
         for to, parcel, note in sends:
-            await self._broker.relay(to, parcel, note)
+            try:
+                await self._broker.relay(to, parcel, note)
+            except errors.HeadraceError as exc:  # handed on once nobody tells of it
+                _log.warning("a request was not sent: %s", exc.message)
 
     def _shed(self, queue: _Queue, shed: Shed) -> None:
         queued = self._drop(queue, shed.key)
@@ -432,18 +544,19 @@ class Dispatching:
             await usage.unrun(self._broker, queued.request, fault, queued.seq)
             await bodies.discard(self._broker, queued.request)
 
-    def _preempt(self, preempt: Preempt) -> None:
+    def _preempt(self, queue: _Queue, preempt: Preempt) -> None:
         out = self._out.get(preempt.key)
         if out is not None:
             metrics.PREEMPTED.inc()
-            self._spawn(self._take_back(out, preempt))
+            self._spawn(self._take_back(queue, out, preempt))
 
-    async def _take_back(self, out: _Out, preempt: Preempt) -> None:
+    async def _take_back(self, queue: _Queue, out: _Out, preempt: Preempt) -> None:
         command = Command(do="preempt", request=out.queued.request.key, reason=preempt.why)
         said = await self._broker.ask(subjects.ctl(preempt.worker), command.model_dump_json().encode())
         answer = Answer.model_validate_json(said)
         if not answer.ok:
             _log.info("not preempted: %s", answer.message, extra={"worker": preempt.worker})
+            queue.dispatcher.stays(preempt.key)
 
     # What goes wrong
 
@@ -455,7 +568,7 @@ class Dispatching:
                 queue = self._queues.get(out.queued.request.subject.base)
                 if queue is not None:
                     queue.dispatcher.returned(seq, now)
-                    queue.settled[out.worker] = max(out.number, queue.settled.get(out.worker, 0))
+                    queue.sends.setdefault(out.worker, Sends()).upto(out.number)
                 await self._broker.hand_on(out.queued.parcel.receipt)  # acked meanwhile, it does nothing
 
     def _failed(self) -> None:
@@ -469,16 +582,9 @@ class Dispatching:
         queues, self._queues = self._queues, {}
         self._epoch = 0
         self._out.clear()
-        self._keys.clear()
+        await self._bounce_no_longer(math.inf)
         for queue in queues.values():
-            if queue.timer is not None:
-                queue.timer.cancel()
-            for puller in queue.pullers.values():
-                await puller.close()
-        if give_back:
-            for queue in queues.values():
-                for queued in queue.waiting.values():
-                    await self._broker.hand_on(queued.parcel.receipt)
+            await self._close(queue, give_back)
 
     # Callers
 
@@ -509,11 +615,10 @@ class Dispatching:
         self._spawn(self._broker.publish(message.reply, orjson.dumps(told)))
 
 
-def _state(beat: Heartbeat, credit: Credit, sends: int) -> WorkerState:
+def _state(beat: Heartbeat, credit: Credit, sends: int, adapter_room: bool) -> WorkerState:
     """Of what a worker tells; whatever it is."""
     held, step = _within(credit.held), max(1, _within(credit.step_tokens))
     kv_total = _within(credit.kv_tokens_total)
-    busy = sum(1 for each in beat.adapters if each.running or each.waiting)
     return WorkerState(
         worker=beat.worker,
         seen=time.monotonic(),
@@ -526,7 +631,7 @@ def _state(beat: Heartbeat, credit: Credit, sends: int) -> WorkerState:
         sends=_within(sends),
         serving=beat.state == "serving",
         adapters=frozenset(each.model for each in beat.adapters if each.state in ("loading", "ready")),
-        adapter_room=busy < max(beat.slots, beat.adapters_in_memory),
+        adapter_room=adapter_room,
     )
 
 
@@ -534,9 +639,15 @@ def _within(figure: int) -> int:
     return max(0, min(figure, _MOST))
 
 
-def _hashes(header: str) -> tuple[int, ...]:
+def _tokens(figure: int) -> int:
+    """Of one request."""
+    return max(0, min(figure, _LONGEST))
+
+
+def _hashes(header: str, prompt_tokens: int) -> tuple[int, ...]:
     """What can't be read is as if it were not there: it is worth no refusal."""
     try:
-        return prefix.decode(header) if header else ()
+        # No more than the prompt has: what is cached counts for less.
+        return prefix.decode(header)[: prompt_tokens // prefix.BLOCK_TOKENS] if header else ()
     except ValueError:
         return ()

@@ -220,7 +220,7 @@ class Control:
                 return self._rest(command)
             case "preempt":
                 here = self._preempt(command.request)
-                return Answer(ok=here, message="" if here else "it does not run here")
+                return Answer(ok=here, message="" if here else "it does not run here, or can't be continued")
             case _:
                 return Answer(
                     ok=False,

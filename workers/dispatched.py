@@ -18,6 +18,9 @@ from broker.messages import Dispatch, Sent
 
 _log = logging.getLogger(__name__)
 
+BEAT = 0.1
+"""Seconds between two heartbeats, at most, while a scheduler hands requests out."""
+
 SILENCE = 0.35
 """Seconds without a word of the dispatcher after which the worker pulls by itself: three are missed."""
 
@@ -30,7 +33,7 @@ class Dispatched:
 
     Attributes:
         active: whether a scheduler hands our requests out.
-        last: epoch and number of the last one that was sent here.
+        last: epoch and number of the last one that was sent here, which has been taken with all before it.
     """
 
     def __init__(self, base_model: str, on_change: Callable[[], None]) -> None:
@@ -38,6 +41,8 @@ class Dispatched:
         self._on_change = on_change
         self._epoch = 0
         self._silence: asyncio.TimerHandle | None = None
+        self._coming: set[int] = set()  # numbers of those that were sent and not taken yet
+        self._newest = 0
         self.active = False
         self.last = (0, 0)
 
@@ -52,18 +57,25 @@ class Dispatched:
             return  # it has lost the lead, and does not know
         self._epoch = told.epoch
         if self.last[0] != told.epoch:  # else its first request was here before its first word
-            self.last = told.epoch, 0
+            self.last, self._newest = (told.epoch, 0), 0
         if self._silence is not None:
             self._silence.cancel()
         self._silence = asyncio.get_running_loop().call_later(SILENCE, self._fell_silent)
         self._become(self._base in told.bases)
 
     def take(self, sent: Sent) -> bool:
-        """Note what was sent; whether it may run."""
+        """Note what was sent; whether it may run. `taken` follows, once our figures have it or never will."""
         if self._silence is not None and sent.epoch < self._epoch:
             return False
-        self.last = max(self.last, (sent.epoch, sent.number))
+        self._coming.add(sent.number)
         return True
+
+    def taken(self, sent: Sent) -> None:
+        self._coming.discard(sent.number)
+        self._newest = max(self._newest, sent.number)
+        number = min(self._coming) - 1 if self._coming else self._newest
+        if sent.epoch >= self._epoch:
+            self.last = max(self.last, (sent.epoch, number))
 
     def close(self) -> None:
         if self._silence is not None:

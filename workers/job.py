@@ -205,6 +205,12 @@ class Job:
         return self.stopped.is_set() or bool(deadline_ms and deadline_ms <= time.time() * 1000)
 
     @property
+    def movable(self) -> bool:
+        """Whether another worker can go on with it, or begin it anew."""
+        continues = self._engine.continues and not recovery.several_prompts(self.request.body)
+        return continues or not self._streams
+
+    @property
     def superseded(self) -> bool:
         """Another worker has taken the request over, and this run comes to nothing."""
         return self._taken

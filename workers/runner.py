@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -24,7 +25,7 @@ from kvstate import budget
 from workers import held, intake, metrics, screening
 from workers.config import WorkerConfig
 from workers.control import Control
-from workers.dispatched import Dispatched
+from workers.dispatched import BEAT, Dispatched
 from workers.engines.base import Engine
 from workers.job import HandBack, Job, Share, Touch
 from workers.quarantine import Quarantine
@@ -221,10 +222,15 @@ class Worker:
 
     async def _take_sent(self, message: base.Message, sent: Sent) -> None:
         try:
-            delivery = await self._broker.relayed(message)
+            await self._start_sent(message, sent)
         except errors.HeadraceError as exc:
             _log.warning("a request that was sent here is left to the broker: %s", exc.message)
-            return
+        finally:
+            self._dispatched.taken(sent)
+            self._top_up()
+
+    async def _start_sent(self, message: base.Message, sent: Sent) -> None:
+        delivery = await self._broker.relayed(message)
         request = self._read(delivery) if delivery is not None else None
         if delivery is None or request is None:
             return
@@ -506,11 +512,12 @@ class Worker:
             job.stop(errors.Cancelled("the caller went away"), screening.cancelled_at(message))
 
     def _preempt(self, key: str) -> bool:
-        """Give a running request back, with its progress; whether it was here."""
+        """Give a running request back, with its progress; whether it is here, and can be continued."""
         job = self._jobs.get(key)
-        if job is not None:
-            job.stop(HandBack("preempted"))
-        return job is not None
+        if job is None or not job.movable:
+            return False
+        job.stop(HandBack("preempted"))
+        return True
 
     def _on_taken(self, message: base.Message) -> None:
         """`taken.<tenant>.<request>`: another worker runs it now, as the attempt in the message."""
@@ -557,7 +564,8 @@ class Worker:
                 self._touch.at = asyncio.get_running_loop().time()
             await self._announce()
             self._top_up()
-            await asyncio.sleep(self._config.heartbeat)
+            # Who dispatches believes no figures that are older than its `stale_after`.
+            await asyncio.sleep(min(self._config.heartbeat, BEAT if self._dispatched.active else math.inf))
 
     def _on_roster(self, message: base.Message) -> None:
         self._spawn(self._held.tell_all())

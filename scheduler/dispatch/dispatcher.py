@@ -97,11 +97,12 @@ class Dispatcher:
             slot = self._index.slot(state.worker)
         except KeyError:
             slot = self._join(state)
-        if slot in self._fleet and state.seen < self._fleet[slot].seen:
-            return
-        if slot in self._fleet and state.kv_total != self._fleet[slot].kv_total:
-            self._index.resize(state.worker, _blocks(state))
         was_serving = bool(self._fleet.serving[slot])
+        if slot in self._fleet:
+            before = self._fleet[slot]
+            if state.seen < before.seen:
+                return
+            self._changed(slot, before, state)
         self._fleet.state(slot, state)
         if was_serving and not state.serving:
             self._places.strand(self._lanes.leave(slot))
@@ -141,7 +142,7 @@ class Dispatcher:
         if sent is None:
             return
         item = sent.item
-        self._running.learn(item, output_tokens)
+        self._running.learn(sent, output_tokens, now)
         self._shares[RANKS[item.service_class]].charge(item.tenant, 2.0 * output_tokens, now)
         self._predictor.ended(sent.slot, now - sent.at, self._fleet[sent.slot].slots_total)
         if cached_tokens is not None and prompt_tokens:
@@ -155,6 +156,13 @@ class Dispatcher:
         sent = self._forget(key)
         if sent is not None and not asked:
             self._fleet.distrust(sent.slot)
+
+    def stays(self, key: int) -> None:
+        """Its worker can't give it back: it is not to be taken back again."""
+        sent = self._running.get(key)
+        if sent is not None:
+            sent.stays = True
+            self._preemption.back(sent.slot, key)
 
     # What shall happen
 
@@ -329,6 +337,13 @@ class Dispatcher:
         self._running.join(slot)
         return slot
 
+    def _changed(self, slot: int, before: WorkerState, state: WorkerState) -> None:
+        """Its engine is another than it was thought to be."""
+        if state.kv_total != before.kv_total:
+            self._index.resize(state.worker, _blocks(state))
+        if state.step_tokens != before.step_tokens:
+            self._predictor.join(slot, state.step_tokens)
+
     def _forget(self, key: int) -> Sent | None:
         """A worker has it no more."""
         sent = self._running.pop(key)
@@ -346,4 +361,5 @@ class Dispatcher:
 
 
 def _blocks(state: WorkerState) -> int:
+    """Prefix blocks that it caches."""
     return state.kv_total // BLOCK_TOKENS if state.kv_total else UNKNOWN_BLOCKS

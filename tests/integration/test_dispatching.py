@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import orjson
 import pytest
@@ -15,13 +18,19 @@ from broker.base import Broker, Message
 from broker.config import BrokerConfig
 from broker.messages import Credit, Dispatch, FrameKind, News, Sent
 from broker.server import NatsServer
+from scheduler import dispatching
 from scheduler.config import SchedulerConfig
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.service import Scheduler
 from tests.integration import command
+from tests.integration.fleet import Fleet
+from tests.pushing import push
 from tests.waiting import until
 from tests.workbench import FAST, LIMIT, STUCK, Caller, Serving, calling, metric, serving
 from workers.engines import sim
+
+CONFIG = BrokerConfig(ack_wait=300.0)
+"""Nothing is served by the ack wait alone."""
 
 ONE = FAST.model_copy(update={"max_num_seqs": 1})
 
@@ -33,7 +42,7 @@ async def server(nats_server: NatsServer) -> NatsServer:
 
 @pytest.fixture
 async def broker(server: NatsServer) -> AsyncIterator[Broker]:
-    async with await client.connect(BrokerConfig(url=server.url), "test") as made:
+    async with await client.connect(CONFIG.model_copy(update={"url": server.url}), "test") as made:
         yield made
 
 
@@ -47,7 +56,7 @@ class Desk:
     """A scheduler that can be stopped, and killed: its connection then breaks without a word."""
 
     def __init__(self, url: str, name: str, **dispatch: Any) -> None:
-        self._config = BrokerConfig(url=url)
+        self._config = CONFIG.model_copy(update={"url": url})
         self._settings = SchedulerConfig(name=name, lost_after=0.3, sweep=0.05, orphan_after=0.0)
         self._dispatch = DispatchConfig(**dispatch)
         self._stop = asyncio.Event()
@@ -356,3 +365,117 @@ async def test_a_defect_of_the_dispatcher_leaves_the_workers_to_pull(
         await pulls(at)
     assert len(await caller.usage(4)) == 4
     await engine.close()
+
+
+async def test_a_batch_request_gives_way_and_goes_on_later(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(ONE.model_copy(update={"beta0": 10}))
+    async with serving(broker, engine) as at, desk(server.url, budget={"interactive": 0.1}):
+        await led(at)
+        long = await caller.submit(200, service_class="batch")
+        await long.reach(FrameKind.DATA)
+        urgent = await caller.submit(3, service_class="interactive")
+        await urgent.finishes()
+        assert not long.stream.finished
+        await long.finishes()  # every token once
+        assert [each.epoch for each in long.frames][-1] == 2
+        assert len(wire.sent) == 3
+    await engine.close()
+
+
+async def test_what_can_not_be_continued_is_not_taken_back(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(ONE.model_copy(update={"beta0": 10}))
+    engine.continues = False
+    async with serving(broker, engine) as at, desk(server.url, budget={"interactive": 0.1}):
+        await led(at)
+        long = await caller.submit(100, service_class="batch")
+        await long.reach(FrameKind.DATA)
+        urgent = await caller.submit(3, service_class="interactive")
+        await long.finishes()
+        await urgent.finishes()
+        assert [each.epoch for each in long.frames][-1] == 1
+    await engine.close()
+
+
+async def test_an_adapter_has_its_turn_where_others_are_always_busy(
+    server: NatsServer, broker: Broker, caller: Caller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dispatching, "_TURN", 0.2)
+    engine = await sim.start(FAST.model_copy(update={"adapter_slots": 1, "adapters_in_memory": 1}))
+    for name in ("ada", "bob"):
+        await push(broker, name)
+    async with serving(broker, engine, adapter_cache=str(tmp_path)) as at, desk(server.url):
+        await led(at)
+        await (await caller.submit(3, model="ada@1")).finishes()
+        over = asyncio.Event()
+
+        async def busy() -> None:
+            while not over.is_set():
+                await (await caller.submit(30, model="ada@1")).finishes()
+
+        others = [asyncio.create_task(busy()) for _ in range(3)]
+        try:
+            await (await caller.submit(3, model="bob@1")).finishes()
+        finally:
+            over.set()
+            await asyncio.gather(*others)
+    await engine.close()
+
+
+async def test_headers_that_can_not_be_written_again_hold_nobody_up(
+    server: NatsServer, broker: Broker, caller: Caller
+) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at, desk(server.url):
+        await led(at)
+        head = b"NATS/1.0\r\nNats-Msg-Id: acme:raw\r\nReply-To: out.acme.box.raw\r\nPath: /v1/completions\r\n"
+        head += b"K(x): 1\r\n\r\n"
+        body = b'{"model": "sim", "prompt": "x", "max_tokens": 3}'
+        stream = caller.mailbox.open("acme", "raw")
+        address = urlsplit(server.url)
+        _, writer = await asyncio.open_connection(address.hostname, address.port)
+        writer.write(b'CONNECT {"headers": true, "verbose": false}\r\n')
+        writer.write(b"HPUB req.sim.standard.acme.sim %d %d\r\n" % (len(head), len(head) + len(body)))
+        writer.write(head + body + b"\r\n")
+        await writer.drain()
+        beside = await caller.submit(3)
+        frames = []
+        while not stream.finished:
+            frames += await stream.next(LIMIT)
+        assert frames[-1].kind is FrameKind.END
+        await beside.finishes()
+        writer.close()
+    await engine.close()
+
+
+async def test_requests_pass_a_leader_that_hangs(tmp_path: Path) -> None:
+    """Its pulls stand, and what comes to them is handed on."""
+    async with Fleet(tmp_path) as fleet:
+        config = CONFIG.model_copy(update={"url": fleet.nats.url})
+        async with await client.connect(config, "test") as broker, calling(broker) as caller:
+            wire = Wire()
+            await wire.listen(broker)
+            settings = {"broker__ack_wait": 300.0}
+            desks = {
+                name: await fleet.start("scheduler", scheduler__name=name, **settings)
+                for name in ("s1", "s2")
+            }
+            await fleet.start("worker", worker__name="w1", **settings)
+            await until(lambda: wire.dispatched and wire.dispatched[-1].bases)
+            await (await caller.submit(3)).finishes()
+            leads = wire.dispatched[-1].scheduler
+            hung = desks[leads].process
+            hung.send_signal(signal.SIGSTOP)
+            try:
+                await until(lambda: wire.dispatched[-1].scheduler != leads and wire.dispatched[-1].bases)
+                for call in [await caller.submit(3) for _ in range(20)]:
+                    await call.finishes()
+            finally:
+                hung.send_signal(signal.SIGCONT)
+            for call in [await caller.submit(3) for _ in range(5)]:
+                await call.finishes()
+            await caller.drained()
+            assert len(await caller.usage(26)) == 26

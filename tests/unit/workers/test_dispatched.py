@@ -25,6 +25,14 @@ def sent(epoch: int, number: int) -> Sent:
     return Sent(epoch=epoch, number=number)
 
 
+def took(ear: Ear, epoch: int, number: int) -> bool:
+    note = sent(epoch, number)
+    may = ear.take(note)
+    if may:
+        ear.taken(note)
+    return may
+
+
 async def test_it_is_dispatched_to_while_a_scheduler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatched, "SILENCE", 0.05)
     ear = Ear()
@@ -46,7 +54,7 @@ async def test_who_has_lost_the_lead_is_not_heard() -> None:
     ear.told(5)
     assert ear.active
     assert not ear.take(sent(5, 9))
-    assert ear.take(sent(7, 1))
+    assert took(ear, 7, 1)
     assert ear.last == (7, 1)
     ear.close()
 
@@ -58,11 +66,11 @@ async def test_a_scheduler_that_nobody_contradicts_is_heard_whatever_its_epoch(
     monkeypatch.setattr(dispatched, "SILENCE", 0.02)
     ear = Ear()
     ear.told(70, "llama")
-    ear.take(sent(70, 3))
+    took(ear, 70, 3)
     await until(lambda: not ear.active)
     ear.told(2, "llama")
     assert ear.active
-    assert ear.take(sent(2, 1))
+    assert took(ear, 2, 1)
     assert ear.last == (2, 1)
     ear.close()
 
@@ -70,20 +78,37 @@ async def test_a_scheduler_that_nobody_contradicts_is_heard_whatever_its_epoch(
 async def test_what_one_dispatcher_sent_is_not_counted_for_the_next() -> None:
     ear = Ear()
     ear.told(1, "llama")
-    ear.take(sent(1, 12))
+    took(ear, 1, 12)
     ear.told(2, "llama")
     assert ear.last == (2, 0)
-    ear.take(sent(2, 2))
-    ear.take(sent(2, 1))  # overtaken on its way
-    assert ear.last == (2, 2)
+    took(ear, 2, 14)
+    took(ear, 2, 13)  # overtaken on its way
+    assert ear.last == (2, 14)
     ear.close()
 
 
 async def test_a_request_that_comes_before_the_first_word_counts() -> None:
     ear = Ear()
-    assert ear.take(sent(3, 1))
+    assert took(ear, 3, 1)
     ear.told(3, "llama")
     assert ear.last == (3, 1)
+    ear.close()
+
+
+async def test_what_has_come_and_is_not_taken_yet_is_not_told() -> None:
+    """Its body is read from the queue first, and those behind it have theirs."""
+    ear = Ear()
+    ear.told(1, "llama")
+    notes = [sent(1, number) for number in (4, 7, 9)]
+    for note in notes:
+        ear.take(note)
+    assert ear.last == (1, 0)
+    ear.taken(notes[1])
+    assert ear.last == (1, 3)
+    ear.taken(notes[0])
+    assert ear.last == (1, 8)
+    ear.taken(notes[2])
+    assert ear.last == (1, 9)
     ear.close()
 
 

@@ -309,6 +309,31 @@ def test_a_class_that_has_its_share_of_the_kv_room_leaves_the_rest_to_the_others
     assert held.count(BATCH) == 3
 
 
+def test_a_worker_whose_room_becomes_known_remembers_no_more_prefixes_than_fit() -> None:
+    world = World(workers=1)
+    for key in range(3):
+        warm(world, "w0", tuple(range(100 * key, 100 * key + 8)), key=1000 + key)
+    world.tell("w0", kv_total=16 * 128, kv_free=16 * 128)
+    (decision,) = world.arrive(item(1, prompt=LONG, hashes=tuple(range(8))))  # the oldest
+    assert isinstance(decision, Send)
+    assert decision.hit_tokens == 0
+
+
+def test_times_are_those_of_the_steps_that_a_worker_has_now() -> None:
+    world = World(workers=1)
+    world.tell("w0", step_tokens=8 * STEP)
+    (decision,) = world.arrive(item(1, prompt=4 * STEP))
+    assert isinstance(decision, Send)
+    # Half a step is computed, after half of another and beside its own.
+    assert decision.predicted_ttft_s == pytest.approx(2 * world.config.step)
+
+
+def test_a_worker_without_a_step_is_given_nothing() -> None:
+    world = World()
+    world.join("w0", step_tokens=0)
+    assert world.arrive(item(1)) == []
+
+
 # Deadlines
 
 
@@ -521,12 +546,3 @@ def test_what_has_left_is_not_kept() -> None:
     pass_by(300)
     most = max(pass_by(1) for _ in range(150))
     assert max(pass_by(20) for _ in range(100)) <= 1.01 * most
-
-
-def test_the_cache_of_a_worker_that_tells_its_kv_room_later_is_as_large_as_it_says() -> None:
-    world = World(workers=1)
-    world.kv = 4 * 128
-    warm(world, "w0")
-    (again,) = world.arrive(item(2, prompt=LONG, hashes=PREFIX))
-    assert isinstance(again, Send)
-    assert again.hit_tokens <= 4 * 128
