@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ class Account:
         self._counts: dict[int, int] = {}  # of a block: how many requests have it
         self._keys: dict[int, int] = {}  # of a block: the sum of their keys, which is the key of a single one
         self._common = 0  # blocks that several have
+        self._ends = 0.0  # tokens that all would have at their ends
         self._forecasts: dict[str | None, Forecast] = {}  # by class, None = all; made when asked for
 
     def __len__(self) -> int:
@@ -81,7 +83,9 @@ class Account:
     def progress(self, key: int, tokens: int, remaining: float) -> None:
         """It has `tokens`, its prompt and its output, and will add `remaining`. Raises KeyError."""
         held = self._held[key]
+        self._ends -= held.tokens + held.remaining
         held.tokens, held.remaining = max(tokens, len(held.hashes) * BLOCK_TOKENS), remaining
+        self._ends += held.tokens + held.remaining
         self._forecasts.clear()
 
     def finish(self, key: int) -> None:
@@ -126,6 +130,9 @@ class Account:
         """
         if self.total == 0:
             return True
+        most = self.foreign + self._ends + prompt_tokens + remaining + self._rounding * (len(self._held) + 1)
+        if most <= min(self._ceilings[service_class], self._ceiling) * self.total:
+            return True  # even if all were to end at the same moment, and shared nothing
         mine = _countable(hashes, prompt_tokens)
         counts = [self._counts.get(block, 0) for block in mine]
         if without or 1 in counts:
@@ -152,6 +159,9 @@ class Account:
             raise IntegrityError("the blocks' holders are not the requests that are held")
         if self._common != sum(count > 1 for count in counts.values()):
             raise IntegrityError(f"{self._common} blocks are not those that several requests have")
+        ends = sum(held.tokens + held.remaining for held in self._held.values())
+        if not math.isclose(self._ends, ends, abs_tol=1e-3):
+            raise IntegrityError(f"{self._ends} tokens are not what all would have at their ends")
         for key, held in self._held.items():
             if held.shared != sum(counts[block] > 1 for block in held.hashes):
                 raise IntegrityError(f"{key} does not share {held.shared} blocks")
@@ -160,6 +170,7 @@ class Account:
 
     def _put(self, key: int, held: _Held) -> None:
         self._held[key] = held
+        self._ends += held.tokens + held.remaining
         held.shared = 0
         for block in held.hashes:
             count = self._counts.get(block, 0)
@@ -174,6 +185,7 @@ class Account:
 
     def _take(self, key: int) -> _Held:
         held = self._held.pop(key)
+        self._ends = self._ends - held.tokens - held.remaining if self._held else 0.0
         for block in held.hashes:
             count = self._counts[block] = self._counts[block] - 1
             self._keys[block] -= key

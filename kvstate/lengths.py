@@ -78,7 +78,7 @@ class Lengths:
 
         Args:
             max_tokens: its own limit; 0 = it has none.
-            quantile: in (0, 1].
+            quantile: in [0, 1].
         """
         left = max(0, max_tokens - so_far) if max_tokens else math.inf
         for ring in (self._pairs.get((model, tenant)), self._models.get(model), self._all):

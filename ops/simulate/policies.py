@@ -126,31 +126,38 @@ class _Base:
         """It was sent there."""
 
 
-class _Credit:
-    """Which workers may take one more, as a worker's own pull has it: no more than `steps` steps' prefill,
-    and KV room for a request of the usual size. Who has asked the longest comes first."""
+class _Credited(_Base):
+    """Gives to a worker what it may take, as its own pull has it: no more than `steps` steps' prefill, and KV
+    room for a request of the usual size. `open`: who may take one, the first has asked the longest."""
 
     def __init__(self, steps: float) -> None:
+        super().__init__()
         self._steps = steps
         self._prompt = self._output = 1.0
         self.open: dict[str, None] = {}
 
-    def look(self, seat: Seat) -> None:
-        if self._has(seat):
+    def state(self, state: WorkerState, now: float) -> None:
+        super().state(state, now)
+        self._look(self.seats[state.worker])
+
+    def finish(
+        self, key: int, now: float, prompt_tokens: int, cached_tokens: int, output_tokens: int
+    ) -> None:
+        self._prompt += SMOOTHING * (prompt_tokens - self._prompt)
+        self._output += SMOOTHING * (output_tokens - self._output)
+
+    def bound(self, item: Item, worker: str, now: float) -> None:
+        super().bound(item, worker, now)
+        self.open.pop(worker)  # it asks anew for the next
+        self._look(self.seats[worker])
+
+    def _look(self, seat: Seat) -> None:
+        if self._may_take(seat):
             self.open.setdefault(seat.state.worker)
         else:
             self.open.pop(seat.state.worker, None)
 
-    def give(self, seat: Seat) -> None:
-        """It has got one, and asks anew for the next."""
-        self.open.pop(seat.state.worker)
-        self.look(seat)
-
-    def learn(self, prompt: int, output: int) -> None:
-        self._prompt += SMOOTHING * (prompt - self._prompt)
-        self._output += SMOOTHING * (output - self._output)
-
-    def _has(self, seat: Seat) -> bool:
+    def _may_take(self, seat: Seat) -> bool:
         state = seat.state
         load = budget.Load(
             slots_free=state.slots_total - seat.load,
@@ -165,27 +172,11 @@ class _Credit:
         return budget.requests(load) > 0
 
 
-class Fifo(_Base):
+class Fifo(_Credited):
     """Workers pull from one queue: who has asked the longest gets the request that has waited the longest."""
 
-    def __init__(self, steps: float) -> None:
-        super().__init__()
-        self._credit = _Credit(steps)
-
-    def state(self, state: WorkerState, now: float) -> None:
-        super().state(state, now)
-        self._credit.look(self.seats[state.worker])
-
-    def finish(
-        self, key: int, now: float, prompt_tokens: int, cached_tokens: int, output_tokens: int
-    ) -> None:
-        self._credit.learn(prompt_tokens, output_tokens)
-
     def choose(self, item: Item) -> str | None:
-        return next(iter(self._credit.open), None)
-
-    def bound(self, item: Item, worker: str, now: float) -> None:
-        self._credit.give(self.seats[worker])
+        return next(iter(self.open), None)
 
 
 class RoundRobin(_Base):
@@ -288,25 +279,8 @@ class Push(_Affine):
         return self.best(item, self.seats)
 
 
-class Greedy(_Affine):
+class Greedy(_Credited, _Affine):
     """Gives the request that has waited the longest to whoever has credit, of those to the best score."""
 
-    def __init__(self, steps: float) -> None:
-        super().__init__()
-        self._credit = _Credit(steps)
-
-    def state(self, state: WorkerState, now: float) -> None:
-        super().state(state, now)
-        self._credit.look(self.seats[state.worker])
-
-    def finish(
-        self, key: int, now: float, prompt_tokens: int, cached_tokens: int, output_tokens: int
-    ) -> None:
-        self._credit.learn(prompt_tokens, output_tokens)
-
     def choose(self, item: Item) -> str | None:
-        return self.best(item, self._credit.open)
-
-    def bound(self, item: Item, worker: str, now: float) -> None:
-        super().bound(item, worker, now)
-        self._credit.give(self.seats[worker])
+        return self.best(item, self.open)

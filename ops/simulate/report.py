@@ -60,7 +60,7 @@ def figures(fleet: FleetFile, record: Record) -> Figures:
         **overall,
         "engine_preemptions": record.recomputed,
         "kv_use_while_queued": _share(record.kv_s, record.busy_s),
-        "step_ms": {f"p{p}": _ms(_weighted(seconds, counts, p)) for p in (50, 99)},
+        "step_ms": {f"p{p}": _ms(_weighted(seconds, counts, p)) if len(seconds) else None for p in (50, 99)},
         "classes": {
             str(name): _of(columns, columns.counted & (columns.classes == name))
             for name in np.unique(columns.classes)
@@ -107,7 +107,7 @@ def _share(part: Any, whole: Any) -> float | None:
 
 
 def _weighted(values: _Floats, counts: NDArray[np.int64], percent: float) -> float:
-    """The smallest value that so many percent of all are not above."""
+    """The smallest value that so many percent of all are not above. At least one is needed."""
     order = np.argsort(values)
     reached = np.cumsum(counts[order])
     return float(values[order][np.searchsorted(reached, reached[-1] * percent / 100)])

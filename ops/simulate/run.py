@@ -42,7 +42,7 @@ class Worker:
     Attributes:
         sends: requests that have come to it so far.
         uncomputed: the sum of its requests'.
-        began: when what the engine does was begun. `kv_use`: share of its blocks that requests then held.
+        began: when what the engine does was begun. `free`: tokens of KV room that were free then.
         told: when it last told its state.
     """
 
@@ -52,8 +52,13 @@ class Worker:
     sends: int = 0
     uncomputed: int = 0
     began: float = 0.0
-    kv_use: float = 0.0
+    free: int = 0
     told: float = -math.inf
+
+    @property
+    def kv_total(self) -> int:
+        """Tokens of KV room."""
+        return self.config.kv_blocks * self.config.block_size
 
     def state(self, now: float) -> WorkerState:
         model, config = self.engine.model, self.config
@@ -64,7 +69,7 @@ class Worker:
             slots_total=config.max_num_seqs,
             running=len(model.running) + len(model.waiting),
             prefill_held=self.uncomputed,
-            kv_total=config.kv_blocks * config.block_size,
+            kv_total=self.kv_total,
             kv_free=self.engine.kv_free(now),
             block_size=config.block_size,
             sends=self.sends,
@@ -87,7 +92,8 @@ class _Open:
 
 
 _First = tuple[int, int]  # a request that has its first token: its number, its cached tokens
-_Ended = tuple[int, int, int, int]  # one that has ended: its number, its tokens of prompt, cached, output
+_Ended = tuple[int, int, int, int]
+"""One that has ended: its number, and what its last attempt had: tokens of prompt, cached, output."""
 
 
 def simulate(fleet: FleetFile, policy: Policy, calls: Iterator[Call], news: News | None = None) -> Record:
@@ -215,7 +221,9 @@ class _World:
         self._after(self._news.late, self._return, opened)
 
     def _return(self, opened: _Open) -> None:
-        opened.item = replace(opened.item, done_tokens=opened.done)
+        # The deadline is of the first token, which its client may have.
+        deadline = math.inf if opened.done else opened.item.deadline
+        opened.item = replace(opened.item, done_tokens=opened.done, deadline=deadline)
         self._queued += 1
         self._policy.returned(opened.item.key, self.now)
         self._policy.arrive(opened.item, self.now)
@@ -240,8 +248,7 @@ class _World:
             worker.expect(run, run.total)
         worker.began = self.now
         if not worker.engine.idle:
-            pool = worker.engine.model.pool
-            worker.kv_use = 1 - pool.available / pool.total
+            worker.free = worker.engine.kv_free(self.now)
             self._await(worker)
         return bool(prefills or thrown)
 
@@ -254,13 +261,13 @@ class _World:
         engine = worker.engine
         if engine.ends != ends:
             return  # something has brought the end nearer, and another event will tell of it
-        before = engine.steps
+        before, free = engine.steps, (worker.free + engine.kv_free(self.now)) / 2
         told = engine.finish()
         steps = engine.steps - before
         self._record.step((self.now - worker.began) / steps, steps)
         if self._queued or engine.model.waiting:
             self._record.busy_s += self.now - worker.began
-            self._record.kv_s += (self.now - worker.began) * worker.kv_use
+            self._record.kv_s += (self.now - worker.began) * (1 - free / worker.kv_total)
         first = [self._first(run) for run in told if run.generated == 1]
         ended = [self._ended(run) for run in told if run.state is State.FINISHED]
         if self._step(worker) or told:
@@ -278,7 +285,7 @@ class _World:
         made = opened.done + run.generated
         self._record.end[run.number] = self._moved = self.now
         self._record.made[run.number] = made
-        return run.number, opened.call.prompt, run.cached or 0, made
+        return run.number, run.prompt_tokens, run.cached or 0, run.generated
 
     # News
 
@@ -296,7 +303,11 @@ class _World:
         self._decide()
 
     def _beat(self, worker: Worker) -> None:
-        if self.now - self._moved > PATIENCE and all(each.engine.idle for each in self._workers.values()):
+        if (
+            self._open
+            and self.now - self._moved > PATIENCE
+            and all(each.engine.idle for each in self._workers.values())
+        ):
             raise SimulationError(f"{len(self._open)} requests wait, and the policy sends them nowhere")
         if self.now >= worker.told + self._news.every:
             self._tell(worker, [], [])

@@ -77,9 +77,6 @@ class DispatchConfig(BaseModel):
     )
     load: float = Field(0.5, ge=0, description="time to load an adapter, as the choice of a worker counts it")
     step: float = Field(0.03, gt=0, description="time of an engine's step, until it is known")
-    quantile: float = Field(
-        0.8, gt=0, le=1, description="of the output lengths seen, taken for a request's own"
-    )
     explained: int = Field(4096, ge=0, description="requests that `headrace explain` knows of, the last ones")
 
     @field_validator("theta", "slots", "quanta", "ceilings")

@@ -14,10 +14,16 @@ SOON = 1e-3
 """Seconds between two looks at a request whose deadline is near."""
 
 
-class Deadlines:
-    """Looks at each request that has one as it comes, once its slack is two steps, and once it has none."""
+RUNG = 8
+"""Requests looked at in a call; who queued at once may all be due at once."""
 
-    def __init__(self, scorer: Scorer) -> None:
+
+class Deadlines:
+    """Looks at each request of `queue` that has one as it comes, once its slack is two steps, and once it has
+    none."""
+
+    def __init__(self, queue: Mapping[int, Waiting], scorer: Scorer) -> None:
+        self._queue = queue
         self._scorer = scorer
         self._alarms: list[tuple[float, int]] = []  # heap; of keys that may have left the queue
 
@@ -26,33 +32,42 @@ class Deadlines:
         if waiting.item.deadline == math.inf or view.best < 0:
             return None
         waiting.least = self._least(view)
-        wait = float(self._scorer.ttft(view)[view.eligible].min())
+        wait = self.wait(waiting, view)
         return wait if now + wait > waiting.item.deadline else None
 
-    def watch(self, waiting: Waiting, now: float) -> None:
-        if waiting.item.deadline < math.inf:
-            heapq.heappush(self._alarms, (self._next(waiting, now), waiting.item.key))
+    def wait(self, waiting: Waiting, view: View) -> float:
+        """Until its first token, if it came now: `waiting` has no place."""
+        return float(self._scorer.ttft(view)[view.eligible].min()) if view.best >= 0 else waiting.least
 
-    def due(self, queue: Mapping[int, Waiting]) -> float:
+    def watch(self, waiting: Waiting, now: float) -> None:
+        if waiting.item.deadline == math.inf:
+            return
+        heapq.heappush(self._alarms, (self._next(waiting, now), waiting.item.key))
+        if len(self._alarms) > 2 * len(self._queue) + 64:
+            first = {key: at for at, key in sorted(self._alarms, reverse=True) if key in self._queue}
+            self._alarms = [(at, key) for key, at in first.items()]
+            heapq.heapify(self._alarms)
+
+    def due(self) -> float:
         """When to `ring` again; inf = never, as things are."""
-        while self._alarms and self._alarms[0][1] not in queue:
+        while self._alarms and self._alarms[0][1] not in self._queue:
             heapq.heappop(self._alarms)
         return self._alarms[0][0] if self._alarms else math.inf
 
-    def ring(self, queue: Mapping[int, Waiting], now: float) -> Iterator[tuple[Waiting, float | None]]:
-        """Those whose time is up: with the wait that makes them too late, or None = they must go first.
+    def ring(self, now: float) -> Iterator[tuple[Waiting, bool]]:
+        """Some of those whose time is up: True = each is too late, False = it must go first.
 
         Whoever is above his share has no claim to go before others.
         """
-        while self._alarms and self._alarms[0][0] <= now:
-            waiting = queue.get(heapq.heappop(self._alarms)[1])
-            if waiting is None:
-                continue
+        for _ in range(RUNG):
+            if self.due() > now:
+                return
+            waiting = self._queue[heapq.heappop(self._alarms)[1]]
             view = self._scorer.view(waiting, now)
             if view.best >= 0:
                 waiting.least = self._least(view)
             if now + waiting.least >= waiting.item.deadline:
-                yield waiting, waiting.least
+                yield waiting, True
                 continue
             if (
                 now >= self._hurry_at(waiting)
@@ -60,7 +75,7 @@ class Deadlines:
                 and not waiting.over
                 and not waiting.urgent
             ):
-                yield waiting, None
+                yield waiting, False
             self.watch(waiting, now)
 
     def _least(self, view: View) -> float:

@@ -2,12 +2,16 @@
 
 A request that comes is scored against every worker. If the best one has credit, it goes there; else it takes
 a place in that worker's lane, and is scored again when its turn comes. Places bind nobody: a worker that
-leaves strands nothing, and one that has credit and an empty lane takes from the longest one what it would
-begin sooner. So no worker idles while others queue, and a request leaves its cached prefix only for what
-waiting for it would cost more.
+leaves or drains strands nothing, and one that has credit which nobody in its own lane can use takes from
+the longest lanes what it would begin sooner, and whatever it can from those of workers that are silent or
+have no room. So none idles beside others' queues, but for as long as waiting for a cached prefix costs less
+than computing it anew.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,16 +25,18 @@ from scheduler.dispatch.fair import Shares
 from scheduler.dispatch.fleet import Fleet
 from scheduler.dispatch.lanes import RANKS, Lanes, Waiting
 from scheduler.dispatch.places import Places
-from scheduler.dispatch.rooms import Rooms
+from scheduler.dispatch.preemption import Preemption
 from scheduler.dispatch.running import Running, Sent
 from scheduler.dispatch.score import Scorer, View
 from scheduler.dispatch.ttft import Predictor
 from scheduler.dispatch.types import Decision, Explanation, Item, Send, Shed, WorkerState
 
 MOVES = 8
-"""Requests that change lanes before a worker with credit is left for the next call."""
+"""Requests that change lanes or are refused before a worker with credit is left for the next call."""
 
 TOO_LATE = "its first token would come after its deadline"
+
+MOST_URGENT = next(iter(ServiceClass))
 
 UNKNOWN_BLOCKS = 4096
 """Prefix blocks that a worker is taken to cache where it does not tell its KV room."""
@@ -49,10 +55,10 @@ class Dispatcher:
         self._scorer = Scorer(config, self._fleet, self._lanes, self._index, self._predictor)
         self._running = Running(config)
         self._places = Places(config, self._fleet, self._lanes, self._scorer)
-        self._deadlines = Deadlines(self._scorer)
-        self._rooms = Rooms(config, self._fleet, self._lanes, self._running)
-        self._explained = Explanations(config.explained)
         self._queue: dict[int, Waiting] = {}
+        self._deadlines = Deadlines(self._queue, self._scorer)
+        self._preemption = Preemption(config, self._fleet, self._lanes, self._running)
+        self._explained = Explanations(config.explained)
         self._dirty: dict[int, None] = {}  # slots to be served, in order
         self._refused: list[Decision] = []
 
@@ -62,8 +68,10 @@ class Dispatcher:
         """It is queued. One of the same key is replaced, wherever it is."""
         self.cancel(item.key)
         self.returned(item.key, now)
+        if item.done_tokens:
+            item = replace(item, deadline=math.inf)  # its first token was in time, or late already
         shares = self._shares[RANKS[item.service_class]]
-        self._fleet.came(item.service_class, now)
+        self._fleet.note_arrival(item.service_class, now)
         shares.enter(item.tenant, item.weight, item.context, now)
         waiting = Waiting(item, RANKS[item.service_class])
         waiting.over = shares.over(item.tenant, now)
@@ -89,9 +97,15 @@ class Dispatcher:
             slot = self._index.slot(state.worker)
         except KeyError:
             slot = self._join(state)
-        if slot in self._fleet and state.seen < self._fleet[slot].seen:
-            return
+        was_serving = bool(self._fleet.serving[slot])
+        if slot in self._fleet:
+            before = self._fleet[slot]
+            if state.seen < before.seen:
+                return
+            self._changed(slot, before, state)
         self._fleet.state(slot, state)
+        if was_serving and not state.serving:
+            self._places.strand(self._lanes.leave(slot))
         self._running.state(slot, state, self._fleet.unseen(slot))
         self._touch(slot)
 
@@ -106,12 +120,12 @@ class Dispatcher:
         self._running.leave(slot)
         self._fleet.leave(slot)
         self._dirty.pop(slot, None)
-        self._rooms.leave(slot)
+        self._preemption.leave(slot)
 
     def first(self, key: int, now: float, cached_tokens: int | None) -> None:
         """Its first token has come. `cached_tokens`: of its prompt, as the engine counts; None = untold."""
         sent = self._running.get(key)
-        if sent is None or sent.first:
+        if sent is None or sent.first is not None:
             return
         sent.first = now
         self._predictor.erred(now - sent.at - sent.predicted)
@@ -128,7 +142,7 @@ class Dispatcher:
         if sent is None:
             return
         item = sent.item
-        self._running.learn(item, output_tokens)
+        self._running.learn(sent, output_tokens, now)
         self._shares[RANKS[item.service_class]].charge(item.tenant, 2.0 * output_tokens, now)
         self._predictor.ended(sent.slot, now - sent.at, self._fleet[sent.slot].slots_total)
         if cached_tokens is not None and prompt_tokens:
@@ -138,7 +152,7 @@ class Dispatcher:
 
     def returned(self, key: int, now: float) -> None:
         """Its worker gave it back; it comes again by `arrive`. Unasked: it has less room than it said."""
-        asked = self._rooms.asked(key)
+        asked = self._preemption.asked(key)
         sent = self._forget(key)
         if sent is not None and not asked:
             self._fleet.distrust(sent.slot)
@@ -148,7 +162,7 @@ class Dispatcher:
         sent = self._running.get(key)
         if sent is not None:
             sent.stays = True
-            self._rooms.back(sent.slot, key)
+            self._preemption.back(sent.slot, key)
 
     # What shall happen
 
@@ -164,16 +178,16 @@ class Dispatcher:
             if not self._serve(slot, now, out):
                 again[slot] = None
         self._dirty = again
-        out += self._rooms.make(now)
+        out += self._preemption.take_back(now)
         out += self._refused
         self._refused = []
         return out
 
     def next_due(self, now: float) -> float:
         """When `decide` has something to do even if nothing happens before; inf = never."""
-        if self._dirty or self._refused or any(self._places.stranded()):
+        if self._dirty or self._refused or self._places.stranded():
             return now
-        return max(now, min(self._deadlines.due(self._queue), self._rooms.due()))
+        return max(now, min(self._deadlines.due(), self._preemption.due()))
 
     # Questions
 
@@ -185,12 +199,14 @@ class Dispatcher:
         return self._predictor.error_p90()
 
     def saturation(self) -> float:
-        """Mean over workers of how full each is: 1 = five requests wait for it, or 80 % of its KV is used."""
+        """Mean over workers of how full each is: 1 = five requests wait for it, or one, and 80 % of its KV is
+        used."""
         slots = np.flatnonzero(self._fleet.serving)
         if not len(slots):
             return 1.0 if self._queue else 0.0
-        waiting = self._lanes.counts[-1][slots] / 5
-        return float(np.maximum(waiting, self._fleet.kv_used[slots] / 0.8).mean())
+        waiting = self._lanes.counts[-1][slots]
+        kv_used = np.where(waiting > 0, self._fleet.kv_used[slots] / 0.8, 0.0)
+        return float(np.maximum(waiting / 5, kv_used).mean())
 
     def explain(self, key: int, now: float) -> Explanation | None:
         """Of one that waits, or was decided on lately; None = not known."""
@@ -206,37 +222,44 @@ class Dispatcher:
 
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
         """Send the worker what it takes. False: there is more to do for it."""
-        skipped: set[int] = set()
-        moves = 0
+        skipped: set[int] = set()  # rows of the lanes
+        left = MOVES
         while self._fleet.open(slot, now):
-            waiting = self._lanes.next(slot, skipped) or self._places.steal(slot, skipped, now)
+            if not left:
+                return False
+            waiting = self._lanes.next(slot, skipped, now) or self._places.steal(slot, skipped, now)
             if waiting is None:
                 return True
             item = waiting.item
-            over = self._shares[waiting.rank].over(item.tenant, now)
+            over = self._lanes.over(waiting, now)
             if not self._fleet.takes(slot, item.service_class, over, now):
-                skipped.add(waiting.rank)
+                skipped.update(range(2 * waiting.rank + over, 2 * waiting.rank + 2))
                 continue
             if waiting.version != self._fleet.version:
                 view = self._scorer.view(waiting, now)
-                if view.best not in (slot, -1):
+                if view.best != slot:
                     self._places.lift(waiting)
                     self._put(waiting, view, now)
-                    moves += 1
-                    if moves == MOVES:
-                        return False
+                    left -= 1
                     continue
                 self._places.compare(waiting, view)
             predicted = self._predictor.after(slot, float(self._fleet.pending[slot]) + waiting.cost)
             if now + predicted > item.deadline:
-                self._places.lift(waiting)
-                self._shed(waiting, now, predicted, TOO_LATE)
-            elif self._running.fits(slot, item, self._fleet.rights(item.service_class, now), now):
+                self._give_up(waiting, now)
+                left -= 1
+            elif self._running.fits(slot, item, self._fleet.fills_as(item.service_class, now), now):
                 self._send(waiting, now, predicted, out)
             else:
-                self._fleet.full[waiting.rank, slot] = True
-                skipped.add(waiting.rank)
+                self._no_room(waiting, now)
+                skipped |= {2 * waiting.rank, 2 * waiting.rank + 1}
         return True
+
+    def _no_room(self, waiting: Waiting, now: float) -> None:
+        """Its worker's KV room has none for it. What falls free is kept for it, else those less urgent would
+        take it piece by piece, for ever; unless it is its class that has enough."""
+        rank, slot = waiting.rank, waiting.slot
+        below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
+        self._fleet.full[rank:below, slot] = True
 
     def _send(self, waiting: Waiting, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot
@@ -274,6 +297,12 @@ class Dispatcher:
         self._shed(waiting, now, wait, "the fleet is full, and its class gives way")
         return True
 
+    def _give_up(self, waiting: Waiting, now: float) -> None:
+        """It has waited in vain. It is told how long it would take if it came again."""
+        self._places.lift(waiting)
+        wait = self._deadlines.wait(waiting, self._scorer.view(waiting, now))
+        self._shed(waiting, now, wait, TOO_LATE)
+
     def _shed(self, waiting: Waiting, now: float, wait: float, why: str) -> None:
         key = waiting.item.key
         del self._queue[key]
@@ -282,10 +311,9 @@ class Dispatcher:
         self._explained.keep(waiting, "shed", "", now - waiting.item.arrived, wait, why)
 
     def _ring(self, now: float) -> None:
-        for waiting, wait in self._deadlines.ring(self._queue, now):
-            if wait is not None:
-                self._places.lift(waiting)
-                self._shed(waiting, now, wait, TOO_LATE)
+        for waiting, late in self._deadlines.ring(now):
+            if late:
+                self._give_up(waiting, now)
             else:
                 self._lanes.hurry(waiting)
                 self._dirty[waiting.slot] = None
@@ -302,19 +330,25 @@ class Dispatcher:
             self._dirty[slot] = None
 
     def _join(self, state: WorkerState) -> int:
-        blocks = state.kv_total // BLOCK_TOKENS if state.kv_total else UNKNOWN_BLOCKS
-        slot = self._index.join(state.worker, blocks)
+        slot = self._index.join(state.worker, _blocks(state))
         self._fleet.join(slot)
         self._lanes.join(slot)
         self._predictor.join(slot, state.step_tokens)
         self._running.join(slot)
         return slot
 
+    def _changed(self, slot: int, before: WorkerState, state: WorkerState) -> None:
+        """Its engine is another than it was thought to be."""
+        if state.kv_total != before.kv_total:
+            self._index.resize(state.worker, _blocks(state))
+        if state.step_tokens != before.step_tokens:
+            self._predictor.join(slot, state.step_tokens)
+
     def _forget(self, key: int) -> Sent | None:
         """A worker has it no more."""
         sent = self._running.pop(key)
         if sent is not None:
-            self._rooms.back(sent.slot, key)
+            self._preemption.back(sent.slot, key)
         return sent
 
     def _confirm(self, sent: Sent, cached_blocks: float, tail: int, now: float) -> None:
@@ -324,3 +358,8 @@ class Dispatcher:
         tail += max(0, item.context // BLOCK_TOKENS - len(item.hashes)) if not sent.confirmed else 0
         sent.confirmed = True
         self._index.confirm(self._fleet[sent.slot].worker, item.hashes, blocks, now, sent.at, tail)
+
+
+def _blocks(state: WorkerState) -> int:
+    """Prefix blocks that it caches."""
+    return state.kv_total // BLOCK_TOKENS if state.kv_total else UNKNOWN_BLOCKS

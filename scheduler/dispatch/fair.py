@@ -53,6 +53,9 @@ class Shares:
         if tenant is None:
             tenant = self._tenants[name] = _Tenant(weight, self._least(), now)
             heapq.heappush(self._order, (tenant.used, name))
+            if len(self._order) > 2 * len(self._tenants) + 64:
+                self._order = [(each.used, of) for of, each in self._tenants.items()]
+                heapq.heapify(self._order)
             self._weights += weight
             self._total = _add(self._total, tenant.used + math.log(weight))
         elif tenant.weight != weight:
@@ -138,9 +141,12 @@ class Rounds:
             for rank, cost in waiting:
                 if cost <= self._deficits[rank]:
                     return rank
+            # As many rounds at once as the first of them lacks.
+            lacks = ((cost - self._deficits[rank]) / self._quanta[rank] for rank, cost in waiting)
+            rounds = max(1, math.ceil(min(lacks)))
             for rank, quantum in enumerate(self._quanta):
                 # What a class did not use while it had nothing is not kept for it.
-                kept = 0.0 if costs[rank] is None else self._deficits[rank]
+                kept = self._deficits[rank] + (rounds - 1) * quantum if costs[rank] is not None else 0.0
                 self._deficits[rank] = kept + quantum
 
     def charge(self, rank: int, cost: float) -> None:

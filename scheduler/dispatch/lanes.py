@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,10 @@ RANKS = {each: rank for rank, each in enumerate(ServiceClass)}
 
 ROWS = 2 * len(RANKS)
 """Each class twice: tenants within their share, and those above."""
+
+
+PASSED = 32
+"""Tenants above their share that are passed over to find one that is not."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,15 +67,28 @@ class _Queue:
     members: dict[int, Waiting] = field(default_factory=dict)  # in order of placing
     tenants: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # heaps of (arrived, key)
     order: list[tuple[float, str]] = field(default_factory=list)  # heap of (counter, tenant)
+    entries: int = 0  # in those of `tenants`
 
     def add(self, waiting: Waiting, shares: Shares) -> None:
-        item = waiting.item
-        self.members[item.key] = waiting
+        self.members[waiting.item.key] = waiting
+        if self.entries >= 2 * len(self.members) + 64:
+            self._renew(shares)
+        else:
+            self._enter(waiting.item, shares)
+
+    def _renew(self, shares: Shares) -> None:
+        """Without what has left."""
+        self.tenants, self.order, self.entries = {}, [], 0
+        for each in self.members.values():
+            self._enter(each.item, shares)
+
+    def _enter(self, item: Item, shares: Shares) -> None:
         heap = self.tenants.get(item.tenant)
         if heap is None:
             heap = self.tenants[item.tenant] = []
             heapq.heappush(self.order, (shares.counter(item.tenant), item.tenant))
         heapq.heappush(heap, (item.arrived, item.key))
+        self.entries += 1
 
     def first(self, shares: Shares) -> Waiting | None:
         """The oldest of the tenant that was served least; counters only grow."""
@@ -79,6 +97,7 @@ class _Queue:
             heap = self.tenants[tenant]
             while heap and heap[0][1] not in self.members:
                 heapq.heappop(heap)
+                self.entries -= 1
             if not heap:
                 heapq.heappop(self.order)
                 del self.tenants[tenant]
@@ -89,6 +108,20 @@ class _Queue:
                 continue
             return self.members[heap[0][1]]
         return None
+
+    def first_within(self, shares: Shares, now: float) -> Waiting | None:
+        """The same of those tenants that are not above their share."""
+        passed: list[tuple[float, str]] = []
+        waiting = self.first(shares)
+        while waiting is not None and shares.over(waiting.item.tenant, now):
+            if len(passed) == PASSED:
+                waiting = None
+                break
+            passed.append(heapq.heappop(self.order))
+            waiting = self.first(shares)
+        for each in passed:
+            heapq.heappush(self.order, each)
+        return waiting
 
 
 class Lane:
@@ -150,41 +183,55 @@ class Lanes:
         entry = (waiting.item.deadline, waiting.rank, waiting.item.key)
         heapq.heappush(self._lanes[waiting.slot].urgent, entry)
 
-    def next(self, slot: int, skipped: set[int]) -> Waiting | None:
-        """Whose turn it is, classes `skipped` aside: the earliest deadline of the urgent, else by round."""
+    def over(self, waiting: Waiting, now: float) -> bool:
+        """Whether its tenant is above its share now."""
+        return self._shares[waiting.rank].over(waiting.item.tenant, now)
+
+    def next(self, slot: int, skipped: set[int], now: float) -> Waiting | None:
+        """Whose turn it is, rows `skipped` aside: the earliest deadline of the urgent, else by round."""
         lane = self._lanes[slot]
         while lane.urgent:
             _, rank, key = lane.urgent[0]
             waiting = lane.queues[rank].members.get(key)
             if waiting is None:
                 heapq.heappop(lane.urgent)
-            elif rank in skipped:
+            elif skipped and 2 * rank + self.over(waiting, now) in skipped:
                 break
             else:
                 return waiting
-        firsts = [
-            None if rank in skipped else queue.first(self._shares[rank])
-            for rank, queue in enumerate(lane.queues)
-        ]
+        firsts = [self._first(lane, rank, skipped, now) for rank in range(len(lane.queues))]
         rank_next = lane.rounds.turn([None if each is None else each.cost for each in firsts])
         return None if rank_next is None else firsts[rank_next]
 
-    def first(self, slot: int, rank: int) -> Waiting | None:
-        """Whose turn it is among those of one class."""
-        return self._lanes[slot].queues[rank].first(self._shares[rank])
+    def first(self, slot: int, rank: int, now: float) -> Waiting | None:
+        """Whose turn it is among those of one class whose tenants are not above their share."""
+        return self._lanes[slot].queues[rank].first_within(self._shares[rank], now)
+
+    def _first(self, lane: Lane, rank: int, skipped: set[int], now: float) -> Waiting | None:
+        if 2 * rank in skipped:
+            return None
+        queue, shares = lane.queues[rank], self._shares[rank]
+        return queue.first_within(shares, now) if 2 * rank + 1 in skipped else queue.first(shares)
 
     def charge(self, slot: int, waiting: Waiting) -> None:
         """It was served there."""
         if not waiting.urgent:
             self._lanes[slot].rounds.charge(waiting.rank, waiting.cost)
 
-    def walk(self, slot: int, most: int) -> Iterator[tuple[Waiting, float]]:
-        """Up to `most` of each class, in order of placing, each with the tokens before it."""
-        for rank, queue in enumerate(self._lanes[slot].queues):
+    def waiting(self, rows: Sequence[int]) -> Vector:
+        """How many of these rows wait, by lane."""
+        count: Vector = self.counts[-1]
+        if len(rows) < ROWS:
+            count = np.zeros(len(count))
+            for row in rows:
+                count += self.counts[row] - self.counts[row - 1] if row else self.counts[row]
+        return count
+
+    def walk(self, slot: int, ranks: Sequence[int], most: int) -> Iterator[tuple[Waiting, float]]:
+        """Up to `most` of each of these classes, in order of placing, each with the tokens before it."""
+        for rank in ranks:
             ahead = float(self.tokens[2 * rank - 1, slot]) if rank else 0.0
-            for number, waiting in enumerate(queue.members.values()):
-                if number == most:
-                    break
+            for waiting in islice(self._lanes[slot].queues[rank].members.values(), most):
                 yield waiting, ahead
                 ahead += waiting.cost
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, KeysView
 from dataclasses import dataclass
 
 from broker.messages import ServiceClass
 from kvstate.accounts import Account
-from kvstate.budget import KV_CEILING
 from kvstate.lengths import Lengths
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.types import Item, WorkerState
 
-REFRESH = 0.1
-"""Seconds for which the forecast of what a worker's requests have made so far is used again."""
+REFRESH = 4
+"""Output tokens of each request for which the forecast of what a worker's have made is used again."""
+
+KEEP = 0.98
+"""How much of an older request's weight in a worker's pace remains after a newer one."""
+
+PRIOR = 64.0
+"""Output tokens that the pace assumed for a new worker weighs as much as."""
+
+_SPREAD = math.sqrt(2) - 1
+"""Its multiples by consecutive numbers, or by each n-th, lie evenly between two whole ones. Not the golden
+ratio: by that some are refused, and those that are left would lie evenly no more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -24,7 +34,7 @@ class Sent:
         tokens: uncomputed on the worker when it was sent, its own included.
         predicted: seconds from then to its first token.
         hit: tokens of it that were thought to be cached.
-        first: when its first token came; 0 = not yet.
+        first: when its first token came; None = not yet.
         stays: it can't be taken back.
     """
 
@@ -34,9 +44,26 @@ class Sent:
     tokens: float
     predicted: float
     hit: int
-    first: float = 0.0
+    first: float | None = None
     confirmed: bool = False
     stays: bool = False
+
+
+@dataclass(slots=True)
+class _Pace:
+    """How fast a worker's requests make output after the first token, the newest counting most."""
+
+    seconds: float
+    tokens: float = PRIOR
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self.seconds = KEEP * self.seconds + seconds
+        self.tokens = KEEP * self.tokens + tokens
+
+    @property
+    def token(self) -> float:
+        """Seconds between two."""
+        return max(self.seconds / self.tokens, 1e-6)
 
 
 class Running:
@@ -47,9 +74,8 @@ class Running:
         self._on: dict[int, dict[int, Sent]] = {}  # by slot
         self._accounts: dict[int, Account] = {}
         self._refreshed: dict[int, float] = {}
-        self._most: dict[int, float] = {}  # by slot: tokens if all its requests reached their ends together
+        self._paces: dict[int, _Pace] = {}
         self._batches: dict[int, int] = {}  # by slot: batch requests there
-        self._parts: dict[int, float] = {}  # of each request in that sum
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -63,12 +89,12 @@ class Running:
     # Workers
 
     def join(self, slot: int) -> None:
-        self._on[slot], self._most[slot], self._refreshed[slot] = {}, 0.0, 0.0
+        self._on[slot], self._refreshed[slot] = {}, 0.0
+        self._paces[slot] = _Pace(PRIOR * self._config.step)
 
     def leave(self, slot: int) -> None:
         for key in self._on.pop(slot):
             del self._sent[key]
-            self._parts.pop(key, None)
         self._batches.pop(slot, None)
         self._accounts.pop(slot, None)
 
@@ -95,12 +121,8 @@ class Running:
         account = self._accounts[slot]
         if account.total == 0:
             return True
-        rest = self._remaining(item, 0)
-        share = min(self._config.ceilings[rights], KV_CEILING)
-        if account.foreign + self._most[slot] + item.context + rest <= share * account.total:
-            return True  # even if all were to end at the same time
         self._refresh(slot, now)
-        return account.fits(rights.value, item.context, rest, item.hashes)
+        return account.fits(rights.value, item.context, self._remaining(item, 0), item.hashes)
 
     def add(self, sent: Sent) -> None:
         key = sent.item.key
@@ -115,9 +137,6 @@ class Running:
         if sent is not None:
             del self._on[sent.slot][key]
             self._accounts[sent.slot].finish(key)
-            self._most[sent.slot] -= self._parts.pop(key)
-            if not self._on[sent.slot]:
-                self._most[sent.slot] = 0.0
             if sent.item.service_class is ServiceClass.BATCH:
                 self._batches[sent.slot] -= 1
                 if not self._batches[sent.slot]:
@@ -129,9 +148,13 @@ class Running:
         """Slots whose workers have batch requests."""
         return self._batches.keys()
 
-    def learn(self, item: Item, output_tokens: int) -> None:
+    def learn(self, sent: Sent, output_tokens: int, now: float) -> None:
+        """It has ended now, and made so much there."""
+        item = sent.item
         if output_tokens > 0:
             self._lengths.learn(item.model, item.tenant, item.done_tokens + output_tokens)
+        if sent.first is not None and output_tokens > 1:
+            self._paces[sent.slot].add(now - sent.first, output_tokens - 1)
 
     def victim(self, slot: int, item: Item, slots_full: bool) -> Sent | None:
         """The batch request there to take back for `item`: the last one sent, if going of all makes room."""
@@ -153,24 +176,26 @@ class Running:
         return (each for each in on if each.item.service_class is ServiceClass.BATCH and not each.stays)
 
     def _remaining(self, item: Item, made: int) -> float:
+        """Drawn by its key from the lengths of those that ended: so the sum over many is neither too high nor
+        too low. The same quantile for each would make it so."""
+        quantile = item.key * _SPREAD % 1.0
         return self._lengths.remaining(
-            item.model, item.tenant, item.done_tokens + made, item.max_tokens, self._config.quantile
+            item.model, item.tenant, item.done_tokens + made, item.max_tokens, quantile
         )
 
     def _enter(self, account: Account, key: int, sent: Sent) -> None:
         rest = self._remaining(sent.item, 0)
         account.add(key, sent.item.service_class.value, sent.item.context, rest, sent.item.hashes)
-        self._most[sent.slot] += sent.item.context + rest - self._parts.get(key, 0.0)
-        self._parts[key] = sent.item.context + rest
 
     def _refresh(self, slot: int, now: float) -> None:
-        """Their outputs have grown since they were sent, one token a step."""
-        if now - self._refreshed[slot] < REFRESH:
+        """Their outputs have grown since they were sent, at the worker's pace."""
+        token = self._paces[slot].token
+        if now - self._refreshed[slot] < REFRESH * token:
             return
         self._refreshed[slot] = now
         account = self._accounts[slot]
         for key, sent in self._on[slot].items():
-            if sent.first:
-                made = int((now - sent.first) / self._config.step)
+            if sent.first is not None:
+                made = int((now - sent.first) / token)
                 made = min(made, sent.item.max_tokens or made)
                 account.progress(key, sent.item.context + made, self._remaining(sent.item, made))

@@ -21,7 +21,7 @@ from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.fleet import Fleet, Mask
 from scheduler.dispatch.lanes import Lanes, Waiting
 from scheduler.dispatch.ttft import Predictor
-from scheduler.dispatch.types import Figures, Item
+from scheduler.dispatch.types import Figures
 
 Vector = NDArray[np.float64]
 
@@ -39,7 +39,7 @@ class View:
         best: the slot with the lowest score among those whose figures are fresh, or else among all; -1 = none
             is eligible.
         ahead: tokens that go before it there.
-        delay: seconds until a slot falls free for it, and to load its adapter.
+        delay: seconds until a slot or KV room falls free for it, and to load its adapter.
     """
 
     best: int
@@ -73,7 +73,7 @@ class Scorer:
             backlog = np.maximum(ahead - common, 0.0)
             # Its miss would delay as many as wait in every lane.
             delayed = min(float(np.minimum.reduce(count, where=eligible, initial=np.inf)), MOST_DELAYED)
-        delay = self._delay(item, count)
+        delay = self._delay(waiting, count)
         if delay is not _NONE:
             backlog = backlog + delay * predictor.rate(fleet.step_tokens)
         score = (fleet.pending + backlog + uncached * (1.0 + delayed)) * (fleet.load + 1.0)
@@ -119,12 +119,14 @@ class Scorer:
         uncached: Vector = np.maximum(item.context - float(BLOCK_TOKENS) * self.index.hits(item.hashes), 1.0)
         return uncached
 
-    def _delay(self, item: Item, count: Vector) -> Vector:
-        fleet = self.fleet
+    def _delay(self, waiting: Waiting, count: Vector) -> Vector:
+        fleet, full = self.fleet, self.fleet.full[waiting.rank]
         short = count + (fleet.load + (1.0 - fleet.slots))
-        full = len(short) > 0 and short.max() > 0.0
-        delay = self.predictor.for_slots(np.maximum(short, 0.0)) if full else _NONE
-        loaded = fleet.loaded(item.model)
+        if full.any():
+            short = np.where(full, np.maximum(short, count + 1.0), short)  # somebody must end first
+        missing = len(short) > 0 and short.max() > 0.0
+        delay = self.predictor.for_slots(np.maximum(short, 0.0)) if missing else _NONE
+        loaded = fleet.loaded(waiting.item.model)
         return delay if loaded is None else delay + ~loaded * self.config.load
 
     def _ahead(self, waiting: Waiting) -> tuple[Vector, Vector]:

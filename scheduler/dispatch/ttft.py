@@ -38,7 +38,12 @@ class Predictor:
         self._of: dict[str, Vector] = {name: np.zeros(0) for name in _FIELDS}
 
     def join(self, slot: int, step_tokens: int) -> None:
-        """A worker is new in `slot`: it is taken to compute a full step in `step`."""
+        """A worker is new in `slot`, or its steps have changed: it is taken to compute a full one in `step`.
+
+        Args:
+            step_tokens: token budget of a step; one with none computes nothing, and is taken to have 1.
+        """
+        step_tokens = max(1, step_tokens)
         of = self._of
         if slot >= len(of["count"]):
             for name in _FIELDS:

@@ -33,15 +33,33 @@ def test_interactive_requests_meet_their_budget_and_batch_ones_keep_their_progre
     assert figures(file, "fifo")["classes"]["interactive"]["goodput"] < 0.7 * chatting["rate"]
 
 
-def test_no_engine_runs_out_of_kv_room() -> None:
-    """Long prompts, long outputs, bursts, and caches that hold a few of them."""
-    hostile: dict[str, Any] = {"rate": 25.0, "arrivals": "bursts", "peak": 4.0}
-    hostile |= {"prompt": {"mean": 700, "sigma": 1.0, "most": 3000}, "output": {"mean": 250, "sigma": 1.0}}
-    engine = {"kv_blocks": 1024, "context_tokens": 6000}
-    file = fleet(hostile, {"name": "chat", "class": "interactive"}, count=4, engine=engine)
+HOSTILE: dict[str, Any] = {
+    "rate": 25.0,
+    "arrivals": "bursts",
+    "peak": 4.0,
+    "prompt": {"mean": 700, "sigma": 1.0, "most": 3000},
+    "output": {"mean": 250, "sigma": 1.0},
+}
+"""Long prompts, long outputs, bursts; `SMALL` caches hold a few of them."""
+
+SMALL = {"kv_blocks": 1024, "context_tokens": 6000}
+
+
+def test_no_engine_runs_out_of_kv_room_and_none_lets_it_lie_while_requests_wait() -> None:
+    file = fleet(HOSTILE, count=4, engine=SMALL, duration=60.0)
     found = figures(file)
+    assert found["kv_use_while_queued"] >= 0.85
+    assert found["engine_preemptions"] <= 0.02 * found["requests"]
+    assert figures(file, "push_fresh")["engine_preemptions"] > 0.5 * found["requests"]
+
+
+def test_room_is_kept_for_more_urgent_requests_while_such_come() -> None:
+    chat = {"name": "chat", "class": "interactive", "goal_ms": 200.0}
+    found = figures(fleet(HOSTILE, chat, count=4, engine=SMALL, duration=30.0))
+    chatting = found["classes"]["interactive"]
+    assert chatting["goodput"] > 0.95 * chatting["rate"]
+    assert 0.65 <= found["kv_use_while_queued"] <= 0.8
     assert found["engine_preemptions"] <= 0.01 * found["requests"]
-    assert figures(file, "push_fresh")["engine_preemptions"] > 0.1 * found["requests"]
 
 
 def test_a_tenant_that_floods_the_fleet_waits_for_itself() -> None:

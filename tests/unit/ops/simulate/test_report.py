@@ -75,10 +75,11 @@ def test_nothing_was_served() -> None:
     made = Record()
     number = made.add(Call(6.0, 0, "a", 10, 10))
     made.shed[number] = 6.0
-    made.step(0.01, 1)
-    found = report.figures(file(), made)
-    assert (found["ttft_ms"]["p99"], found["hit_rate"], found["goodput"]) == (None, None, 0.0)
-    assert "lanes" in report.text({"lanes": found})
+    for record in (made, Record()):
+        found = report.figures(file(), record)
+        assert (found["ttft_ms"]["p99"], found["hit_rate"], found["goodput"]) == (None, None, 0.0)
+        assert found["step_ms"] == {"p50": None, "p99": None}
+        assert "lanes" in report.text({"lanes": found})
 
 
 def test_plots(tmp_path: Path) -> None:

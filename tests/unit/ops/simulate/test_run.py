@@ -115,6 +115,11 @@ def test_a_policy_that_leaves_requests_lying_is_an_error() -> None:
         simulate(fleet(), _Never(), iter([one(), one()]))
 
 
+def test_a_time_without_requests_is_none() -> None:
+    record = simulate(fleet(), RoundRobin(), iter([one(), one(at=1000.0)]))
+    assert record.end[1] > 1000
+
+
 def test_a_long_answer_is_none() -> None:
     file = fleet(engine={"kv_blocks": 2048, "context_tokens": 30_000})
     record = simulate(file, RoundRobin(), iter([one(output=20_000)]))
@@ -128,12 +133,18 @@ class _TakesBack(RoundRobin):
         super().__init__()
         self.back: list[Item] = []
         self.log: list[str] = []
+        self.ends: list[tuple[int, int]] = []
 
     def arrive(self, item: Item, now: float) -> None:
         super().arrive(item, now)
         self.log.append(f"arrive {item.key} with {item.done_tokens}")
         if item.done_tokens:
             self.back.append(item)
+
+    def finish(
+        self, key: int, now: float, prompt_tokens: int, cached_tokens: int, output_tokens: int
+    ) -> None:
+        self.ends.append((prompt_tokens, output_tokens))
 
     def returned(self, key: int, now: float) -> None:
         self.log.append(f"returned {key}")
@@ -168,6 +179,14 @@ def test_a_request_that_is_taken_back_goes_on_from_where_it_was() -> None:
     assert record.first[0] < 1.1  # of the first attempt
     assert record.end[0] > 1.5
     assert (record.shed[1], record.retry[1]) == (1.2, 2.5)
+
+
+def test_one_that_has_begun_has_no_deadline_any_more_and_ends_with_its_last_attempts_counts() -> None:
+    policy = _TakesBack()
+    simulate(fleet({"deadline_ms": 300.0}), policy, iter([one(output=60), one(at=1.2), one(at=5.0)]))
+    (item,) = policy.back
+    assert item.deadline == math.inf
+    assert policy.ends == [(160 + item.done_tokens, 60 - item.done_tokens)]
 
 
 def test_requests_come_until_the_duration_is_over() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,22 @@ from typing import Any
 import pytest
 
 from ops.errors import TraceError
-from ops.simulate import traces
+from ops.simulate import traces, workload
 from ops.simulate.calls import Call
 from ops.simulate.fleet_file import TraceSection
+from tests.unit.ops.simulate.fleets import fleet
 
 MOONCAKE = {"timestamp": 27482, "input_length": 1100, "output_length": 52, "hash_ids": [46, 47, 48]}
 BURSTGPT = {"Timestamp": 5, "Model": "ChatGPT", "Request tokens": 472, "Response tokens": 18}
 
 
-def read(tmp_path: Path, form: str, *lines: dict[str, Any] | str, **changes: Any) -> list[Call]:
+def read(
+    tmp_path: Path, form: str, *lines: dict[str, Any] | str, source: int = 3, **changes: Any
+) -> list[Call]:
     file = tmp_path / "trace.jsonl"
     file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
     section = TraceSection.model_validate({"file": file, "format": form} | changes)
-    return list(traces.calls(section, 3, 16, 2048))
+    return list(traces.calls(section, source, 16, 2048))
 
 
 def test_mooncake(tmp_path: Path) -> None:
@@ -53,6 +57,27 @@ def test_what_no_engine_takes_is_left_out(tmp_path: Path) -> None:
     assert read(tmp_path, "burstgpt", BURSTGPT | {"Request tokens": 2040}) == []
 
 
+def test_what_is_left_out_is_in_no_cache(tmp_path: Path) -> None:
+    long = MOONCAKE | {"input_length": 3000, "hash_ids": [46, 47, 48, 49, 50, 51]}
+    failed = MOONCAKE | {"output_length": 0}
+    first, second = read(tmp_path, "mooncake", long, failed, MOONCAKE, MOONCAKE)
+    assert (first.shareable, second.shareable) == (0, 1088)
+
+
+def test_traces_share_nothing_with_each_other_nor_with_streams(tmp_path: Path) -> None:
+    lines = [MOONCAKE | {"hash_ids": ids} for ids in ([0, 1, 2], [2**15, 2**15 + 1, 2**15 + 2])]
+    lines.append(MOONCAKE | {"hash_ids": [2**40 - 3, 2**40 - 2, 2**40 - 1]})
+    one, other = (read(tmp_path, "mooncake", *lines, source=source) for source in (1, 2))
+    streams = [{"name": name, "groups": 4, "prefix": 64} for name in "ab"]
+    made = list(itertools.islice(workload.calls(fleet(*streams)), 100))
+    apart = [
+        {block for call in calls for block in call.hashes}
+        for calls in (one, other, [call for call in made if call.source == 0])
+    ]
+    assert not any(a & b for a, b in itertools.combinations(apart, 2))
+    assert len(apart[0]) == 3 * 68
+
+
 @pytest.mark.parametrize(
     ("form", "line", "says"),
     [
@@ -63,6 +88,8 @@ def test_what_no_engine_takes_is_left_out(tmp_path: Path) -> None:
         ("mooncake", MOONCAKE | {"input_length": "9"}, "'input_length' is '9'"),
         ("mooncake", MOONCAKE | {"output_length": -1}, "'output_length' is -1"),
         ("mooncake", MOONCAKE | {"hash_ids": "46"}, "'hash_ids' is no list"),
+        ("mooncake", MOONCAKE | {"hash_ids": [46, 47, -1]}, "'hash_ids' is no list"),
+        ("mooncake", MOONCAKE | {"hash_ids": [46, 47, 2**40]}, "'hash_ids' is no list"),
         ("mooncake", MOONCAKE | {"hash_ids": [46]}, "'hash_ids' has 1 of 3"),
         ("mooncake", MOONCAKE | {"timestamp": None}, "'timestamp' is None"),
         ("mooncake", MOONCAKE | {"timestamp": 1}, "comes before the line above"),

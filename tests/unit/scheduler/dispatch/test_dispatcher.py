@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+
 import pytest
 
 from broker.messages import ServiceClass
@@ -122,7 +125,59 @@ def test_a_request_waits_for_the_first_worker() -> None:
     assert sent(world.log) == [1]
 
 
+def test_who_waited_for_a_worker_that_drains_goes_to_another() -> None:
+    world = World(workers=2)
+    fill(world, "w1", held=20 * STEP)
+    fill(world, "w0")
+    world.arrive(item(1))
+    world.tell("w0", running=1, serving=False)
+    assert where(world.compute("w1")) == {1: "w1"}
+
+
+def test_a_free_worker_takes_from_one_without_kv_room_whatever_is_cached_there() -> None:
+    world = World(workers=2)
+    warm(world, "w1")
+    world.lose("w0")
+    full = {"kv_total": 10_000, "kv_free": 100, "running": 3}
+    world.tell("w1", **full)
+    assert world.arrive(item(1, prompt=LONG, hashes=PREFIX)) == []
+    world.join("w2")
+    assert where(world.log) == {1000: "w1", 1: "w2"}
+
+
+def test_a_free_worker_looks_beyond_the_longest_lane() -> None:
+    pools = {INTERACTIVE: Pool(most_step_tokens=STEP), BATCH: Pool(least_step_tokens=2 * STEP)}
+    world = World(DispatchConfig(pools=pools), workers=1)
+    world.join("big", step_tokens=8 * STEP)
+    world.tell("big", step_tokens=8 * STEP, prefill_held=8 * STEP, running=1)
+    fill(world, "w0")
+    world.arrive(*(item(key, service_class=BATCH, prompt=5000) for key in range(10)))
+    world.arrive(*(item(key, prompt=1000) for key in range(10, 15)))
+    world.join("w1")
+    assert where(world.log) == {10: "w1"}
+
+
+def test_a_worker_whose_own_lane_can_not_go_now_takes_from_another() -> None:
+    world = World(workers=1)
+    someone_urgent(world)
+    fill(world, "w0")
+    assert world.arrive(item(2, service_class=BATCH)) == []
+    world.join("w1", prefill_held=STEP, running=1)
+    fill(world, "w0", held=5 * STEP)
+    assert world.arrive(item(3, prompt=1000)) == []
+    world.now += 0.3  # w1 tells nothing more, and w0 takes batch up to half a step
+    assert where(world.tell("w0", prefill_held=300, running=1)) == {3: "w0"}
+
+
 # Adapters
+
+
+def test_an_adapter_is_not_sent_to_a_worker_that_can_run_it_no_more() -> None:
+    world = World(workers=1)
+    world.tell("w0", adapters=frozenset({"a"}), prefill_held=STEP)
+    assert world.arrive(item(1, model="a")) == []
+    assert world.tell("w0", adapters=frozenset({"b"})) == []
+    assert sent(world.tell("w0", adapters=frozenset({"a"}))) == [1]
 
 
 def test_an_adapter_goes_where_it_is_loaded() -> None:
@@ -230,6 +285,55 @@ def test_one_class_alone_fills_the_kv_room() -> None:
     assert 0.8 <= len(world.running["w0"]) * 1000 / 10_000 <= 0.95
 
 
+def test_kv_room_that_falls_free_is_kept_for_the_most_urgent_that_needs_it() -> None:
+    world = World(workers=1, slots=64, kv=10_000)
+    someone_urgent(world)
+    world.arrive(*(item(key, service_class=STANDARD, prompt=1000) for key in range(20)))
+    for _ in range(10):
+        world.compute("w0")
+    world.arrive(item(100, prompt=5000))
+    for _ in range(6):
+        world.finish("w0", min(world.running["w0"]))
+    assert 100 in world.running["w0"]
+
+
+def test_a_class_that_has_its_share_of_the_kv_room_leaves_the_rest_to_the_others() -> None:
+    world = World(workers=1, slots=64, kv=10_000)
+    someone_urgent(world)
+    kinds = [STANDARD] * 20 + [BATCH] * 5
+    world.arrive(*(item(key, service_class=kind, prompt=1000) for key, kind in enumerate(kinds)))
+    for _ in range(20):
+        world.compute("w0")
+    held = [each.service_class for each in world.running["w0"].values()]
+    assert held.count(STANDARD) == 6
+    assert held.count(BATCH) == 3
+
+
+def test_a_worker_whose_room_becomes_known_remembers_no_more_prefixes_than_fit() -> None:
+    world = World(workers=1)
+    for key in range(3):
+        warm(world, "w0", tuple(range(100 * key, 100 * key + 8)), key=1000 + key)
+    world.tell("w0", kv_total=16 * 128, kv_free=16 * 128)
+    (decision,) = world.arrive(item(1, prompt=LONG, hashes=tuple(range(8))))  # the oldest
+    assert isinstance(decision, Send)
+    assert decision.hit_tokens == 0
+
+
+def test_times_are_those_of_the_steps_that_a_worker_has_now() -> None:
+    world = World(workers=1)
+    world.tell("w0", step_tokens=8 * STEP)
+    (decision,) = world.arrive(item(1, prompt=4 * STEP))
+    assert isinstance(decision, Send)
+    # Half a step is computed, after half of another and beside its own.
+    assert decision.predicted_ttft_s == pytest.approx(2 * world.config.step)
+
+
+def test_a_worker_without_a_step_is_given_nothing() -> None:
+    world = World()
+    world.join("w0", step_tokens=0)
+    assert world.arrive(item(1)) == []
+
+
 # Deadlines
 
 
@@ -260,6 +364,47 @@ def test_what_has_become_too_late_is_refused() -> None:
     assert world.now <= 1.0
 
 
+def test_what_has_waited_in_vain_is_told_what_a_new_one_would_be() -> None:
+    world = World(workers=1)
+    fill(world, "w0")
+    world.arrive(item(1, service_class=STANDARD, deadline=1.0))
+    world.arrive(*(item(key, prompt=1000) for key in range(100, 200)))
+    (late,) = world.wait(1.0)
+    (new,) = world.arrive(item(2, service_class=STANDARD, arrived=world.now, deadline=world.now))
+    assert isinstance(late, Shed)
+    assert isinstance(new, Shed)
+    assert late.retry_after_s == pytest.approx(new.retry_after_s)
+
+
+def test_an_answer_that_has_begun_is_never_too_late() -> None:
+    world = World(workers=1)
+    world.now = 10.0
+    assert world.arrive(item(1, deadline=5.0, done=3)) == []
+    assert world.wait(1.0) == []
+    assert sent(world.tell("w0")) == [1]
+
+
+def test_many_of_one_deadline_are_refused_in_many_calls() -> None:
+    world = World(workers=1)
+    fill(world, "w0")
+    world.arrive(*(item(key, deadline=1.0) for key in range(100)))
+    world.now = 1.0
+    assert 0 < len(world.decide()) < 20
+    assert world.dispatcher.next_due(world.now) == world.now
+    world.wait(0.001)
+    assert not world.waiting
+
+
+def test_a_worker_with_room_refuses_who_is_too_late_in_many_calls() -> None:
+    world = World(workers=1)
+    fill(world, "w0")
+    world.arrive(*(item(key, deadline=1.0) for key in range(100)))
+    world.now = 1.0
+    assert 0 < len(world.compute("w0")) < 30
+    world.wait(0.001)
+    assert not world.waiting
+
+
 def test_sheddable_classes_give_way_as_the_fleet_fills_up() -> None:
     world = World(DispatchConfig(sheddable=(BATCH,)), workers=1)
     fill(world, "w0", held=STEP)
@@ -267,6 +412,16 @@ def test_sheddable_classes_give_way_as_the_fleet_fills_up() -> None:
     assert world.dispatcher.saturation() >= 1
     refused = world.arrive(item(100, service_class=BATCH))
     assert [type(each) for each in refused] == [Shed]
+
+
+def test_kv_room_in_use_alone_makes_nobody_give_way() -> None:
+    world = World(DispatchConfig(sheddable=(BATCH,)), workers=1, slots=100)
+    world.tell("w0", kv_total=10_000, kv_free=1500)
+    assert world.dispatcher.saturation() == 0
+    fill(world, "w0")
+    world.arrive(item(1))
+    world.tell("w0", kv_total=10_000, kv_free=1500, prefill_held=STEP)
+    assert world.dispatcher.saturation() > 1
 
 
 # Tenants
@@ -279,7 +434,7 @@ def test_a_tenant_that_floods_waits_behind_the_others() -> None:
     world.arrive(*(item(key, "flood") for key in range(1000)))
     for key in range(1000, 1050):
         world.now += 0.03
-        world.arrive(item(key, "other", arrived=world.now))
+        order += sent(world.arrive(item(key, "other", arrived=world.now)))
         order += sent(world.compute("w0"))
         assert key in order[-10:]
 
@@ -296,7 +451,26 @@ def test_a_tenant_above_its_share_leaves_room_on_every_worker() -> None:
     assert sent(world.arrive(item(501, "other"))) == [501]
 
 
+def test_a_tenant_above_its_share_holds_up_nobody_within_it() -> None:
+    world = World(workers=1, slots=10**6)
+    world.arrive(item(1, "other", prompt=300))
+    world.compute("w0")
+    world.finish("w0", 1)
+    fill(world, "w0")
+    world.arrive(*(item(key, "flood", prompt=500) for key in range(100, 200)), item(2, "other"))
+    assert sent(world.tell("w0", prefill_held=200, running=1)) == [2]
+
+
 # Questions
+
+
+def test_a_first_token_counts_once_even_at_time_zero() -> None:
+    world = World(workers=1)
+    world.arrive(item(1))
+    world.dispatcher.first(1, 0.0, None)
+    error = world.dispatcher.error_p90()
+    world.dispatcher.first(1, 5.0, None)
+    assert world.dispatcher.error_p90() == error
 
 
 def test_it_explains_what_it_did() -> None:
@@ -351,3 +525,24 @@ def test_a_deep_queue_without_a_worker_is_placed_in_many_calls() -> None:
         for key in list(world.running[name]):
             world.finish(name, key)
     assert sorted(sent(world.log)) == list(range(100))
+
+
+def test_what_has_left_is_not_kept() -> None:
+    """Pickled, it is no larger after many have come and gone than it was before."""
+    world = World(workers=1, slots=10**6)
+    fill(world, "w0")
+    world.arrive(item(0, "patient", deadline=1e9))
+
+    def pass_by(count: int) -> int:
+        for _ in range(count):
+            key = len(world.log) + next(keys)
+            world.dispatcher.arrive(item(key, "hasty", model=f"m{key}", deadline=1e8), 0.0)
+            world.dispatcher.cancel(key)
+            world.dispatcher.arrive(item(key, "hasty", deadline=1e8), 0.0)
+            world.dispatcher.cancel(key)
+        return len(pickle.dumps(world.dispatcher))
+
+    keys = itertools.count(1)
+    pass_by(300)
+    most = max(pass_by(1) for _ in range(150))
+    assert max(pass_by(20) for _ in range(100)) <= 1.01 * most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 from hypothesis import given
@@ -162,3 +163,22 @@ def test_the_most_urgent_class_goes_first_whoever_went_before_it_came() -> None:
     ):
         assert rounds.turn(costs) == turn
         rounds.charge(turn, 10.0)
+
+
+def test_a_cost_of_a_thousand_million_quanta_takes_no_longer_than_one() -> None:
+    rounds = Rounds([1, 1])
+    assert rounds.turn([1e12, 2e12]) == 0
+    rounds.charge(0, 1e12)
+    assert rounds.turn([1e12, 2e12]) in (0, 1)
+
+
+def test_those_who_came_once_are_not_kept() -> None:
+    fair = shares()
+    fair.enter("stays", 1.0, 1, 0.0)
+    sizes = []
+    for number in range(3000):
+        fair.enter(f"tenant-{number}", 1.0, 1, number * 1.0)
+        fair.charge(f"tenant-{number}", 100.0, number * 1.0)
+        fair.leave(f"tenant-{number}", 1)
+        sizes.append(len(pickle.dumps(fair)))
+    assert max(sizes[1500:]) <= 1.1 * max(sizes[:1500])

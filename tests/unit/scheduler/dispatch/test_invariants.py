@@ -6,10 +6,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from broker.messages import ServiceClass
+from scheduler.dispatch.config import DispatchConfig, Pool
 from scheduler.dispatch.types import Item
-from tests.unit.scheduler.dispatch.world import World, item
+from tests.unit.scheduler.dispatch.world import BASE, STEP, World, item
 
 GROUPS = [(), tuple(range(4)), tuple(range(10, 18))]
+
+
+KV = 4096
+CONFIG = DispatchConfig(
+    pools={
+        ServiceClass.INTERACTIVE: Pool(most_step_tokens=STEP),
+        ServiceClass.BATCH: Pool(least_step_tokens=2 * STEP),
+    }
+)
 
 
 class Life(RuleBasedStateMachine):
@@ -17,7 +27,9 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.worlds = World(), World()
+        self.worlds = World(CONFIG, kv=KV), World(CONFIG, kv=KV)
+        for world in self.worlds:
+            world.adapter_slots = 1
         self.keys = 0
         self.names = 0
 
@@ -25,19 +37,28 @@ class Life(RuleBasedStateMachine):
     def world(self) -> World:
         return self.worlds[0]
 
-    @rule()
-    def join(self) -> None:
+    @rule(steps=st.sampled_from([1, 4]))
+    def join(self, steps: int) -> None:
         self.names += 1
         for world in self.worlds:
-            world.join(f"w{self.names}")
+            world.join(f"w{self.names}", steps * STEP)
+
+    @precondition(lambda self: self.world.running)
+    @rule(data=st.data(), serving=st.booleans())
+    def drain(self, data: st.DataObject, serving: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.world.running)))
+        for world in self.worlds:
+            world.serving[name] = serving
+            world.tell(name)
 
     @rule(
         tenant=st.sampled_from("abc"),
         service_class=st.sampled_from(ServiceClass),
-        prompt=st.integers(1, 3000),
+        prompt=st.one_of(st.integers(1, 3000), st.just(1100)),
         group=st.sampled_from(GROUPS),
-        patience=st.sampled_from([0.05, 0.5, 1e9]),
+        patience=st.sampled_from([0.05, 1e9, 1e9]),
         weight=st.sampled_from([1.0, 3.0]),
+        model=st.sampled_from([BASE, BASE, "a", "b"]),
     )
     def arrive(
         self,
@@ -47,6 +68,7 @@ class Life(RuleBasedStateMachine):
         group: tuple[int, ...],
         patience: float,
         weight: float,
+        model: str,
     ) -> None:
         self.keys += 1
         for world in self.worlds:
@@ -59,6 +81,7 @@ class Life(RuleBasedStateMachine):
                 prompt=prompt,
                 hashes=group[: prompt // 128],
                 weight=weight,
+                model=model,
             )
             world.arrive(new)
 
@@ -115,7 +138,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def nobody_idles(self) -> None:
-        """A worker that has nothing and told so has nobody's work to do; else it would have come too late."""
+        """One that has nothing and told so could do nothing that waits; else it would have come too late."""
         world = self.world
         world.wait(0.0)
         for name, held in world.running.items():
@@ -123,7 +146,8 @@ class Life(RuleBasedStateMachine):
                 world.tell(name)
                 self.worlds[1].wait(0.0)
                 self.worlds[1].tell(name)
-                assert world.running[name] or not world.waiting
+                could = [each for each in world.waiting.values() if world.could_run(name, each)]
+                assert world.running[name] or not could
 
 
 TestLife = Life.TestCase

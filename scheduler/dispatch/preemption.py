@@ -11,7 +11,7 @@ from scheduler.dispatch.running import Running
 from scheduler.dispatch.types import Preempt
 
 
-class Rooms:
+class Preemption:
     """One at a time from a worker, for whose turn it is there once half his budget is gone."""
 
     def __init__(self, config: DispatchConfig, fleet: Fleet, lanes: Lanes, running: Running) -> None:
@@ -24,10 +24,10 @@ class Rooms:
         self._taking: dict[int, int] = {}  # by slot: the request that is on its way back
 
     def due(self) -> float:
-        """When to `make` some again; inf = never, as things are."""
+        """When to `take_back` again; inf = never, as things are."""
         return self._due if self._running.with_batch and len(self._lanes) else math.inf
 
-    def make(self, now: float) -> list[Preempt]:
+    def take_back(self, now: float) -> list[Preempt]:
         if now < self.due():
             return []
         self._due = now + self._interval
@@ -54,8 +54,8 @@ class Rooms:
         if slot in self._taking or self._fleet.seen[slot] < now - self._config.stale_after:
             return None
         for service_class, budget in self._config.budget.items():
-            waiting = self._lanes.first(slot, RANKS[service_class])
-            if waiting is not None and now >= waiting.item.arrived + budget / 2 and not waiting.over:
+            waiting = self._lanes.first(slot, RANKS[service_class], now)
+            if waiting is not None and now >= waiting.item.arrived + budget / 2:
                 return waiting
         return None
 
