@@ -93,6 +93,13 @@ def up_by(program: Sequence[str], engine: str, settings: Mapping[str, object]) -
             yield Running(url, nats, psutil.Process(process.pid))
 
 
+@contextlib.contextmanager
+def worker(nats: str, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
+    """`headrace worker` on a queue that is there, from the moment it is started: it serves later."""
+    with _process(["worker", "--nats", nats, *_flags(settings)]) as (process, _):
+        yield process
+
+
 def _flags(settings: Mapping[str, object]) -> list[str]:
     return [
         part for key, value in settings.items() for part in ("--set", f"{key.replace('__', '.')}={value}")

@@ -47,25 +47,25 @@ def run(quick: bool) -> dict[str, Any]:
     with _both(**FREE) as ups:
         streams, requests, tokens = SATURATED
         load = functools.partial(Load, model="sim", streams=streams, requests=requests // share)
-        saturated = _pairs("saturated", ups, rounds, foreign, functools.partial(load, max_tokens=tokens))
+        saturated = pairs("saturated", ups, rounds, foreign, functools.partial(load, max_tokens=tokens))
     paced = {}
     with _both(sim__ttft_ms=overhead.TTFT_MS, sim__itl_ms=overhead.ITL_MS) as ups:
         for streams, requests in STREAMS.items():
-            of = functools.partial(_paced, streams=streams, requests=max(streams, requests // share))
-            paced[str(streams)] = _pairs(f"{streams} streams", ups, rounds, foreign, of)
+            of = functools.partial(paced_load, streams=streams, requests=max(streams, requests // share))
+            paced[str(streams)] = pairs(f"{streams} streams", ups, rounds, foreign, of)
     return {
         "rounds": rounds,
         "saturated": {
             "streams": SATURATED[0],
             "tokens": SATURATED[2],
-            **_speed(saturated),
+            **speed(saturated),
             **_cpu(saturated),
         },
         "paced": {
             "ttft_ms": overhead.TTFT_MS,
             "itl_ms": overhead.ITL_MS,
             "tokens": overhead.TOKENS,
-            "streams": {streams: _speed(pairs) | _ttft(pairs) for streams, pairs in paced.items()},
+            "streams": {streams: speed(pairs) | ttft(pairs) for streams, pairs in paced.items()},
         },
         "memory": _memory(STORED[0] // (10 * share if quick else 1)),
         "cores_used_by_others": max(foreign),
@@ -83,18 +83,20 @@ def _both(**engine: object) -> Iterator[dict[str, fleet.Running]]:
     with contextlib.ExitStack() as stack:
         ups = {}
         for side, off in SIDES.items():
-            ups[side] = stack.enter_context(fleet.up_by(["benchmarks.bare", off], "sim", engine))
-            _measure(Load(ups[side].url, "sim", 32, 64, 40), ups[side])
+            # No scheduler dispatches on the one side, so none may on the other.
+            alike = {**engine, "dispatch__enabled": False}
+            ups[side] = stack.enter_context(fleet.up_by(["benchmarks.bare", off], "sim", alike))
+            measured(Load(ups[side].url, "sim", 32, 64, 40), ups[side])
         yield ups
 
 
-def _paced(url: str, streams: int, requests: int) -> Load:
+def paced_load(url: str, streams: int, requests: int) -> Load:
     length = (overhead.TTFT_MS + overhead.TOKENS * overhead.ITL_MS) / 1000
     think = overhead.ITL_MS / 1000
     return Load(url, "sim", streams, requests, overhead.TOKENS, spread=length, think=think)
 
 
-def _pairs(
+def pairs(
     name: str, ups: dict[str, fleet.Running], rounds: int, foreign: list[float], load: Callable[[str], Load]
 ) -> list[Pair]:
     """Both sides under one load, `rounds` times, in changing order; the cores of others go to `foreign`."""
@@ -109,13 +111,13 @@ def _pairs(
 
 
 def _pair(ups: dict[str, fleet.Running], order: list[str], load: Callable[[str], Load]) -> Pair:
-    pair = {side: _measure(load(ups[side].url), ups[side]) for side in order}
+    pair = {side: measured(load(ups[side].url), ups[side]) for side in order}
     if pair["on"][0].digest != pair["off"][0].digest:
         raise RuntimeError("the two sides answered differently: nothing is measured")
     return pair
 
 
-def _measure(load: Load, up: fleet.Running) -> Run:
+def measured(load: Load, up: fleet.Running) -> Run:
     parts = {name: up.part(name) for name in PARTS}
     before = {name: fleet.cpu_seconds(part) for name, part in parts.items()}
     result = measure(load)
@@ -140,7 +142,7 @@ def added_ttft(pair: Pair, p: float) -> float:
     return (on - off) * 1000
 
 
-def _speed(pairs: list[Pair]) -> dict[str, Any]:
+def speed(pairs: list[Pair]) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{side}_tokens_per_s": results.spread([_rate(pair[side]) for pair in pairs]) for side in SIDES
     }
@@ -148,7 +150,7 @@ def _speed(pairs: list[Pair]) -> dict[str, Any]:
     return found | {"tokens_per_s_ratio": results.spread(ratios)}
 
 
-def _ttft(pairs: list[Pair]) -> dict[str, Any]:
+def ttft(pairs: list[Pair]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for p in PERCENTILES:
         found[f"added_ttft_p{p}_ms"] = results.spread([added_ttft(pair, p) for pair in pairs])
@@ -178,16 +180,16 @@ def _memory(streams: int) -> dict[str, Any]:
     """Load a new fleet with `streams` at a time until its journal forgets the first of them."""
     with fleet.up_by(["ops"], "sim", FREE) as up:
         server, worker = up.part("nats-server"), up.part("worker")
-        _measure(Load(up.url, "sim", 32, 32, 40), up)
+        measured(Load(up.url, "sim", 32, 32, 40), up)
         found: dict[str, Any] = {"streams": streams, "tokens": STORED[1], "limit": _limit()}
         before = _stored(up.nats, server, worker)
         load = Load(up.url, "sim", SATURATED[0], streams, STORED[1])
-        _measure(load, up)
+        measured(load, up)
         after = _stored(up.nats, server, worker)
         found |= {"before": before, "after": after}
         full = after
         while streams == STORED[0] and full["first"] == 1:
-            _measure(load, up)
+            measured(load, up)
             full = _stored(up.nats, server, worker)
             results.say(f"  the journal holds {full['bytes'] / 2**20:.0f} MiB: {full}")
         return found | {"full": full}

@@ -17,7 +17,9 @@ Record = dict[str, Any]
 
 def write() -> Path:
     """Write the document and the plot; of what was not measured here, the document's section stays."""
-    before = sections(path.read_text()) if (path := DOCS / "benchmarks.md").exists() else {}
+    before = sections(_GPU_UNMEASURED)
+    if (path := DOCS / "benchmarks.md").exists():
+        before |= sections(path.read_text())
     parts = [
         render(record) if (record := results.load(name)) is not None else before.get(title, "")
         for name, title, render in (
@@ -28,7 +30,11 @@ def write() -> Path:
             ("vllm_throughput", "Throughput of real vLLM", _vllm),
             ("batching", "Continuous against static batching", _batching),
             ("adapters", "Adapters", _adapters),
+            ("gpu_adapters", "Adapters and sleep on a GPU", _gpu_adapters),
             ("planner", "Planner", _planner),
+            ("dispatch_policies", "Dispatch policies", _policies),
+            ("dispatcher", "Dispatcher", _dispatcher),
+            ("handing", "Handing out", _handing),
             ("routing", "Intent routing", _routing),
         )
     ]
@@ -241,10 +247,10 @@ _ADAPTERS = """\
 ## Adapters
 
 Real vLLM on CPU with {count} adapters in memory and two slots, one request at a time: from the worker's
-taking a request to vLLM's first step with it. `swap`: its adapter is in memory and another has the slot.
-`cold`: it is in the object store only. `wanted`: likewise, but announced beforehand, as an ingress does
-while the request is queued. The engine with its worker takes {base:,.0f} MiB, with {count} adapters
-{with_adapters:,.0f}; an engine for each would take {an_engine_each:,.0f}.
+taking a request to vLLM's first step with it. `slotted`: its adapter has a slot. `swap`: its adapter is in
+memory and another has the slot. `cold`: it is in the object store only. `wanted`: likewise, but announced
+beforehand, as an ingress does while the request is queued. The engine with its worker takes {base:,.0f} MiB,
+with {count} adapters {with_adapters:,.0f}; an engine for each would take {an_engine_each:,.0f}.
 """
 
 _ZIPF = """\
@@ -256,12 +262,150 @@ have a slot each.
 """
 
 
+_GPU_UNMEASURED = """\
+## Adapters and sleep on a GPU
+
+Not measured yet: no figure on this page comes from a GPU. On a machine with one
+
+    make GPU=1 bench ARGS=gpu_adapters
+
+measures on the demo model, `ARGS='gpu_adapters --model DIR'` on another, and puts the figures here: until
+the first step and the first token of requests whose adapter is in the machine's memory, and another has its
+slot, or in the object store only; what traffic of 20 adapters makes of 8 slots; and how long vLLM takes to
+sleep and to wake, and what memory of the GPU it gives free, against a new process.
+"""
+
+_GPU_ADAPTERS = """\
+## Adapters and sleep on a GPU
+
+{model} on {gpu}, with {adapters} adapters in the machine's memory and {slots} slots, one request at a time:
+from the worker's taking a request to vLLM's first step with it, and to its first token. What a step does to
+copy an adapter into its slot is in the latter only. The rows are those [above](#adapters); the requests of
+`swap` made {swaps:.0f} swaps.
+"""
+
+_GPU_ZIPF = """\
+Requests of these adapters, drawn by Zipf's law, {tokens} tokens each, by {in_flight} clients that ask one
+after the other, for {seconds:g} s:
+"""
+
+_GPU_SLEEP = """\
+vLLM's sleep (level 1) and back, {naps} times, by the worker's commands. The GPU's memory in use:
+{before_mib:,.0f} MiB before, {asleep_mib:,.0f} MiB asleep, so that {freed_mib:,.0f} MiB came free. Against it
+a worker's process, started {starts} times with the same settings; the very first start on a machine
+compiles, too, what the later ones find on its disk. The request whose first token is awaited is in the queue
+from the beginning.
+"""
+
 _PLANNER = """\
 ## Planner
 
 One plan for {workers:,} workers of {slots} slots each and {adapters} adapters, with {replicas} replicas
 placed; {rounds} rounds.
 """
+
+
+_POLICIES = """\
+## Dispatch policies
+
+Simulated (`headrace sim examples/fleet.toml`, [simulator.md](simulator.md)), each policy on the same
+requests: {workers} workers with {step_tokens} tokens a step and {kv_tokens:,} tokens of KV cache, one of
+{groups} prefixes of {prefix} tokens and {prompt:.0f} more in each prompt, one token as an answer;
+{seconds:.0f} s counted. "Good" are first tokens within {goal_ms:.0f} ms, which is the requests' deadline
+too: lanes refuse what can't meet it, the others never refuse.
+"""
+
+_DISPATCHER = """\
+## Dispatcher
+
+Decisions of `scheduler/dispatch` by itself, {decisions:,} each: a request arrives, is sent, has its first
+token and ends, and its worker tells its state at each. "Credit" is a fleet in which whoever comes goes on at
+once, "deep" one before which 20,000 requests wait.
+"""
+
+_HANDING = """\
+## Handing out
+
+What the way through the scheduler adds: a fleet that dispatches ("on") against one whose workers pull
+("off"), with the load of "Added latency": {ttft_ms} ms to the first token, {itl_ms} ms between tokens,
+{tokens} tokens, {rounds} rounds. Other processes used {cores_used_by_others:.2f} cores at most.
+"""
+
+_SIMULATED = """\
+{workers:,} workers with {rate:,.0f} requests a second, in proportion, under lanes: {requests:,} requests in
+{wall_s:.0f} s (CPU time {cpu_s:.0f} s, target ≤ 600), with {peak_mib:,} MiB of memory at most (target ≤
+4,096): p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, hits {hit_rate:.3f}.
+"""
+
+
+def _dispatcher(record: Record) -> str:
+    rows = []
+    for case, found in record.items():
+        workers, _, kind = case.partition("_")
+        if not workers.isdecimal():
+            continue
+        least = 5000 if workers == "100" else 1000
+        rows.append(
+            [
+                f"{int(workers):,}",
+                kind,
+                f"{found['a_second']:,}",
+                _against(found["a_second"], least, least=True),
+                f"{found['p50_ms']:.2f}",
+                f"{found['p99_ms']:.2f}",
+                _against(found["p99_ms"], 1.0),
+                f"{1000 * found['heartbeat_ms']:.0f}",
+            ]
+        )
+    head = ["workers", "", "decisions/s", "target", "p50, ms", "p99, ms", "target", "a heartbeat, us"]
+    return _section(_DISPATCHER.format_map(record), head, rows, record)
+
+
+def _handing(record: Record) -> str:
+    rows = [
+        [
+            streams,
+            f"TTFT p{p}, ms",
+            f"{found[f'on_ttft_p{p}_ms']['median']:.2f}",
+            f"{found[f'off_ttft_p{p}_ms']['median']:.2f}",
+            _range(found[f"added_ttft_p{p}_ms"]),
+            _against(found[f"added_ttft_p{p}_ms"]["median"], 0.5 if p == 50 else None),
+        ]
+        for streams, found in record["streams"].items()
+        for p in journal.PERCENTILES
+    ]
+    head = ["streams", "", "on", "off", "added", "target"]
+    return _section(_HANDING.format_map(record), head, rows, record)
+
+
+def _policies(record: Record) -> str:
+    rows = [
+        [
+            rate,
+            name,
+            f"{found['ttft_ms']['p50']:,.1f}",
+            f"{found['ttft_ms']['p99']:,.1f}",
+            f"{found['hit_rate']:.3f}",
+            f"{found['goodput']:,.0f}",
+            f"{found['shed'] / found['requests']:.1%}",
+            _policy_goals(found, at["push_fresh"]) if (rate, name) == ("950", "lanes") else "",
+        ]
+        for rate, at in (record["rates"] | record["beyond"]).items()
+        for name, found in at.items()
+    ]
+    head = ["requests/s", "policy", "TTFT p50, ms", "p99, ms", "prefix hits", "good/s", "refused", "target"]
+    text = _section(_POLICIES.format(**record), head, rows, record)
+    return "\n".join([text, _SIMULATED.format(**record["speed"])])
+
+
+def _policy_goals(lanes: Record, fresh: Record) -> str:
+    goals = {
+        "p50 ≤ 25": lanes["ttft_ms"]["p50"] <= 25,
+        "p99 ≤ 85": lanes["ttft_ms"]["p99"] <= 85,
+        "hits ≥ .93": lanes["hit_rate"] >= 0.93,
+        "within 10 % of fresh": all(lanes["ttft_ms"][p] <= 1.1 * fresh["ttft_ms"][p] for p in ("p50", "p99")),
+    }
+    return ", ".join(f"{goal}: {'met' if met else 'missed'}" for goal, met in goals.items())
 
 
 def _journal(record: Record) -> str:
@@ -417,6 +561,56 @@ def _adapters(record: Record) -> str:
     text = _ADAPTERS.format(count=vllm["adapters"], **vllm["memory_mib"])
     first = _table(["until the first step", "requests", "p50, ms", "p99, ms", "target"], waits)
     return "\n".join([text, first, _ZIPF.format_map(record), _table(head, runs), _origin(record) + "\n"])
+
+
+def _gpu_adapters(record: Record) -> str:
+    waits = [
+        [
+            name,
+            str(step["count"]),
+            *(f"{found[p]:.1f}" for found in (step, record["first_token_ms"][name]) for p in ("p50", "p99")),
+            _against(step["p99"], 100.0 if name in ("swap", "wanted") else None),
+        ]
+        for name, step in record["wait_ms"].items()
+    ]
+    head = ["", "requests", "step p50, ms", "p99, ms", "token p50, ms", "p99, ms", "target (step p99)"]
+    busy, slept = record["zipf"], record["sleep"]
+    traffic = [
+        f"{busy['requests']:,}",
+        f"{busy['swaps_per_minute']:.0f}",
+        f"{busy['skipped']:,}",
+        *(f"{busy[f'wait_{p}_ms']:.0f}" for p in ("p50", "p99", "max")),
+        _against(busy["skipped"], 0.0),
+    ]
+    ways = [
+        ["command to sleep, until it sleeps", slept["sleep_s"]],
+        ["command to wake, until it serves", slept["awake_s"]],
+        ["command to wake, until the first token", slept["token_s"]],
+        ["start of a process, until the first token", record["start_s"]],
+    ]
+    freed = slept["before_mib"] - slept["asleep_mib"]
+    return "\n".join(
+        [
+            _GPU_ADAPTERS.format_map(record),
+            _table(head, waits),
+            _GPU_ZIPF.format_map(record),
+            _table(
+                [
+                    "requests",
+                    "swaps a minute",
+                    "skipped",
+                    "wait p50, ms",
+                    "p99",
+                    "longest",
+                    "target (skipped)",
+                ],
+                [traffic],
+            ),
+            _GPU_SLEEP.format(**slept, starts=record["starts"], freed_mib=freed),
+            _table(["", "s"], [[name, _range(seconds)] for name, seconds in ways]),
+            _origin(record) + "\n",
+        ]
+    )
 
 
 def plot(latency: Record, throughput: Record | None) -> None:

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import platform
+import shlex
 import signal
 import statistics
 import sys
@@ -18,6 +19,9 @@ import orjson
 import psutil
 
 FOLDER = Path(__file__).parent / "results"
+
+SKIPPED = 77
+"""Exit status of a benchmark that this machine can't run; the one that automake takes for that, too."""
 
 
 def percentile(values: Sequence[float], p: float) -> float:
@@ -59,7 +63,7 @@ def save(name: str, measured: Mapping[str, Any], *, quick: bool) -> None:
     folder = FOLDER / "quick" if quick else FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     record = {
-        "command": f"python -m benchmarks.{name}" + (" --quick" if quick else ""),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         **measured,
@@ -67,14 +71,31 @@ def save(name: str, measured: Mapping[str, Any], *, quick: bool) -> None:
     (folder / f"{name}.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
 
 
+class NotHere(Exception):
+    """This machine lacks what the benchmark measures. The message says what, in a line."""
+
+
 def main(name: str, run: Callable[[bool], Mapping[str, Any]]) -> None:
     """The command line of one benchmark."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs: does it work?")
-    quick = parser.parse_args().quick
+    quick = parser(name).parse_args().quick
+    measure(name, lambda: run(quick), quick=quick)
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    made.add_argument("--quick", action="store_true", help="fewer and shorter runs: does it work?")
+    return made
+
+
+def measure(name: str, run: Callable[[], Mapping[str, Any]], *, quick: bool) -> None:
+    """Run and save. Exits with SKIPPED where the machine has not what it takes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was started is stopped
     say(f"{name}:")
-    save(name, run(quick), quick=quick)
+    try:
+        save(name, run(), quick=quick)
+    except NotHere as exc:
+        say(f"  not measured: {exc}")
+        sys.exit(SKIPPED)
 
 
 def load(name: str) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
+from broker import errors, subjects
 from broker.messages import ServiceClass
 
 
@@ -83,6 +84,15 @@ class Delivery(Protocol):
     async def ack(self) -> None: ...
     async def nak(self) -> None: ...
     async def in_progress(self) -> None: ...
+
+
+class Parcel(NamedTuple):
+    """A delivery as one process passes it on to another. `data` None: it is read from the queue there."""
+
+    subject: str
+    headers: Mapping[str, str]
+    data: bytes | None
+    receipt: str
 
 
 class Puller(Protocol):
@@ -196,6 +206,49 @@ class Broker(abc.ABC):
         redelivers a message that runs. One whose message was acked changes nothing.
 
         Raises errors.MalformedMessage when `receipt` is none.
+        """
+
+    @abc.abstractmethod
+    async def prolong(self, receipt: str) -> None:
+        """`in_progress` in the stead of who has the delivery. Raises as `hand_on`."""
+
+    async def relay(self, to: str, parcel: Parcel, note: str) -> None:
+        """Pass a delivery on to whoever listens to subject `to`, with a `note` for it. Nobody tells whether
+        it got there. A body that is not in the parcel, or finds no room beside its headers, is read from the
+        queue over there."""
+        # Not as the reply subject: a server lets nobody but itself publish with an ack subject there.
+        head = {**parcel.headers, subjects.SUBJECT: parcel.subject, subjects.RECEIPT: parcel.receipt}
+        head[subjects.SENT] = note
+        if parcel.data is not None:
+            try:
+                await self.publish(to, parcel.data, head)
+            except errors.TooLarge:
+                pass
+            else:
+                return
+        await self.publish(to, b"", head | {subjects.STORED: "1"})
+
+    async def relayed(self, message: Message) -> Delivery | None:
+        """The delivery that a `relay` passed on; None when the queue has it no more.
+
+        Raises errors.MalformedMessage for what is none.
+        """
+        head = message.headers or {}
+        subject, receipt = head.get(subjects.SUBJECT, ""), head.get(subjects.RECEIPT, "")
+        own = {name: value for name, value in head.items() if name not in subjects.RELAYED}
+        delivery = self.delivery(Message(subject, message.data, own, receipt))
+        if subjects.STORED in head:
+            record = await self.record(subjects.REQUESTS, delivery.seq)
+            if record is None:
+                return None
+            delivery = self.delivery(Message(subject, record.data, own, receipt))
+        return delivery
+
+    @abc.abstractmethod
+    def delivery(self, message: Message) -> Delivery:
+        """One of our own, of a message of REQUESTS whose `reply` is its receipt.
+
+        Raises errors.MalformedMessage when that is none.
         """
 
     @abc.abstractmethod

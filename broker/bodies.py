@@ -17,7 +17,7 @@ from broker.messages import MAX_BODY, Request
 
 _log = logging.getLogger(__name__)
 
-_HEADER_ROOM = 4096
+_HEADER_ROOM = 5120
 """Bytes of a message kept free for its headers."""
 
 

@@ -325,13 +325,27 @@ class NatsBroker(base.Broker):
         return puller
 
     async def hand_on(self, receipt: str) -> None:
+        await self._say_of(receipt, b"-NAK")
+
+    async def prolong(self, receipt: str) -> None:
+        await self._say_of(receipt, b"+WPI")
+
+    async def _say_of(self, receipt: str, verdict: bytes) -> None:
         # It came from a third party: nothing but an ack subject may be published to for it.
         if not receipt.startswith(_RECEIPT) or set(receipt) & _NOT_LITERAL:
             raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
         if not self._nc.is_connected:
             # nats-py would buffer it, and by the time it is sent the message may run elsewhere.
             raise errors.Unavailable("the broker can't be reached")
-        await self.publish(receipt, b"-NAK")
+        await self.publish(receipt, verdict)
+
+    def delivery(self, message: base.Message) -> _Delivery:
+        if not message.reply.startswith(_RECEIPT) or set(message.reply) & _NOT_LITERAL:
+            raise errors.MalformedMessage(f"{message.reply!r:.200} names no delivery")
+        try:
+            return _Delivery(self, message)
+        except (ValueError, IndexError):
+            raise errors.MalformedMessage(f"{message.reply!r:.200} names no delivery") from None
 
     async def hand_back(self, delivery: base.Delivery, delay: float) -> None:
         # As JetStream reads it, in nanoseconds.

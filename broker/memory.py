@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from broker import base, errors
+from broker import base, errors, subjects
 from broker.base import Message, Record, Stored
 from broker.config import BrokerConfig
 from broker.memory_hub import Hub, Lease, Pull, Queue, matches, size_of
@@ -103,7 +103,8 @@ class _Puller:
         self.client.send(self.client.hub.stand, self.queue, Pull(self.client, n, self._hand))
 
     def _hand(self, lease: Lease) -> None:
-        self.client.hub.route(Message(self.client.inbox, b"", None, f"{self.queue.name}.{lease.record.seq}"))
+        receipt = _Delivery(lease, self.client, self.queue).receipt
+        self.client.hub.route(Message(self.client.inbox, b"", None, receipt))
         self.client.hand(self._deliver, lease)
 
     def _deliver(self, lease: Lease) -> None:
@@ -113,7 +114,7 @@ class _Puller:
         if self._closed:
             self.client.hub.nak(self.queue, lease.record.seq)
         else:
-            _run(self._handler, _Delivery(lease, self))
+            _run(self._handler, _Delivery(lease, self.client, self.queue))
 
     def lapse(self) -> None:
         """The server knows our pulls no more."""
@@ -128,24 +129,24 @@ class _Puller:
 
 
 class _Delivery:
-    def __init__(self, lease: Lease, puller: _Puller) -> None:
+    def __init__(self, lease: Lease, client: MemoryBroker, queue: Queue) -> None:
         self.subject, self.data, self.headers = lease.record.subject, lease.record.data, lease.record.headers
         self.seq, self.attempt, self.pending = lease.record.seq, lease.attempt, lease.pending
         self.enqueued_ms = lease.at * 1000
-        self.receipt = f"{puller.queue.name}.{lease.record.seq}"
-        self._puller = puller
+        self.receipt = f"{queue.name}.{lease.record.seq}/{lease.attempt}"
+        self._client, self._queue = client, queue
 
     async def ack(self) -> None:
-        self._send(self._puller.client.hub.ack)
+        self._send(self._client.hub.ack)
 
     async def nak(self) -> None:
-        self._send(self._puller.client.hub.nak)
+        self._send(self._client.hub.nak)
 
     async def in_progress(self) -> None:
-        self._send(self._puller.client.hub.in_progress)
+        self._send(self._client.hub.in_progress)
 
     def _send(self, verdict: Callable[[Queue, int], None]) -> None:
-        self._puller.client.send(verdict, self._puller.queue, self.seq)
+        self._client.send(verdict, self._queue, self.seq)
 
 
 class MemoryBroker(base.Broker):
@@ -306,23 +307,39 @@ class MemoryBroker(base.Broker):
 
     async def hand_on(self, receipt: str) -> None:
         self.check()
-        consumer, _, seq = receipt.rpartition(".")
-        if consumer not in self.hub.queues or not seq.isdecimal():
-            raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
-        self.hub.nak(self.hub.queues[consumer], int(seq))
+        self._give_back(receipt)
+
+    async def prolong(self, receipt: str) -> None:
+        self.check()
+        queue, seq, _ = self._named(receipt)
+        self.hub.in_progress(queue, seq)
 
     async def hand_back(self, delivery: base.Delivery, delay: float) -> None:
         self.check()
         asyncio.get_running_loop().call_later(delay, self._give_back, delivery.receipt)
 
     def _give_back(self, receipt: str) -> None:
-        consumer, _, seq = receipt.rpartition(".")
-        self.hub.nak(self.hub.queues[consumer], int(seq))
+        queue, seq, _ = self._named(receipt)
+        self.hub.nak(queue, seq)
+
+    def _named(self, receipt: str) -> tuple[Queue, int, int]:
+        """Queue, sequence and attempt of a delivery."""
+        consumer, _, place = receipt.rpartition(".")
+        seq, _, attempt = place.partition("/")
+        if consumer not in self.hub.queues or not (seq.isdecimal() and attempt.isdecimal()):
+            raise errors.MalformedMessage(f"{receipt!r:.200} names no delivery")
+        return self.hub.queues[consumer], int(seq), int(attempt)
+
+    def delivery(self, message: Message) -> _Delivery:
+        queue, seq, attempt = self._named(message.reply)
+        entry = self.hub.streams[subjects.REQUESTS].entries.get(seq)
+        record = Record(seq, message.subject, message.data, message.headers)
+        return _Delivery(Lease(record, attempt, 0, entry.at if entry else 0.0), self, queue)
 
     async def delivered(self, base_model: str, service_class: ServiceClass) -> dict[int, str]:
         self.check()
         queue = self.hub.queue(base_model, service_class)
-        return {seq: f"{queue.name}.{seq}" for seq in sorted([*queue.unacked, *queue.again])}
+        return {seq: f"{queue.name}.{seq}/0" for seq in sorted([*queue.unacked, *queue.again])}
 
     async def bounce(self, inbox: str) -> base.Subscription:
         if not inbox.startswith("_INBOX.") or set(inbox) & set("*> "):

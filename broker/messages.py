@@ -53,6 +53,8 @@ class Request:
         dedup_key: the caller's idempotency key; the request id where there is none.
         traceparent: W3C trace context, or "".
         asked: the model that the caller named, where `subject.model` was chosen for it; else "".
+        prefix: hashes of the prompt's beginning, `kvstate.prefix`; "" = nobody made any.
+        budget: most output tokens; 0 = the caller sets no bound.
     """
 
     subject: subjects.RequestSubject
@@ -65,6 +67,8 @@ class Request:
     traceparent: str = ""
     body_object: str = ""
     asked: str = ""
+    prefix: str = ""
+    budget: int = 0
 
     @property
     def key(self) -> str:
@@ -87,9 +91,14 @@ class Request:
             head[subjects.BODY_OBJECT] = self.body_object
         if self.asked:
             head[subjects.ASKED] = subjects.token(self.asked)
+        if self.prefix:
+            head[subjects.PREFIX] = self.prefix
+        if self.budget:
+            head[subjects.BUDGET] = str(self.budget)
         return head
 
 
+_BUDGET_DIGITS = 9
 _DEADLINE_DIGITS = 15  # ms until the year 33,658; int() refuses thousands of digits with an error of its own
 
 
@@ -161,7 +170,14 @@ def parse_request(subject: str, headers: Mapping[str, str] | None, body: bytes) 
         traceparent=head.get(subjects.TRACEPARENT, ""),
         body_object=body_object,
         asked=asked,
+        prefix=head.get(subjects.PREFIX, ""),
+        budget=_number(head.get(subjects.BUDGET, "")),
     )
+
+
+def _number(text: str) -> int:
+    """A hint is worth no error: what can't be read is as if it were not there."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _BUDGET_DIGITS else 0
 
 
 QUEUED_EPOCH = 0
@@ -195,8 +211,9 @@ class Frame:
         ids: output token ids of choice 0 that this frame's payload carries.
         choices: `[index, off, ids]` for each further choice with tokens in it (`n > 1`).
         payload: the engine's own response bytes; for `error`, an OpenAI error object.
-        extra: further meta by kind — head: `status`, `headers`, `worker`, `at`; beat: `worker`,
-            `at`; end: `usage`, `at`; error: `status`, `code`, `at`. `at` is unix time in ms, with fractions.
+        extra: further meta by kind — head: `status`, `headers`, `worker`, `at`, `timing` (milliseconds
+            `queue`, `ttft` and `predicted`, prompt tokens `prompt` and `cached`); beat: `worker`, `at`;
+            end: `usage`, `at`; error: `status`, `code`, `at`. `at` is unix time in ms, with fractions.
     """
 
     epoch: int
@@ -235,6 +252,8 @@ class Credit(_Wire):
     kv_tokens_total: int = 0
     running: int = 0
     waiting: int = 0
+    held: int = Field(0, description="requests that the worker has, in its engine or not")
+    prefill_tokens_held: int = Field(0, description="their tokens that are not prefilled")
 
 
 class ModelCard(_Wire):
@@ -278,13 +297,49 @@ class Heartbeat(_Wire):
     adapters_in_memory: int = Field(
         0, description="adapters that may be loaded at once; 0 = it does not say, and `slots` are"
     )
+    dispatched: tuple[int, int] = Field((0, 0), description="epoch and number of the last `Sent` it got")
+
+
+class News(_Wire):
+    """`credit.<worker>`, with each first token and end: what a worker could take, for who dispatches."""
+
+    worker: Name
+    credit: Credit
+    dispatched: tuple[int, int] = Field(description="as in the heartbeat")
+    first: tuple[tuple[int, int], ...] = Field(
+        (), description="sequence and cached prompt tokens of each request with a first token since the last"
+    )
+    done: tuple[tuple[int, int, int, int], ...] = Field(
+        (), description="sequence, prompt, cached and output tokens of each that ended since the last"
+    )
+
+
+class Dispatch(_Wire):
+    """`dispatch`, every 100 ms: a scheduler hands out the requests of `bases`; their workers pull none."""
+
+    scheduler: Name
+    epoch: int = Field(description="grows with each scheduler that leads")
+    bases: tuple[str, ...]
+    inbox: str = Field("", description="where what it pulls is delivered")
+
+
+class Sent(_Wire):
+    """Header `Sent` of a request on `run.<worker>`: who sends it, and what was expected of it."""
+
+    epoch: int
+    number: int = Field(description="of the dispatcher's requests to this worker, from 1")
+    queued_ms: float = 0.0
+    predicted_ms: float = Field(0.0, description="from the queue's acceptance to the first token")
+    hit_tokens: int = Field(0, description="prompt tokens that the worker was expected to have cached")
+    why: str = ""
 
 
 class Command(_Wire):
     """`ctl.<worker>`: what a worker, or a pool, is told to do. Answered by an `Answer`."""
 
-    do: Literal["load", "unload", "drain", "sleep", "wake", "start", "stop"]
+    do: Literal["load", "unload", "drain", "sleep", "wake", "start", "stop", "preempt"]
     model: str = Field("", description="`<name>@<version>` of an adapter; of a pool, the base")
+    request: str = Field("", description="to preempt: `<tenant>.<request>`, as in its cancel's subject")
     reason: str = ""
 
 

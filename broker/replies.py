@@ -74,9 +74,13 @@ class Writer:
         worker: str,
         payload: bytes,
         tokens: list[tuple[int, list[int]]],
+        timing: Mapping[str, float] | None = None,
     ) -> None:
+        """`timing`: what `Frame.extra` says of it."""
         self.head_sent = True
-        extra = {"status": status, "headers": headers, "worker": worker, "at": _stamp()}
+        extra: dict[str, Any] = {"status": status, "headers": headers, "worker": worker, "at": _stamp()}
+        if timing:
+            extra["timing"] = dict(timing)
         await self._send(FrameKind.HEAD, payload, tokens, extra)
 
     async def data(self, payload: bytes, tokens: list[tuple[int, list[int]]]) -> None:

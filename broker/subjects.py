@@ -10,6 +10,10 @@
     fleet.<worker>                        heartbeat and credit         (core)
     held.<worker>                         what it took and let go      (core)
     roster.<worker>                       it is to tell all it holds   (core)
+    dispatch                              a scheduler hands requests out (core)
+    run.<worker>                          a queued request, handed to it (core)
+    credit.<worker>                       what it could take, on change (core)
+    explain                               why a request went where it did, answered (core)
     ctl.<worker>                          a command to it, answered    (core)
     want.<base>.<model>                   a request for an adapter was queued: fetch it (core)
     pool.<host>                           what the instance pool of a host runs (core)
@@ -59,6 +63,9 @@ ALL_TAKEN = "taken.*.*"
 ALL_HELD = "held.*"
 ALL_POOLS = "pool.*"
 ALL_WANTS = "want.*.*"
+ALL_CREDITS = "credit.*"
+DISPATCH = "dispatch"
+EXPLAIN = "explain"
 
 LEADER = "leader"
 """Key in `KV_LEASES`: the scheduler that leads."""
@@ -76,6 +83,19 @@ RESERVED = "Nats-"
 """What the headers begin with that a server reads or writes itself."""
 BODY_OBJECT = "Body-Object"
 ASKED = "Asked-Model"
+PREFIX = "Prefix"
+BUDGET = "Budget"
+OF_REQUESTS = frozenset(
+    {MSG_ID, REPLY_TO, PATH, TENANT, DEADLINE, REQUEST_ID, TRACEPARENT, BODY_OBJECT, ASKED, PREFIX, BUDGET}
+)
+
+# And what it has besides on its way from the dispatcher to a worker.
+SUBJECT = "Subject"
+RECEIPT = "Receipt"
+SENT = "Sent"
+STORED = "Stored"
+"""The body is to be read from the queue."""
+RELAYED = frozenset({SUBJECT, RECEIPT, SENT, STORED})
 
 MAX = 3000
 """Bytes of a subject. The server closes a connection that sends it a line of more than 4,096, and a line
@@ -204,6 +224,14 @@ def held(worker: str) -> str:
 
 def roster(worker: str) -> str:
     return f"roster.{token(worker)}"
+
+
+def run(worker: str) -> str:
+    return f"run.{token(worker)}"
+
+
+def credit(worker: str) -> str:
+    return f"credit.{token(worker)}"
 
 
 def ctl(name: str) -> str:

@@ -17,7 +17,7 @@ import uvicorn
 
 from broker import addresses, base, bodies, errors, replies, subjects, usage
 from broker.messages import PATHS, Request
-from ingress import admit, keys, metrics, pages, resume, sse, steering
+from ingress import admit, keys, metrics, pages, prompt, resume, sse, steering
 from ingress import errors as wording
 from ingress.catalogue import Catalogue
 from ingress.config import IngressConfig
@@ -309,6 +309,8 @@ class Ingress:
             deadline_ms=admit.deadline_ms(headers, service_class, config),
             traceparent=admit.traceparent(headers),
             asked="" if asked.model == choice.model else asked.model,
+            prefix=prompt.hashes(asked.body, len(body), choice.model),
+            budget=prompt.budget(asked.body),
         )
         return _Admitted(request, asked.stream, told)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from broker import errors
 from broker.messages import Frame, FrameKind
 from ingress import errors as wording
-from ingress import metrics, sse
+from ingress import metrics, sse, timing
 from ingress.http import Send, answer
 
 _SSE = b"text/event-stream"
@@ -54,7 +54,10 @@ class Relay:
 
     @property
     def _common(self) -> list[tuple[bytes, bytes]]:
-        return [(b"x-request-id", self._request_id), *self.told]
+        told = [(b"x-request-id", self._request_id), *self.told]
+        if self.worker:
+            told.append((b"x-headrace-worker", self.worker.encode("latin-1", "replace")))
+        return told + timing.headers(self._head)
 
     async def frames(self, frames: list[Frame]) -> bool:
         """Pass on what came, joined into one send; True when the answer is complete.
@@ -141,8 +144,6 @@ class Relay:
             (b"cache-control", b"no-cache"),
             (b"x-accel-buffering", b"no"),
         ]
-        if self.worker:
-            head.append((b"x-headrace-worker", self.worker.encode("latin-1", "replace")))
         await self._send({"type": "http.response.start", "status": status, "headers": head})
 
     # Payload
@@ -182,8 +183,6 @@ class Relay:
         for name, value in head.get("headers", {}).items():
             if name.lower() in _FROM_ENGINE:
                 headers.append((name.lower().encode(), value.encode("latin-1", "replace")))
-        if self.worker:
-            headers.append((b"x-headrace-worker", self.worker.encode("latin-1", "replace")))
         await answer(self._send, status, headers, body)
 
     async def _break(self, status: int, body: bytes, retry_after: float | None) -> None:

@@ -1,1 +1,1 @@
-"""Pure decisions about KV-cache space and prefill work. No I/O, nothing of ours imported."""
+"""Pure decisions about KV-cache space, prefill work and cached prefixes. No I/O, nothing of ours imported."""

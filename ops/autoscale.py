@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-from broker import errors, replies
+from broker import errors
 from broker.config import BrokerConfig
 from broker.placement import Placement, Placements
 from ops.child import Child
@@ -89,11 +89,10 @@ class Workers:
         self._on_gone(child.name)
 
 
-async def follow(workers: Workers, bounds: Range, config: BrokerConfig) -> None:
-    """Resize for ever. What was asked for before this call is another run's, and asks for nothing."""
+async def follow(workers: Workers, bounds: Range, config: BrokerConfig, began_ms: int) -> None:
+    """Resize for ever. What was asked for before `began_ms`, unix time, is another run's, and void."""
     from broker import client  # loads nats-py: not for an `up` that does not autoscale
 
-    began_ms = replies.now_ms()
     started = [child.ready for child in workers.children]
     done, _ = await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)  # it has made the buckets
     facts = done.pop().result()

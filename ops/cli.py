@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ops.flags import add_adapters, add_models, add_placement, add_routes, name, whole
+from ops.flags import add_adapters, add_models, add_placement, add_routes, add_sim, name, whole
 
 if TYPE_CHECKING:
     from ops.settings import Settings
@@ -121,6 +121,12 @@ def _placement(args: argparse.Namespace, settings: Settings, _: dict[str, str]) 
     return placement.run(args, settings.broker)
 
 
+def _explain(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
+    from ops import explain
+
+    return explain.run(args, settings.broker)
+
+
 def _routes(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -> int:
     from ops import routes
 
@@ -139,6 +145,12 @@ def _adapters(args: argparse.Namespace, settings: Settings, _: dict[str, str]) -
     return adapters.run(args, settings.broker)
 
 
+def _sim(args: argparse.Namespace, _: Settings, __: dict[str, str]) -> int:
+    from ops.simulate import command
+
+    return command.run(args)
+
+
 _COMMANDS = {
     "up": _up,
     "ingress": _service,
@@ -149,9 +161,11 @@ _COMMANDS = {
     "config": _config,
     "dead": _dead,
     "placement": _placement,
+    "explain": _explain,
     "routes": _routes,
     "models": _models,
     "adapters": _adapters,
+    "sim": _sim,
 }
 
 
@@ -216,8 +230,17 @@ def parser() -> argparse.ArgumentParser:
     add_adapters(adapters, [common, nats])
     placement = commands.add_parser("placement", help="which worker holds which adapter, and why")
     add_placement(placement, [common, nats])
+    explain = commands.add_parser(
+        "explain", parents=[common, nats], help="why a request waited, and went to the worker it went to"
+    )
+    explain.add_argument("request", type=name, metavar="REQUEST", help="its id, as in X-Request-Id")
+    explain.add_argument("--tenant", type=name, metavar="T", help="default: whoever's is the newest")
+    explain.add_argument("--json", action="store_true")
     routes = commands.add_parser("routes", help="what `model: auto` and routers go by: learn, try")
     add_routes(routes, [common, nats])
+    add_sim(
+        commands.add_parser("sim", parents=[common], help="simulate a fleet under its dispatcher, or others")
+    )
     return top
 
 

@@ -21,3 +21,15 @@ class RoutesError(HeadraceError):
     """A file of routes, or the embeddings they are learned with, can't be used. The message says why."""
 
     code = "routes_error"
+
+
+class TraceError(HeadraceError):
+    """A recorded workload can't be read. The message says which line of it, and why."""
+
+    code = "trace_error"
+
+
+class SimulationError(HeadraceError):
+    """A simulation can't go on, or its figures can't be drawn. The message says why."""
+
+    code = "simulation_error"

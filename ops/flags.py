@@ -1,5 +1,5 @@
-"""The flags of `headrace models`, `adapters`, `placement` and `routes`. Only the standard library, as in
-`ops.cli`."""
+"""The flags of `headrace models`, `adapters`, `placement`, `routes` and `sim`. Only the standard library, as
+in `ops.cli`."""
 
 from __future__ import annotations
 
@@ -117,6 +117,16 @@ def add_routes(routes: argparse.ArgumentParser, parents: Parents) -> None:
         action.add_argument("--router", type=name, default="auto", metavar="NAME", help="default auto")
 
 
+def add_sim(sim: argparse.ArgumentParser) -> None:
+    sim.add_argument("file", type=Path, metavar="FILE", help="TOML, as examples/fleet.toml")
+    sim.add_argument(
+        "--policy", type=names, metavar="A,B", help="those of the file's policies; default: all that it names"
+    )
+    sim.add_argument("--scale", type=factor, metavar="X", help="so many times the requests a second")
+    sim.add_argument("--json", action="store_true", help="one JSON object, with each class and tenant")
+    sim.add_argument("--plots", type=Path, metavar="DIR", help="draw them there too; needs matplotlib")
+
+
 def name(given: str) -> str:
     if not given:
         raise argparse.ArgumentTypeError("it must not be empty")
@@ -145,6 +155,13 @@ def number(given: str) -> int:
     if not given.isdecimal() or len(given) > 9:
         raise argparse.ArgumentTypeError(f"{given!r} is not a whole number from 0 on")
     return int(given)
+
+
+def factor(given: str) -> float:
+    value = amount(given)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a number above 0, such as 1.5")
+    return value
 
 
 def whole(given: str) -> int:

@@ -55,7 +55,7 @@ async def scheduler(settings: Settings, stop: asyncio.Event, ready: Ready) -> No
     config = settings.scheduler
     ports.free(config.metrics_host, config.metrics_port, "scheduler.metrics_port")
     async with await client.connect(settings.broker, _name("scheduler", config.name)) as broker:
-        await Scheduler(config, broker).run(stop, lambda url: ready({"metrics": url}))
+        await Scheduler(config, broker, settings.dispatch).run(stop, lambda url: ready({"metrics": url}))
 
 
 async def sim_engine(settings: Settings, stop: asyncio.Event, ready: Ready) -> None:

@@ -42,10 +42,6 @@ async def _with(config: BrokerConfig, act: Callable[[base.Broker], Awaitable[int
 def train(file: routes_file.RoutesFile, name: str, *, embeddings: bool = True) -> routes_learn.Trained:
     """Raises RoutesError where what it learns with is not installed."""
     known = None
-    try:
-        import numpy  # noqa: F401
-    except ImportError as exc:
-        raise RoutesError(f"learning routes needs numpy: {_INSTALL}") from exc
     if embeddings:
         folder = routes_learn.installed()
         if folder is None:

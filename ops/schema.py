@@ -38,7 +38,9 @@ def _words(node: Node) -> str:
     kind = str(node["type"])
     if kind == "object":
         values = node.get("additionalProperties")
-        return f"table of {_words(values)}" if isinstance(values, dict) else "table"
+        if not isinstance(values, dict):
+            return "table"
+        return "table of tables" if "$ref" in values else f"table of {_words(values)}"
     return " ".join([kind, _range(node)]).strip()
 
 

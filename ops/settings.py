@@ -19,6 +19,7 @@ from broker.config import BrokerConfig
 from ingress.config import IngressConfig
 from ops import schema
 from scheduler.config import SchedulerConfig
+from scheduler.dispatch.config import DispatchConfig
 from workers.config import HttpConfig, SimConfig, VllmConfig, WorkerConfig
 
 PREFIX = "HEADRACE_"
@@ -49,6 +50,7 @@ class Settings(BaseModel):
     sim: SimConfig = SimConfig()
     http: HttpConfig = HttpConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    dispatch: DispatchConfig = DispatchConfig()
 
     @model_validator(mode="after")
     def _engine_is_complete(self) -> Settings:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from broker import addresses
+from broker import addresses, replies
 from broker.server import NatsServer
 from ops import autoscale, logs, parts, pool_file, ports, service, targets
 from ops.child import BACKOFF, Child, Facts
@@ -86,6 +86,7 @@ class _Fleet:
     def __init__(self, settings: Settings, options: Options) -> None:
         self._settings = settings
         self._options = options
+        self._began_ms = replies.now_ms()
         self._logs = settings.data / "logs"
         self._metrics: dict[str, str] = {}  # the URL of each part that was ready, by its name
         self._flags = dict(options.flags or {})
@@ -147,7 +148,7 @@ class _Fleet:
         grace = self._settings.worker.drain_timeout + _GRACE
         scaled = autoscale.Workers(workers, lambda n: self._worker(n, nats), group, grace, self._untell)
         config = self._settings.broker.model_copy(update={"url": nats})
-        return [autoscale.follow(scaled, self._options.autoscale, config)]
+        return [autoscale.follow(scaled, self._options.autoscale, config, self._began_ms)]
 
     def _bounds(self) -> dict[str, str]:
         """The scheduler asks for no more workers than may be."""

@@ -56,6 +56,8 @@ class Guard:
         self._held = held.Table()
         self._bounced: dict[str, tuple[float, base.Subscription]] = {}  # by inbox, and until when
         self._heard: set[str] = set()  # inboxes of workers that came back
+        self.on_lost: Callable[[Heartbeat], None] = lambda last: None
+        self.in_other_hands: Callable[[int], bool] = lambda seq: False  # than a worker's
 
     def holds(self, seq: int) -> bool:
         """Whether a worker that lives, as far as we heard, has the request."""
@@ -103,6 +105,8 @@ class Guard:
             if answered - now <= self._hiccup:
                 lost = self._held.lose(answered, self._lost_after)
                 await asyncio.gather(*map(self._hand_on, lost))
+                for each in lost:
+                    self.on_lost(each.beat)
 
     async def _hand_on(self, lost: held.Lost) -> None:
         told = {"worker": lost.worker, "requests": len(lost.receipts)}
@@ -118,11 +122,11 @@ class Guard:
                 metrics.HANDED_ON.inc()
         except errors.HeadraceError as exc:
             _log.warning("the rest is left to the ack wait: %s", exc.message, extra=told)
-        self._spawn(self._hand_on_unclaimed(lost.beat.base))
+        self._spawn(self.hand_on_unclaimed(lost.beat.base))
 
-    async def _hand_on_unclaimed(self, base_model: str) -> None:
-        """What the lost worker was delivered and had no time to tell of. Told of by nobody for as long as a
-        worker may be silent, it is held by nobody that lives."""
+    async def hand_on_unclaimed(self, base_model: str) -> None:
+        """What a worker was delivered and had no time to tell of, or a dispatcher to hand out, before it was
+        lost. Told of by nobody for as long as a worker may be silent, it is held by nobody that lives."""
         unclaimed: dict[int, str] = {}
         for service_class in ServiceClass:
             unclaimed |= await self._broker.delivered(base_model, service_class)
@@ -130,7 +134,9 @@ class Guard:
         await asyncio.sleep(self._lost_after)
         if self._leader.leads:
             for seq, receipt in unclaimed.items():
-                if seq not in self._held:  # acked in the meantime, its receipt does nothing
+                if seq not in self._held and not self.in_other_hands(
+                    seq
+                ):  # acked in the meantime, its receipt does nothing
                     await self._broker.hand_on(receipt)
 
     async def _listen_no_longer(self, now: float) -> None:

@@ -82,6 +82,11 @@ class Leader:
         restarted, which forgets the lease; of none while the broker can't be reached."""
         return self._broker.connected and self._lease.leads(time.monotonic())
 
+    @property
+    def revision(self) -> int:
+        """Of the lease, as of its last renewal: more than any that a leader before had."""
+        return self._lease.revision
+
     async def keep(self) -> None:
         """Renew the lease, or look whether it is free: when it is time to, a quarter of the `ttl` after
         the last one."""

@@ -18,6 +18,12 @@ HANDED_ON = Counter("headrace_handed_on_total", "Requests held by lost workers t
 QUEUED = Gauge("headrace_queued", "Requests in the queue, running ones included", ["base", "class"])
 SWEPT = Counter("headrace_swept_total", "Queued requests that the scheduler ended, by reason", ["reason"])
 
+DISPATCHED = Counter("headrace_dispatched_total", "Requests that the scheduler handed to workers")
+SHED = Counter(
+    "headrace_shed_total", "Queued requests refused since they could not be served in time", ["class"]
+)
+PREEMPTED = Counter("headrace_preempted_total", "Running requests taken back for more urgent ones")
+
 DESIRED = Gauge("headrace_desired_replicas", "Workers that the load of a base asks for", ["base"])
 READY = Gauge("headrace_ready_replicas", "Workers of a base that take requests", ["base"])
 DEMAND = Gauge("headrace_token_demand", "KV tokens in use, and those that the queue will take", ["base"])

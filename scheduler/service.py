@@ -1,10 +1,10 @@
 """The scheduler process: the fleet's registry and health, and the last resort of queued requests.
 
-It is not on the path of a request: without it workers pull first come, first served. What only it does:
-it remembers models in the registry after their workers have gone, hands on at once what a lost worker
-held, ends requests that nobody will ever pull, deletes what a direct publisher cancels while it is still
-queued, and plans which worker holds which adapter (`placing`). Of several schedulers one leads and does
-all that; the others know the fleet as well as it does, and one of them leads within moments of its end.
+It hands queued requests to workers (`dispatching`); without it they pull first come, first served. What only
+it does besides: it remembers models in the registry after their workers have gone, hands on at once what a
+lost worker held, ends requests that nobody will ever pull, deletes what a direct publisher cancels while it
+is still queued, and plans which worker holds which adapter (`placing`). Of several schedulers one leads and
+does all that; the others know the fleet as well as it does, and one of them leads within moments of its end.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from broker import addresses, base, bodies, errors, fleet, letters, registry, re
 from broker.messages import ModelCard, Request, ServiceClass, parse_request
 from scheduler import metrics
 from scheduler.config import SchedulerConfig
+from scheduler.dispatch.config import DispatchConfig
+from scheduler.dispatching import Dispatching
 from scheduler.guard import Guard
 from scheduler.leader import Leader
 from scheduler.placing import Placing
@@ -51,13 +53,24 @@ be counted twice."""
 class Scheduler:
     """See the module. `run` may be called once. All state belongs to the event loop."""
 
-    def __init__(self, config: SchedulerConfig, broker: base.Broker) -> None:
+    def __init__(
+        self, config: SchedulerConfig, broker: base.Broker, dispatch: DispatchConfig | None = None
+    ) -> None:
         self.name = config.name or f"scheduler-{socket.gethostname()}-{os.getpid()}"
         self._config = config
         self._broker = broker
         self._leader = Leader(broker, self.name, config.lease)
         self._fleet = fleet.Fleet(config.lost_after)
         self._guard = Guard(config.lost_after, broker, self._leader, self._spawn)
+        self._dispatching = Dispatching(
+            dispatch or DispatchConfig(),
+            broker,
+            self._leader,
+            self.name,
+            self._guard,
+            lambda: self._fleet.live(time.monotonic()),
+            self._spawn,
+        )
         self._registry = registry.Registry(broker)
         self._placing = Placing(config, broker, self._leader, self.name, self._registry, self._spawn)
         self._stamp_ms = min(_STAMP, config.forget_after / 4) * 1000
@@ -78,13 +91,14 @@ class Scheduler:
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._registry.watch(),
             *await self._placing.watch(),
+            *await self._dispatching.watch(),
         ]
         host = addresses.elsewhere(self._config.metrics_host)
         metrics_url = addresses.url("http", host, server.server_port) + "/metrics"
         _log.info("serving", extra={"scheduler": self.name, "metrics_url": metrics_url})
         ready(metrics_url)
         sides: list[Coroutine[Any, Any, Any]] = [stop.wait(), self._guard.run(), self._look_after()]
-        sides.append(self._placing.run())
+        sides += [self._placing.run(), self._dispatching.run()]
         ends: list[asyncio.Task[Any]] = [*map(asyncio.create_task, sides)]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -124,6 +138,7 @@ class Scheduler:
         if self._guard.on_heartbeat(beat, now):
             self._spawn(self._broker.publish(subjects.roster(beat.worker)))
         self._placing.on_heartbeat(beat, now)
+        self._dispatching.on_heartbeat(beat)
         if not self.leads:
             return
         now_ms = replies.now_ms()

@@ -15,6 +15,7 @@ from prometheus_client import REGISTRY
 
 from broker import base, bodies, replies, subjects
 from broker.messages import TERMINAL, Frame, FrameKind, ModelCard, Request, ServiceClass, UsageEvent
+from kvstate import prefix
 from tests.waiting import until
 from workers.config import SimConfig, WorkerConfig
 from workers.engines.base import ASGIApp, Engine, EngineStats, NoAdapters, NoSleep, Receive, Scope, Send
@@ -119,9 +120,11 @@ class Caller:
         request_id: str = "",
         deadline_ms: int = 0,
         body: bytes | None = None,
+        shared: str = "",
         **more: Any,
     ) -> Call:
-        """Ask for a completion of `tokens` tokens; `more` goes into the body."""
+        """Ask for a completion of `tokens` tokens; `more` goes into the body. `shared`: the beginning of the
+        prompt by which the dispatcher shall know others that share it."""
         request_id = request_id or f"r{next(self._numbers)}"
         prompt = prompt or f"the prompt of {request_id}"
         asked = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": True} | more
@@ -132,6 +135,7 @@ class Caller:
             path=path,
             body=orjson.dumps(asked) if body is None else body,
             deadline_ms=deadline_ms,
+            prefix=prefix.encode(prefix.chain(shared.encode(), b"")) if shared else "",
         )
         request = await bodies.stow(self.broker, request)
         stream = self.mailbox.open("acme", request_id)

@@ -36,8 +36,8 @@ _SOON, _LATE = 0.05, 0.5
 
 
 class Control:
-    """See the module. Owned by the worker's event loop. `drain` has the worker end, after its requests, and
-    `rest` takes the commands `sleep` and `wake`."""
+    """See the module. Owned by the worker's event loop. `drain` has the worker end, after its requests,
+    `rest` takes the commands `sleep` and `wake`, and `preempt` gives a request back."""
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class Control:
         engine: Engine,
         drain: Callable[[], None],
         rest: Callable[[Command], Answer],
+        preempt: Callable[[str], bool],
     ) -> None:
         self._name = name
         self._config = config
@@ -54,6 +55,7 @@ class Control:
         self._engine = engine
         self._drain = drain
         self._rest = rest
+        self._preempt = preempt
         self._placements = placement.Placements(broker)
         self._catalogue = entries.Entries(broker)
         self._adapters = Adapters(broker, engine, Loading(broker, engine, self._catalogue, self._open_disk))
@@ -216,10 +218,13 @@ class Control:
                 return Answer(ok=True, message=f"{model!r:.200} is not loaded")
             case "sleep" | "wake":
                 return self._rest(command)
+            case "preempt":
+                here = self._preempt(command.request)
+                return Answer(ok=here, message="" if here else "it does not run here, or can't be continued")
             case _:
                 return Answer(
                     ok=False,
-                    message=f"no worker can {command.do}: it loads, unloads, drains, sleeps, wakes",
+                    message=f"no worker can {command.do}: it loads, unloads, drains, sleeps, wakes, preempts",
                 )
 
     def _open_disk(self) -> disk.Disk:

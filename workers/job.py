@@ -125,8 +125,11 @@ class Job:
         worker: str,
         share: Share,
         touch: Touch,
+        sent: messages.Sent | None = None,
     ) -> None:
+        """`sent`: what the scheduler that handed it here expected of it."""
         self.request = request
+        self._sent = sent
         self.delivery = delivery
         self.tap = Tap()
         self.timing = Timing(queued=max(0.0, time.time() - delivery.enqueued_ms / 1000))
@@ -200,6 +203,12 @@ class Job:
         """Whether nobody waits for it any more, whoever runs it."""
         deadline_ms = self.request.deadline_ms
         return self.stopped.is_set() or bool(deadline_ms and deadline_ms <= time.time() * 1000)
+
+    @property
+    def movable(self) -> bool:
+        """Whether another worker can go on with it, or begin it anew."""
+        continues = self._engine.continues and not recovery.several_prompts(self.request.body)
+        return continues or not self._streams
 
     @property
     def superseded(self) -> bool:
@@ -387,13 +396,23 @@ class Job:
         }
         self._streams = headers.get("content-type", "").startswith("text/event-stream")
         if self._joint is None:
-            await self._writer.head(head["status"], headers, self._worker, body, tokens)
+            await self._writer.head(head["status"], headers, self._worker, body, tokens, self._told())
         elif head["status"] == 200:
             await self._pass_on(body, tokens)  # its reader has had a head
         else:
             raise errors.WorkerLost(
                 f"the answer can't be continued: the engine answered {head['status']} now"
             )
+
+    def _told(self) -> dict[str, float]:
+        """For the response's headers: milliseconds, and prompt tokens."""
+        tap, parts = self.tap, self.latency()
+        told = {"queue": 1000 * self.timing.queued, "prompt": tap.prompt_tokens, "cached": tap.cached_tokens}
+        if parts.ttft is not None:
+            told["ttft"] = 1000 * parts.ttft
+        if self._sent is not None:
+            told["predicted"] = self._sent.predicted_ms
+        return told
 
     async def _finish(self) -> None:
         """The terminal frame, the ack and the usage event, or the way back into the queue."""

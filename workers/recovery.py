@@ -207,7 +207,7 @@ def refusal(past: Past, request: Request, continues: bool) -> errors.HeadraceErr
             "the worker was lost while it was answering, and this engine can't continue an answer; "
             "send the request again"
         )
-    if _several_prompts(request.body):
+    if several_prompts(request.body):
         return errors.WorkerLost(
             "the worker was lost while it was answering, and an answer to several prompts can't be "
             "continued; send the request again"
@@ -215,7 +215,7 @@ def refusal(past: Past, request: Request, continues: bool) -> errors.HeadraceErr
     return None
 
 
-def _several_prompts(body: bytes) -> bool:
+def several_prompts(body: bytes) -> bool:
     """Their outputs are generated side by side, and what was said of which is not told apart."""
     try:
         prompt = orjson.loads(body).get("prompt")

@@ -9,19 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Literal
 
 from prometheus_client import start_http_server
+from pydantic import ValidationError
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
 from broker import addresses, base, bodies, errors, replies, subjects
-from broker.messages import Credit, Heartbeat, Request, ServiceClass, parse_request
+from broker.messages import Credit, Heartbeat, News, Request, Sent, ServiceClass, parse_request
 from kvstate import budget
 from workers import held, intake, metrics, screening
 from workers.config import WorkerConfig
 from workers.control import Control
+from workers.dispatched import BEAT, Dispatched
 from workers.engines.base import Engine
 from workers.job import HandBack, Job, Share, Touch
 from workers.quarantine import Quarantine
@@ -59,8 +63,13 @@ class Worker:
         self._told_to_drain = asyncio.Event()
         self._sleeper = Rest(engine, self.name, self._rest, self._rise)
         self._control = Control(
-            self.name, config, broker, engine, self._told_to_drain.set, self._sleeper.obey
+            self.name, config, broker, engine, self._told_to_drain.set, self._sleeper.obey, self._preempt
         )
+        self._turned = asyncio.Event()
+        self._dispatched = Dispatched(engine.base, self._turned.set)
+        self._first: list[tuple[int, int]] = []
+        self._done: list[tuple[int, int, int, int]] = []
+        self._told: Credit | None = None
         self._control.on_wait(self._top_up)
         self._mean_prompt = 256.0
         self._mean_output = 128.0
@@ -86,6 +95,8 @@ class Worker:
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._broker.subscribe(subjects.ALL_TAKEN, self._on_taken),
             await self._broker.subscribe(subjects.roster(self.name), self._on_roster),
+            await self._broker.subscribe(subjects.run(self.name), self._on_sent),
+            await self._broker.subscribe(subjects.DISPATCH, self._dispatched.hear),
         ]
         await self._control.open()
         await self._open()
@@ -96,6 +107,7 @@ class Worker:
             self._told_to_drain.wait(),
             self._beat(),
             self._hold(),
+            self._follow(),
             self._sleeper.run(),
         ]
         ends: list[asyncio.Future[Any]] = [died, *map(asyncio.create_task, sides)]
@@ -114,8 +126,8 @@ class Worker:
             self._engine.on_change = None
             for end in ends:
                 end.cancel()
-            for puller in self._pullers:
-                await puller.close()
+            await self._close_pulls()
+            self._dispatched.close()
             await self._control.close()
             for subscription in subscriptions:
                 await subscription.close()
@@ -124,12 +136,42 @@ class Worker:
             server.server_close()
 
     async def _open(self) -> None:
-        """Open the queues; nothing is asked for yet."""
+        """Open the queues, unless a scheduler does that; nothing is asked for yet."""
+        if self._dispatched.active or self._pullers:
+            return
         self._queues = [intake.Queue() for _ in ServiceClass]
         self._pullers = [
             await self._broker.pull(self._engine.base, each, self._receiver(number), self._top_up)
             for number, each in enumerate(ServiceClass)
         ]
+
+    def _serves(self) -> bool:
+        return self._state == "serving"
+
+    async def _close_pulls(self) -> None:
+        pullers, self._pullers = self._pullers, []
+        for puller in pullers:
+            await puller.close()
+
+    async def _follow(self) -> None:
+        """Pull while no scheduler hands requests out."""
+        while True:
+            await self._turned.wait()
+            self._turned.clear()
+            if not self._serves():
+                continue
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(errors.Unavailable), wait=wait_exponential(0.1, max=2.0)
+            ):
+                with attempt:
+                    if self._dispatched.active:
+                        await self._close_pulls()
+                    else:
+                        await self._open()
+            if not self._serves():
+                await self._close_pulls()
+            self._told = None
+            self._top_up()
 
     async def _rest(self) -> None:
         """Take nothing more, let what runs finish, and have the engine sleep."""
@@ -154,20 +196,8 @@ class Worker:
 
     def _take(self, number: int, delivery: base.Delivery) -> None:
         """Start a delivery, or hand it back when the credit it came against is gone or more urgent work's."""
-        try:
-            request = parse_request(delivery.subject, delivery.headers, delivery.data)
-        except errors.MalformedMessage as exc:
-            self._spawn(screening.reject(self._broker, delivery, exc))
-            return
-        running = self._jobs.get(request.key)
-        if running is not None and running.delivery.seq == delivery.seq:
-            if running.superseded:
-                # Others had it meanwhile, and it is to run anew: once the old run has ended.
-                running.behind.append(delivery)
-                return
-            # Our `in_progress` came too late, and the broker handed us what we are running.
-            running.delivery = delivery
-            self._held.take(delivery)
+        request = self._read(delivery)
+        if request is None:
             return
         for queue, puller in zip(self._queues, self._pullers, strict=True):
             queue.outstanding = puller.outstanding
@@ -177,15 +207,63 @@ class Worker:
             self._spawn(delivery.nak())
             return
         intake.taken(self._queues, number, delivery.pending, asyncio.get_running_loop().time())
-        if running is None:
-            self._start(request, delivery)
-        else:
-            self._spawn(screening.repeated(self._broker, request, delivery, running.request))
+        self._start(request, delivery)
         self._top_up()  # after it: asking for the next request must not hold this one up
 
-    def _start(self, request: Request, delivery: base.Delivery) -> None:
-        job = Job(request, delivery, self._broker, self._engine, self.name, self._share, self._touch)
-        job.tap.on_first_token = lambda: self._prefilled(job)
+    def _on_sent(self, message: base.Message) -> None:
+        """`run.<worker>`: a request that a scheduler hands us."""
+        try:
+            sent = Sent.model_validate_json((message.headers or {}).get(subjects.SENT, ""))
+        except ValidationError:
+            _log.warning("a message on %s is unreadable", message.subject)
+            return
+        if self._dispatched.take(sent):
+            self._spawn(self._take_sent(message, sent))
+
+    async def _take_sent(self, message: base.Message, sent: Sent) -> None:
+        try:
+            await self._start_sent(message, sent)
+        except errors.HeadraceError as exc:
+            _log.warning("a request that was sent here is left to the broker: %s", exc.message)
+        finally:
+            self._dispatched.taken(sent)
+            self._top_up()
+
+    async def _start_sent(self, message: base.Message, sent: Sent) -> None:
+        delivery = await self._broker.relayed(message)
+        request = self._read(delivery) if delivery is not None else None
+        if delivery is None or request is None:
+            return
+        if self._state != "serving" or self._room() <= 0:
+            metrics.RETURNED.labels("no_credit").inc()
+            await delivery.nak()
+            return
+        self._start(request, delivery, sent)
+
+    def _read(self, delivery: base.Delivery) -> Request | None:
+        """The request of a delivery; None where it is none, or one that runs here."""
+        try:
+            request = parse_request(delivery.subject, delivery.headers, delivery.data)
+        except errors.MalformedMessage as exc:
+            self._spawn(screening.reject(self._broker, delivery, exc))
+            return None
+        running = self._jobs.get(request.key)
+        if running is None:
+            return request
+        if running.delivery.seq != delivery.seq:
+            self._spawn(screening.repeated(self._broker, request, delivery, running.request))
+        elif running.superseded:
+            # Others had it meanwhile, and it is to run anew: once the old run has ended.
+            running.behind.append(delivery)
+        else:
+            # Our `in_progress` came too late, and the broker handed us what we are running.
+            running.delivery = delivery
+            self._held.take(delivery)
+        return None
+
+    def _start(self, request: Request, delivery: base.Delivery, sent: Sent | None = None) -> None:
+        job = Job(request, delivery, self._broker, self._engine, self.name, self._share, self._touch, sent)
+        job.tap.on_first_token = lambda: self._began(job)
         self._jobs[request.key] = job
         self._held.take(delivery)
         self._prefills(job)
@@ -196,6 +274,11 @@ class Worker:
     def _prefills(self, job: Job) -> None:
         self._prefilling[job] = job.prompt_estimate
         self._prefill_held += job.prompt_estimate
+
+    def _began(self, job: Job) -> None:
+        """Its first token came."""
+        self._first.append((job.delivery.seq, job.tap.cached_tokens))
+        self._prefilled(job)
 
     def _prefilled(self, job: Job) -> None:
         self._prefill_held -= self._prefilling.pop(job, 0)
@@ -220,9 +303,13 @@ class Worker:
         )
 
     def _credit(self) -> int:
-        credit = budget.requests(self._load())
+        return min(budget.requests(self._load()), self._room())
+
+    def _room(self) -> int:
+        """Requests for which there is a slot, and which an engine that failed lately may be tried with."""
+        free = self._load().slots_free
         room = self._quarantine.room(asyncio.get_running_loop().time(), len(self._jobs))
-        return credit if room is None else min(credit, room)
+        return free if room is None else min(free, room)
 
     def _judge(self, job: Job) -> None:
         """Learn from how a request ended whether the engine is in order."""
@@ -252,7 +339,13 @@ class Worker:
 
     def _ask(self) -> None:
         self._topping_up = False
-        if self._state != "serving" or not self._broker.connected:
+        if not self._broker.connected:
+            return
+        if self._dispatched.active:
+            self._tell_news()
+            return
+        self._first, self._done = [], []  # nobody is there to be told
+        if self._state != "serving" or not self._pullers:
             return
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -268,6 +361,28 @@ class Worker:
             if self._recheck is not None:
                 self._recheck.cancel()
             self._recheck = loop.call_later(2 * intake.ANSWER, self._top_up)
+
+    def _tell_news(self) -> None:
+        credit = self._credit_told()
+        self._starved = credit.requests == 0
+        if not self._first and not self._done and credit == self._told:
+            return
+        self._told = credit
+        news = News(
+            worker=self.name,
+            credit=credit,
+            dispatched=self._dispatched.last,
+            first=tuple(self._first),
+            done=tuple(self._done),
+        )
+        self._first, self._done = [], []
+        self._spawn(self._tell(news))
+
+    async def _tell(self, news: News) -> None:
+        try:
+            await self._broker.publish(subjects.credit(self.name), news.model_dump_json().encode())
+        except errors.Unavailable as exc:
+            _log.warning("no news of credit went out: %s", exc.message)
 
     async def _pull(self, puller: base.Puller, n: int) -> None:
         try:
@@ -353,6 +468,9 @@ class Worker:
         else:
             await job.run(verdict)
         self._judge(job)
+        if job.acked:
+            tap = job.tap
+            self._done.append((job.delivery.seq, tap.prompt_tokens, tap.cached_tokens, tap.output_tokens))
         # Not before the ack: a redelivery must find it. A dead letter needs it still.
         if job.acked and not isinstance(verdict, errors.Poisoned):
             await bodies.discard(self._broker, job.request)
@@ -393,6 +511,14 @@ class Worker:
         else:
             job.stop(errors.Cancelled("the caller went away"), screening.cancelled_at(message))
 
+    def _preempt(self, key: str) -> bool:
+        """Give a running request back, with its progress; whether it is here, and can be continued."""
+        job = self._jobs.get(key)
+        if job is None or not job.movable:
+            return False
+        job.stop(HandBack("preempted"))
+        return True
+
     def _on_taken(self, message: base.Message) -> None:
         """`taken.<tenant>.<request>`: another worker runs it now, as the attempt in the message."""
         job = self._jobs.get(message.subject.partition(".")[2])
@@ -404,8 +530,7 @@ class Worker:
     async def _drain(self, timeout: float) -> None:
         """Fetch no more, let what runs finish for `timeout` seconds, hand the rest back."""
         self._state = "draining"
-        for puller in self._pullers:
-            await puller.close()
+        await self._close_pulls()
         self._control.hand_back()
         await self._announce()
         try:
@@ -439,26 +564,15 @@ class Worker:
                 self._touch.at = asyncio.get_running_loop().time()
             await self._announce()
             self._top_up()
-            await asyncio.sleep(self._config.heartbeat)
+            # Who dispatches believes no figures that are older than its `stale_after`.
+            await asyncio.sleep(min(self._config.heartbeat, BEAT if self._dispatched.active else math.inf))
 
     def _on_roster(self, message: base.Message) -> None:
         self._spawn(self._held.tell_all())
 
     async def _announce(self) -> None:
         await self._held.tell()
-        stats, load = self._engine.stats(), self._load()
-        kv = budget.kv_free(load) if load.kv_total else 0
-        credit = Credit(
-            requests=self._credit() if self._state == "serving" else 0,
-            slots_free=max(0, load.slots_free),
-            slots_total=stats.max_running,
-            prefill_tokens_free=int(budget.prefill_free(load)),
-            step_tokens=stats.step_tokens,
-            kv_tokens_free=int(kv),
-            kv_tokens_total=stats.kv_tokens_total,
-            running=stats.running,
-            waiting=stats.waiting,
-        )
+        credit = self._credit_told()
         beat = Heartbeat(
             worker=self.name,
             engine=self._engine.name,
@@ -476,11 +590,29 @@ class Worker:
             slots=self._engine.adapter_slots,
             max_rank=self._engine.max_rank,
             adapters_in_memory=self._engine.adapters_in_memory,
+            dispatched=self._dispatched.last,
         )
         self._beats += 1
-        metrics.observe_engine(stats, credit)
+        metrics.observe_engine(self._engine.stats(), credit)
         if self._broker.connected:
             try:
                 await self._broker.publish(subjects.heartbeat(self.name), beat.model_dump_json().encode())
             except errors.HeadraceError as exc:
                 _log.warning("no heartbeat went out: %s", exc.message)
+
+    def _credit_told(self) -> Credit:
+        stats, load = self._engine.stats(), self._load()
+        kv = budget.kv_free(load) if load.kv_total else 0
+        return Credit(
+            requests=self._credit() if self._state == "serving" else 0,
+            slots_free=max(0, self._room()),
+            slots_total=stats.max_running,
+            prefill_tokens_free=int(budget.prefill_free(load)),
+            step_tokens=stats.step_tokens,
+            kv_tokens_free=int(kv),
+            kv_tokens_total=stats.kv_tokens_total,
+            running=stats.running,
+            waiting=stats.waiting,
+            held=len(self._jobs),
+            prefill_tokens_held=int(self._prefill_held),
+        )

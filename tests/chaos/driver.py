@@ -75,7 +75,7 @@ async def run(
             "minutes": minutes,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
-            **report.figures(tally, stage.struck, stage.elections),
+            **report.figures(tally, stage.struck, stage.elections, stage.unled),
             "restarts": stage.restarts,
             "failures": failures,
         }

@@ -20,6 +20,8 @@ class Kind(StrEnum):
     KILL_INGRESS = "kill ingress"
     DRAIN_INGRESS = "drain ingress"
     KILL_SCHEDULER = "kill scheduler"
+    STOP_SCHEDULER = "stop scheduler"
+    CUT_SCHEDULER = "cut scheduler"
     KILL_NATS = "kill nats"
 
     @property
@@ -45,6 +47,8 @@ _WAYS = {
     Kind.KILL_INGRESS: _Way(10, 0.2, 1.5, 4.0),
     Kind.DRAIN_INGRESS: _Way(5, 0.0, 0.0, 5.0),
     Kind.KILL_SCHEDULER: _Way(8, 0.2, 1.5, 4.0),
+    Kind.STOP_SCHEDULER: _Way(5, 0.5, 5.0, 3.0),
+    Kind.CUT_SCHEDULER: _Way(5, 0.5, 5.0, 3.0),
     # An election takes nats-server up to 9 s, and a second node lost before its end is one too many.
     Kind.KILL_NATS: _Way(7, 0.5, 3.0, 20.0),
 }

@@ -10,16 +10,16 @@ from benchmarks.results import percentile
 from tests.chaos.check import End, Problem, Transcript, check, recovery_gap
 from tests.chaos.clients import Manner
 from tests.chaos.plan import Kind
-from tests.chaos.stage import PACE, Election, Struck
+from tests.chaos.stage import PACE, Span, Struck
 
 GOAL = 1.0
-"""Seconds within which 99 in 100 recovery gaps end, while the journal has a leader."""
+"""Seconds within which 99 in 100 recovery gaps end, while the journal and the schedulers have a leader."""
 
 _TOKENS = ("lost", "doubled", "reordered", "foreign")
 _WITHIN = 0.5
 """Seconds after a fault in which the silence begins that is laid to it: buffers run empty first."""
 _NEAR = 15.0
-_LED, _ELECTING = "with a journal", "while it elects"
+_LED, _ELECTING, _UNLED = "with leaders", "journal elects", "no scheduler leads"
 _SHOWN = 20
 
 
@@ -30,8 +30,8 @@ class Gap(NamedTuple):
     at: float
     seconds: float
 
-    def meets(self, election: Election) -> bool:
-        return self.at <= election.until and election.since <= self.at + self.seconds
+    def meets(self, spans: Sequence[Span]) -> bool:
+        return any(self.at <= span.until and span.since <= self.at + self.seconds for span in spans)
 
 
 class Tally:
@@ -75,11 +75,13 @@ def hit(seen: Transcript, struck: Struck) -> bool:
             return part == "nats"
 
 
-def figures(tally: Tally, struck: Sequence[Struck], elections: Sequence[Election]) -> dict[str, Any]:
-    gaps: dict[str, list[float]] = {"all": [], _LED: [], _ELECTING: []}
+def figures(
+    tally: Tally, struck: Sequence[Struck], elections: Sequence[Span], unled: Sequence[Span]
+) -> dict[str, Any]:
+    gaps: dict[str, list[float]] = {"all": [], _LED: [], _ELECTING: [], _UNLED: []}
     for gap in sorted(tally.gaps):
-        electing = any(gap.meets(election) for election in elections)
-        for name in "all", _ELECTING if electing else _LED, str(gap.kind):
+        led = _ELECTING if gap.meets(elections) else _UNLED if gap.meets(unled) else _LED
+        for name in "all", led, str(gap.kind):
             gaps.setdefault(name, []).append(gap.seconds)
     spread = {kind: _distribution(found) for kind, found in gaps.items()}
     return {
@@ -97,6 +99,7 @@ def figures(tally: Tally, struck: Sequence[Struck], elections: Sequence[Election
             kind: n for kind, n in tally.problems.items() if kind not in (*_TOKENS, "interrupted", "hung")
         },
         "elections": len(elections),
+        "changes_of_scheduler": len(unled),
         "recovery_gap_s": spread,
         "recovery_gap_goal": {"p99_s": GOAL, "met": spread[_LED]["p99"] <= GOAL if gaps[_LED] else None},
     }
@@ -119,7 +122,8 @@ def table(told: dict[str, Any]) -> str:
         f"{told['machine']['cores']} cores of {told['machine']['cpu']}",
         f"requests   {told['requests']}: {ends}; {told['resumed']} of them over several connections, "
         f"{told['broken']} of which broke in mid-stream",
-        f"faults     {told['faults']}: {faults}; {told['elections']} elections of the journal's leader",
+        f"faults     {told['faults']}: {faults}; {told['elections']} elections of the journal's leader, "
+        f"{told['changes_of_scheduler']} times no scheduler led",
         f"streams    {told['interrupted']} interrupted, {told['hung']} hung",
         "tokens     " + ", ".join(f"{told[f'tokens_{kind}']} {kind}" for kind in _TOKENS),
         f"otherwise  {wrong} wrong; {len(told['failures'])} failures of the fleet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import time
@@ -23,7 +24,10 @@ from tests.integration.fleet import Fleet, Part
 SIZES = {"worker": 4, "ingress": 2, "scheduler": 2, "nats": 3}
 PACE = 0.02
 """Seconds between two tokens of a stream."""
+_BEHIND_PROXIES = "worker", "scheduler"
 _STARTS = 8
+_WORDS = 0.35
+"""Seconds without a word of the leading scheduler after which workers hold that none leads."""
 _ELECTION = 4.0, 10.0
 """Seconds that an election of nats-server takes, at least and at most."""
 _SETTINGS: dict[str, dict[str, object]] = {
@@ -43,8 +47,8 @@ class Struck:
     target: str
 
 
-class Election(NamedTuple):
-    """The journal of replies had no leader: monotonic times."""
+class Span(NamedTuple):
+    """Monotonic times between which something had no leader."""
 
     since: float
     until: float
@@ -56,21 +60,24 @@ class Stage:
     Attributes:
         ingresses: URLs of those that take requests.
         struck: the faults so far.
-        elections: of the journal's leader, so far.
+        elections: while the journal of replies had no leader, so far.
+        unled: while no scheduler led, so far.
         restarts: processes that were started again since they ended before they were ready.
     """
 
     def __init__(self, data: Path) -> None:
         self.cluster = NatsCluster(data / "nats")
         self.struck: list[Struck] = []
-        self.elections: list[Election] = []
+        self.elections: list[Span] = []
+        self.unled: list[Span] = []
+        self._word = math.inf  # when a scheduler last said that it leads
         self.restarts = 0
         self._struck: set[tuple[str, int]] = set()  # under a fault now
         self._fleet = Fleet(data, self.cluster)
         self._slots: dict[tuple[str, int], Part] = {}
         self._names: dict[tuple[str, int], str] = {}
         self._generation: Counter[tuple[str, int]] = Counter()
-        self._proxies: list[Proxy] = []
+        self._proxies: dict[tuple[str, int], Proxy] = {}
         self._open = contextlib.AsyncExitStack()
 
     @property
@@ -83,10 +90,13 @@ class Stage:
             broker = await client.connect(self.cluster.config, "chaos", make_streams=False)
             await self._open.enter_async_context(broker)
             await broker.subscribe(subjects.JOURNAL_ELECTED, lambda _: self._elected())
+            await broker.subscribe(subjects.DISPATCH, lambda _: self._led())
+            broker.on_reconnect(self._deaf)
             nodes = [urlsplit(node.url) for node in self.cluster.nodes]
-            for _ in range(SIZES["worker"]):
-                proxy = Proxy([(str(node.hostname), node.port or 0) for node in nodes])
-                self._proxies.append(await self._open.enter_async_context(proxy))
+            for part in _BEHIND_PROXIES:
+                for slot in range(SIZES[part]):
+                    proxy = Proxy([(str(node.hostname), node.port or 0) for node in nodes])
+                    self._proxies[part, slot] = await self._open.enter_async_context(proxy)
             await asyncio.gather(
                 *(self._fill(part, slot) for part in _SETTINGS for slot in range(SIZES[part]))
             )
@@ -117,8 +127,8 @@ class Stage:
         self._generation[part, slot] += 1
         name = f"{part[0]}{slot}-{self._generation[part, slot]}"
         settings = _SETTINGS[part] | {f"{part}__name": name}
-        if part == "worker":
-            urls = [f"nats://127.0.0.1:{port}" for port in self._proxies[slot].ports]
+        if part in _BEHIND_PROXIES:
+            urls = [f"nats://127.0.0.1:{port}" for port in self._proxies[part, slot].ports]
             settings |= {"broker__url": ",".join(urls)}
         started = await self._started(part, settings)
         self._slots[part, slot] = started
@@ -155,7 +165,7 @@ class Stage:
 
     async def _stop(self, fault: Fault) -> None:
         self._note(fault)
-        process = self._slots["worker", fault.slot].process
+        process = self._slots[fault.kind.part, fault.slot].process
         process.send_signal(signal.SIGSTOP)
         try:
             await asyncio.sleep(fault.lasts)
@@ -164,7 +174,7 @@ class Stage:
 
     async def _network(self, fault: Fault, act: Callable[[Proxy], None]) -> None:
         self._note(fault)
-        proxy = self._proxies[fault.slot]
+        proxy = self._proxies[fault.kind.part, fault.slot]
         act(proxy)
         try:
             await asyncio.sleep(fault.lasts)
@@ -176,7 +186,17 @@ class Stage:
         now = time.monotonic()
         least, most = _ELECTION
         lost = [one.at for one in self.struck if one.fault.kind is Kind.KILL_NATS and one.at > now - most]
-        self.elections.append(Election(min(lost, default=now - least), now))
+        self.elections.append(Span(min(lost, default=now - least), now))
+
+    def _led(self) -> None:
+        now = time.monotonic()
+        if now - self._word > _WORDS:
+            self.unled.append(Span(self._word, now))
+        self._word = now
+
+    def _deaf(self) -> None:
+        """What was said meanwhile has passed us by."""
+        self._word = math.inf
 
     async def _stall(self, fault: Fault) -> None:
         await self._network(fault, Proxy.stall)
@@ -199,6 +219,8 @@ class Stage:
         Kind.KILL_INGRESS: _kill,
         Kind.DRAIN_INGRESS: _drain,
         Kind.KILL_SCHEDULER: _kill,
+        Kind.STOP_SCHEDULER: _stop,
+        Kind.CUT_SCHEDULER: _cut,
         Kind.KILL_NATS: _kill_nats,
     }
 

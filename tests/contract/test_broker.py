@@ -17,7 +17,7 @@ import orjson
 import pytest
 
 from broker import client, errors, objects, subjects
-from broker.base import Broker, Delivery, Message, Puller
+from broker.base import Broker, Delivery, Message, Parcel, Puller
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import ServiceClass
@@ -518,6 +518,74 @@ async def test_a_receipt_of_a_message_that_was_acked_changes_nothing(fleet: Flee
     assert (got.data, got.attempt) == (b"b", 1)
 
 
+async def _relayed(taker: Broker, heard: Box[Message]) -> Delivery:
+    delivery = await taker.relayed(await heard.next())
+    assert delivery is not None
+    return delivery
+
+
+@pytest.mark.parametrize("along", [True, False])
+async def test_a_delivery_is_passed_on_and_acked_by_who_has_it(fleet: Fleet, along: bool) -> None:
+    giver, taker = [await fleet.connect(ack_wait=3600) for _ in range(2)]
+    heard: Box[Message] = Box()
+    await taker.subscribe("run.w1", heard)
+    await taker.sync()
+    puller, box = await pull(giver)
+    await puller.ask(1)
+    seqs = await enqueue(giver, b"a")
+    given = await box.next()
+    parcel = Parcel(given.subject, given.headers or {}, given.data if along else None, given.receipt)
+    await giver.relay("run.w1", parcel, "a note")
+    message = await heard.next()
+    assert (message.headers or {})[subjects.SENT] == "a note"
+    taken = await taker.relayed(message)
+    assert taken is not None
+    assert (taken.subject, taken.data, taken.headers) == (given.subject, b"a", given.headers or {})
+    assert ([taken.seq], taken.attempt, taken.receipt) == (seqs, 1, given.receipt)
+    assert taken.enqueued_ms == pytest.approx(given.enqueued_ms, abs=1)
+    await taken.ack()
+    await until(lambda: _is_queued(giver, 0))
+
+
+async def test_a_body_without_room_beside_its_headers_is_read_from_the_queue(fleet: Fleet) -> None:
+    giver, taker = [await fleet.connect() for _ in range(2)]
+    heard: Box[Message] = Box()
+    await taker.subscribe("run.w1", heard)
+    await taker.sync()
+    puller, box = await pull(giver)
+    await puller.ask(1)
+    large = b"x" * (giver.max_payload - 200)
+    await enqueue(giver, large)
+    given = await box.next()
+    await giver.relay("run.w1", Parcel(given.subject, given.headers or {}, large, given.receipt), "n" * 300)
+    assert (await _relayed(taker, heard)).data == large
+
+
+async def test_what_left_the_queue_on_its_way_is_no_delivery(fleet: Fleet) -> None:
+    giver, taker = [await fleet.connect() for _ in range(2)]
+    heard: Box[Message] = Box()
+    await taker.subscribe("run.w1", heard)
+    await taker.sync()
+    puller, box = await pull(giver)
+    await puller.ask(1)
+    await enqueue(giver, b"a")
+    given = await box.next()
+    await given.ack()
+    await until(lambda: _is_queued(giver, 0))
+    await giver.relay("run.w1", Parcel(given.subject, given.headers or {}, None, given.receipt), "")
+    assert await taker.relayed(await heard.next()) is None
+
+
+@pytest.mark.parametrize("receipt", ["", "req.a.b.c.d", "$JS.ACK.REQUESTS.x", "$JS.ACK.a b"])
+async def test_a_message_that_nobody_relayed_is_no_delivery(broker: Broker, receipt: str) -> None:
+    with pytest.raises(errors.MalformedMessage):
+        await broker.relayed(
+            Message("run.w1", b"", {subjects.SUBJECT: "req.a.b.c.d", subjects.RECEIPT: receipt})
+        )
+    with pytest.raises(errors.MalformedMessage):
+        await broker.prolong(receipt.replace(".x", ".*"))
+
+
 @pytest.mark.parametrize("receipt", ["", "req.a.b.c.d", "$JS.ACK.REQUESTS.>", "$JS.ACK.a b", "$JS.API.INFO"])
 async def test_what_names_no_delivery_is_no_receipt(broker: Broker, receipt: str) -> None:
     heard: Box[Message] = Box()
@@ -606,8 +674,9 @@ async def test_what_is_not_acked_in_time_comes_again(fleet: Fleet) -> None:
     assert (again.data, again.attempt) == (b"a", 2)
 
 
-async def test_in_progress_holds_the_ack_wait_off(fleet: Fleet) -> None:
-    broker = await fleet.connect(ack_wait=0.5)
+@pytest.mark.parametrize("by", ["its holder", "a third party"])
+async def test_in_progress_holds_the_ack_wait_off(fleet: Fleet, by: str) -> None:
+    broker, third = [await fleet.connect(ack_wait=0.5) for _ in range(2)]
     puller, box = await pull(broker)
     await puller.ask(4)
     await enqueue(broker, b"kept", b"dropped")
@@ -615,7 +684,7 @@ async def test_in_progress_holds_the_ack_wait_off(fleet: Fleet) -> None:
     again: Delivery | None = None
     async with asyncio.timeout(LIMIT):
         while again is None:
-            await kept.in_progress()
+            await (kept.in_progress() if by == "its holder" else third.prolong(kept.receipt))
             fleet.pass_time(0.1)
             with contextlib.suppress(TimeoutError):
                 again = await box.next(0.1)

@@ -27,6 +27,7 @@ from broker.config import BrokerConfig
 from broker.messages import LAST_EPOCH, TERMINAL, Frame, FrameKind
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
+from tests.waiting import until
 from workers.job import Touch
 from workers.runner import Worker
 
@@ -114,6 +115,10 @@ def test_addresses_are_the_subjects_that_the_code_builds() -> None:
     assert _address("fleet", "a.b") == subjects.heartbeat("a.b")
     assert _address("held", "a.b") == subjects.held("a.b")
     assert _address("roster", "a.b") == subjects.roster("a.b")
+    assert _address("dispatch") == subjects.DISPATCH
+    assert _address("explanations") == subjects.EXPLAIN
+    assert _address("runs", "a.b") == subjects.run("a.b")
+    assert _address("credits", "a.b") == subjects.credit("a.b")
     assert _address("commands", "a.b") == subjects.ctl("a.b")
     assert _address("wants", *names[:2]) == subjects.want(*names[:2])
     assert _address("pools", "a.b") == subjects.pool("a.b")
@@ -161,6 +166,9 @@ def _tree(root: type[errors.HeadraceError]) -> Iterator[type[errors.HeadraceErro
         messages.Command,
         messages.Answer,
         messages.PoolBeat,
+        messages.News,
+        messages.Dispatch,
+        messages.Sent,
     ],
 )
 def test_payload_schemas_are_the_models_own(model: type[BaseModel]) -> None:
@@ -189,9 +197,17 @@ def test_the_request_headers_are_those_that_are_read() -> None:
         subjects.TRACEPARENT,
         subjects.BODY_OBJECT,
         subjects.ASKED,
+        subjects.PREFIX,
+        subjects.BUDGET,
     }
     for left_out in documented["properties"]:
-        rest = {"Request-Id": "r1", "Body-Object": "acme.r1", "Asked-Model": "sim"}
+        rest = {
+            "Request-Id": "r1",
+            "Body-Object": "acme.r1",
+            "Asked-Model": "sim",
+            "Prefix": "",
+            "Budget": "7",
+        }
         head = _headers("r1", Deadline="1", traceparent="00", Tenant="acme", **rest)
         del head[left_out]
         if left_out in documented["required"]:
@@ -290,8 +306,21 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
     connection = await nats.connect(nats_url)
     try:
         wire = Wire(connection)
-        for root in ("req", "out", "cancel", "again", "taken", "fleet", "held", "usage", "dead"):
+        for root in (
+            "req",
+            "out",
+            "cancel",
+            "again",
+            "taken",
+            "fleet",
+            "held",
+            "usage",
+            "dead",
+            "run",
+            "credit",
+        ):
             await connection.subscribe(f"{root}.>", cb=wire.on_message)
+        await connection.subscribe("dispatch", cb=wire.on_message)
         await connection.flush()
         yield wire
     finally:
@@ -323,6 +352,9 @@ def _name_of(message: Msg) -> str:
         "taken": "Taken",
         "fleet": "Heartbeat",
         "held": "Held",
+        "dispatch": "Dispatch",
+        "run": "Run",
+        "credit": "News",
         "usage": "Usage",
         "dead": "DeadLetter",
     }
@@ -369,6 +401,10 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
         acks.append(await wire.publish(_chat(), _headers("orphan"), "req.typo.batch.acme.sim"))
         orphaned = await wire.ended("orphan")
         assert (orphaned.epoch, orphaned.extra["code"]) == (LAST_EPOCH, "model_not_found")
+        await until(lambda: sim_worker._dispatched.active and not sim_worker._pullers)
+        acks.append(await wire.publish(_chat(), _headers("handed-out", Budget="8")))
+        assert (await wire.ended("handed-out")).kind is FrameKind.END
+        await wire.until_said("dispatch", "run.w1", "credit.w1")
 
     requests = [msg for msg in wire.heard if msg.subject.startswith("req.")]
     await wire.publish(b"garbage", {"Reply-To": "out.acme.box.malformed"})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from urllib.parse import urlsplit
 
 import nats
+import nats.js.errors
 import pytest
 
 from broker import client, subjects
@@ -73,7 +75,13 @@ async def test_a_consumer_that_was_deleted_is_made_again(nats_url: str, sim_work
     async with await client.connect(BrokerConfig(url=nats_url), "slip") as broker:
         name = subjects.consumer("sim", "standard")
         operator = await nats.connect(nats_url)
-        await operator.jetstream().delete_consumer(subjects.REQUESTS, name)
+
+        async def deleted() -> bool:
+            with contextlib.suppress(nats.js.errors.NotFoundError):  # the worker has yet to make it
+                return await operator.jetstream().delete_consumer(subjects.REQUESTS, name)
+            return False
+
+        await until(deleted)
         await operator.close()
         request = subjects.RequestSubject("sim", "standard", "acme", "sim")
         headers = {"Nats-Msg-Id": "acme:1", "Reply-To": "out.acme.box.1", "Path": "/v1/completions"}

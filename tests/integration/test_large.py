@@ -187,7 +187,7 @@ async def test_a_full_store_is_told_and_nothing_is_queued(server: NatsServer) ->
         assert reply.status_code == 429, reply.text
         assert reply.headers["retry-after"] == "5"
         assert reply.json()["error"]["code"] == "overloaded"
-        assert "store for bodies of more than 1,044,480 bytes is full" in reply.json()["error"]["message"]
+        assert "store for bodies of more than 1,043,456 bytes is full" in reply.json()["error"]["message"]
         assert (await queued(broker), await kept(broker)) == (0, before)
 
 

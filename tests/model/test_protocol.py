@@ -377,7 +377,7 @@ class Fleet(RuleBasedStateMachine):
         if asked.cancelled:
             codes.add("cancelled")
         if asked.request.deadline_ms < self.loop.unix() * 1000:
-            codes.add("deadline_exceeded")
+            codes |= {"deadline_exceeded", "overloaded"}  # it was, or would have been, too late
         if self.strikes >= MAX_DEATHS:
             codes.add("poisoned")
         if asked.request.reply_to in self.server.hurt:

@@ -22,13 +22,13 @@ PAIRS = [pair(1.25, 1.0, 0.0215, 0.0213), pair(1.0, 1.0, 0.0225, 0.0211), pair(2
 
 
 def test_speed_is_compared_within_each_round() -> None:
-    found = journal._speed(PAIRS)
+    found = journal.speed(PAIRS)
     assert found["on_tokens_per_s"]["median"] == 800
     assert found["tokens_per_s_ratio"] == {"median": 0.8, "low": 0.5, "high": 1.0}
 
 
 def test_added_ttft_is_in_milliseconds() -> None:
-    found = journal._ttft(PAIRS)
+    found = journal.ttft(PAIRS)
     assert found["added_ttft_p50_ms"]["median"] == pytest.approx(0.2)
     assert found["added_ttft_p99_ms"]["high"] == pytest.approx(1.4)
     assert found["off_ttft_p50_ms"]["median"] == pytest.approx(21.3)
@@ -45,7 +45,7 @@ def record() -> dict[str, Any]:
     def held(messages: int, size: int, nats: float) -> dict[str, Any]:
         return {"messages": messages, "bytes": size, "first": 1, "nats_mib": nats, "worker_mib": 60.0}
 
-    speed = journal._speed(PAIRS)
+    speed = journal.speed(PAIRS)
     return {
         "command": "python -m benchmarks.journal",
         "date": "2026-01-01",
@@ -56,7 +56,7 @@ def record() -> dict[str, Any]:
             "ttft_ms": 20,
             "itl_ms": 20,
             "tokens": 40,
-            "streams": {"32": speed | journal._ttft(PAIRS), "200": speed | journal._ttft(PAIRS)},
+            "streams": {"32": speed | journal.ttft(PAIRS), "200": speed | journal.ttft(PAIRS)},
         },
         "memory": {
             "streams": 1000,

@@ -435,7 +435,7 @@ async def test_a_full_store_refuses_and_its_place_is_free_again() -> None:
             async with request(at.app, CHAT, LARGE) as call:
                 _, body = await outcome(call)
                 assert (call.status, call.headers["retry-after"]) == (429, "5")
-                assert b"bodies of more than 1,044,480 bytes is full" in body
+                assert b"bodies of more than 1,043,456 bytes is full" in body
         stream = subjects.objects(subjects.PAYLOADS)
         assert await at.broker.counts(stream, subjects.all_objects(subjects.PAYLOADS)) == {}
         assert await at.broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}

@@ -17,6 +17,7 @@ from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import Credit, Heartbeat, ModelCard, ServiceClass
 from scheduler.config import SchedulerConfig
+from scheduler.dispatch.config import DispatchConfig
 from scheduler.service import Scheduler
 from tests.waiting import until
 from tests.workbench import PATH, Caller, calling, metric, serving
@@ -80,7 +81,8 @@ async def living(broker: MemoryBroker, name: str) -> AsyncIterator[Fake]:
 @asynccontextmanager
 async def scheduling(broker: MemoryBroker, leads: bool = True, **settings: Any) -> AsyncIterator[Scheduler]:
     config = SchedulerConfig(**{"lost_after": LOST_AFTER, "lease": 0.2, **settings})
-    scheduler, stop = Scheduler(config, broker), asyncio.Event()
+    # The workers here are no workers: they pull for themselves.
+    scheduler, stop = Scheduler(config, broker, DispatchConfig(enabled=False)), asyncio.Event()
     task = asyncio.create_task(scheduler.run(stop))
     await until(lambda: broker.watches and (scheduler.leads or not leads))
     try:

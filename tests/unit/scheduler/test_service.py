@@ -27,6 +27,7 @@ from broker.messages import (
     UsageEvent,
 )
 from scheduler.config import SchedulerConfig
+from scheduler.dispatch.config import DispatchConfig
 from scheduler.service import Scheduler
 from tests.waiting import until
 from tests.workbench import PATH, STUCK, Caller, calling, metric, serving, soon
@@ -62,7 +63,8 @@ async def caller(broker: MemoryBroker) -> AsyncIterator[Caller]:
 @asynccontextmanager
 async def scheduling(broker: MemoryBroker, **settings: Any) -> AsyncIterator[Scheduler]:
     config = SchedulerConfig(**{"lost_after": 0.03, "sweep": 0.01, "orphan_after": 0.0, **settings})
-    scheduler, stop = Scheduler(config, broker), asyncio.Event()
+    # The workers here are no workers: they pull for themselves.
+    scheduler, stop = Scheduler(config, broker, DispatchConfig(enabled=False)), asyncio.Event()
     task = asyncio.create_task(scheduler.run(stop))
     await until(lambda: scheduler.leads)
     try:

@@ -1,0 +1,153 @@
+"""Whose turn it is. Pure.
+
+Tenants: virtual token counters (VTC, OSDI '24): of those that wait, the one that was served the fewest tokens
+for its weight goes first. Service is forgotten with a time constant, so that neither a busy night nor a quiet
+one is held against anybody the day after. Counters are logarithms of
+`sum(tokens * exp(time / memory)) / weight`: all fade alike, so their order needs no renewal.
+
+Classes: deficit round robin in quanta of tokens, most urgent first.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+OVER = 1.5
+"""A tenant is above its share when it used so many times as much, and `burst` tokens more."""
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """`used`: the counter. `seen`: when it last sent a request."""
+
+    weight: float
+    used: float
+    seen: float
+    queued: int = 0
+    waiting: float = 0.0  # tokens of those
+
+
+class Shares:
+    """The tenants of one class. Those that have nothing queued and were silent for `memory` are forgotten."""
+
+    def __init__(self, memory: float, burst: float) -> None:
+        self._memory = memory
+        self._burst = burst
+        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # the longest silent first
+        self._order: list[tuple[float, str]] = []  # heap; counters may have grown since
+        self._weights = 0.0
+        self._total = -math.inf
+        self._waiting = 0.0
+
+    def enter(self, name: str, weight: float, tokens: float, now: float) -> None:
+        """A request of the tenant joins the queue. One that returns begins at the least of those there.
+
+        Another `weight` than before holds for what is served from now on.
+        """
+        self._forget(now)
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = self._tenants[name] = _Tenant(weight, self._least(), now)
+            heapq.heappush(self._order, (tenant.used, name))
+            if len(self._order) > 2 * len(self._tenants) + 64:
+                self._order = [(each.used, of) for of, each in self._tenants.items()]
+                heapq.heapify(self._order)
+            self._weights += weight
+            self._total = _add(self._total, tenant.used + math.log(weight))
+        elif tenant.weight != weight:
+            self._weights += weight - tenant.weight
+            tenant.weight = weight
+        self._tenants.move_to_end(name)
+        tenant.seen = now
+        tenant.queued += 1
+        tenant.waiting += tokens
+        self._waiting += tokens
+
+    def leave(self, name: str, tokens: float) -> None:
+        """A request of the tenant is no longer queued."""
+        tenant = self._tenants[name]
+        tenant.queued -= 1
+        tenant.waiting -= tokens
+        self._waiting -= tokens
+
+    def charge(self, name: str, tokens: float, now: float) -> None:
+        """The tenant was served; nothing is noted of one that has been forgotten meanwhile."""
+        tenant = self._tenants.get(name)
+        if tenant is None or tokens <= 0:
+            return
+        grown = math.log(tokens) + now / self._memory
+        tenant.used = _add(tenant.used, grown - math.log(tenant.weight))
+        self._total = _add(self._total, grown)
+
+    def counter(self, name: str) -> float:
+        return self._tenants[name].used
+
+    def over(self, name: str, now: float) -> bool:
+        """Whether it was served and asks for more than its share, beyond what chance and a burst explain."""
+        tenant = self._tenants[name]
+        fade = now / self._memory
+        used = math.exp(tenant.used - fade) + tenant.waiting / tenant.weight
+        share = (math.exp(self._total - fade) + self._waiting) / self._weights
+        return used > OVER * share and (used - share) * tenant.weight > self._burst
+
+    def _least(self) -> float:
+        while self._order:
+            used, name = self._order[0]
+            tenant = self._tenants.get(name)
+            if tenant is None:
+                heapq.heappop(self._order)
+            elif tenant.used > used:
+                heapq.heapreplace(self._order, (tenant.used, name))
+            else:
+                return used
+        return -math.inf
+
+    def _forget(self, now: float) -> None:
+        while self._tenants:
+            name, tenant = next(iter(self._tenants.items()))
+            if now - tenant.seen <= self._memory:
+                return
+            if tenant.queued:
+                tenant.seen = now
+                self._tenants.move_to_end(name)
+                continue
+            self._weights -= tenant.weight
+            del self._tenants[name]
+
+
+def _add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    high, low = max(a, b), min(a, b)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+
+
+class Rounds:
+    """Deficit round robin of the classes that wait for one worker, the most urgent first in each round."""
+
+    def __init__(self, quanta: Sequence[int]) -> None:
+        self._quanta = quanta
+        self._deficits = [float(quantum) for quantum in quanta]
+
+    def turn(self, costs: Sequence[float | None]) -> int | None:
+        """The class to serve next: an index. `costs`: of the first request of each; None = it has none."""
+        waiting = [(rank, cost) for rank, cost in enumerate(costs) if cost is not None]
+        if not waiting:
+            return None
+        while True:
+            for rank, cost in waiting:
+                if cost <= self._deficits[rank]:
+                    return rank
+            # As many rounds at once as the first of them lacks.
+            lacks = ((cost - self._deficits[rank]) / self._quanta[rank] for rank, cost in waiting)
+            rounds = max(1, math.ceil(min(lacks)))
+            for rank, quantum in enumerate(self._quanta):
+                # What a class did not use while it had nothing is not kept for it.
+                kept = self._deficits[rank] + (rounds - 1) * quantum if costs[rank] is not None else 0.0
+                self._deficits[rank] = kept + quantum
+
+    def charge(self, rank: int, cost: float) -> None:
+        self._deficits[rank] -= cost

@@ -1,0 +1,246 @@
+"""The workers as vectors over their slots: what they said last, and what was sent to them since. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.messages import ServiceClass
+from scheduler.dispatch.config import DispatchConfig
+from scheduler.dispatch.lanes import RANKS, ROWS
+from scheduler.dispatch.types import WorkerState
+
+Vector = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+_NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "kv_used")
+_FLAGS = ("lives", "serving", "room")
+
+
+class Fleet:
+    """A slot without a worker, or whose worker drains, is never eligible.
+
+    Attributes:
+        base: the model that all of them run.
+        version: grows with every change that could make another worker the best for a request.
+        homes: grows with every change of who may run what.
+        pending: prompt tokens that the worker holds and has not computed, those sent since included.
+        load: requests that it holds, those sent since included.
+        kv_used: share of its KV room that is taken.
+        full: by class: its KV room had none for the first request, or is kept for a more urgent one.
+    """
+
+    def __init__(self, base: str, config: DispatchConfig) -> None:
+        self.base = base
+        self._config = config
+        self._widest = max(config.theta.values())
+        self.version = 0
+        self.homes = 0
+        self.seen: Vector = np.zeros(0)
+        self.step_tokens: Vector = np.zeros(0)
+        self.slots: Vector = np.zeros(0)
+        self.pending: Vector = np.zeros(0)
+        self.load: Vector = np.zeros(0)
+        self.kv_used: Vector = np.zeros(0)
+        self.lives: Mask = np.zeros(0, bool)
+        self.serving: Mask = np.zeros(0, bool)
+        self.room: Mask = np.zeros(0, bool)
+        self.full: Mask = np.zeros((ROWS // 2, 0), bool)
+        self._said: dict[int, WorkerState] = {}
+        self._sends: dict[int, int] = {}
+        self._since: dict[
+            int, deque[tuple[int, float, str]]
+        ] = {}  # not in its figures: number, tokens, loads
+        self._holders: dict[str, Mask] = {}  # of an adapter that anybody has
+        self._nobody: Mask = np.zeros(0, bool)
+        self._pools: dict[ServiceClass, Mask] = {}  # workers of a class; made when asked for
+        self._has_room: dict[ServiceClass, bool] = {}  # for an adapter; made when asked for
+        self._came = [-math.inf for _ in ServiceClass]
+
+    def __getitem__(self, slot: int) -> WorkerState:
+        return self._said[slot]
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._said
+
+    # What changes it
+
+    def join(self, slot: int) -> None:
+        more = slot + 1 - len(self.seen)
+        if more > 0:
+            for name in _NUMBERS:
+                setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more)]))
+            for name in _FLAGS:
+                setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more, bool)]))
+            self.full = np.hstack([self.full, np.zeros((len(self.full), more), bool)])
+            self._nobody = np.zeros(len(self.seen), bool)
+            for model, mask in self._holders.items():
+                self._holders[model] = np.concatenate([mask, np.zeros(more, bool)])
+        self._sends[slot], self._since[slot] = 0, deque()
+        self.lives[slot] = True
+
+    def leave(self, slot: int) -> None:
+        del self._sends[slot], self._since[slot], self._said[slot]
+        self.lives[slot] = self.serving[slot] = False
+        for model in list(self._holders):
+            self._hold(slot, model, False)
+        self._pools.clear()
+        self._moved()
+        self.version += 1
+
+    def state(self, slot: int, state: WorkerState) -> None:
+        """The worker in `slot` said so."""
+        before = self._said.get(slot)
+        self._said[slot] = state
+        if before is None or (before.step_tokens, before.serving) != (state.step_tokens, state.serving):
+            self._pools.clear()
+            self._moved()
+        if before is None or before.adapters != state.adapters:
+            for model in (before.adapters if before else frozenset()) | state.adapters:
+                self._hold(slot, model, model in state.adapters)
+        since = self._since[slot]
+        while since and since[0][0] <= state.sends:
+            _, _, loads = since.popleft()
+            if loads and loads not in state.adapters:
+                self._hold(slot, loads, False)
+        self.seen[slot], self.step_tokens[slot] = state.seen, state.step_tokens
+        self.slots[slot], self.serving[slot] = state.slots_total, state.serving
+        self.pending[slot] = state.prefill_held + sum(tokens for _, tokens, _ in since)
+        self.load[slot] = state.running + len(since)
+        self.kv_used[slot] = 1.0 - state.kv_free / state.kv_total if state.kv_total else 0.0
+        room = state.adapter_room and not any(loads for _, _, loads in since)
+        if room != self.room[slot]:
+            self.room[slot] = room
+            self._moved()
+        self.full[:, slot] = False
+        self.version += 1
+
+    def note_arrival(self, service_class: ServiceClass, now: float) -> None:
+        """A request of the class joined the queue."""
+        self._came[RANKS[service_class]] = now
+
+    def distrust(self, slot: int) -> None:
+        """What the worker in `slot` said was not so: it is given nothing until it says anew."""
+        self.seen[slot] = -math.inf
+        self.version += 1
+
+    def sent(self, slot: int, model: str, tokens: float) -> None:
+        """A request of `model` was sent there that would compute `tokens`."""
+        loads = model != self.base and not self._held(model)[slot]
+        self._sends[slot] += 1
+        self._since[slot].append((self._sends[slot], tokens, model if loads else ""))
+        self.pending[slot] += tokens
+        self.load[slot] += 1
+        if loads:
+            self._hold(slot, model, True)
+            self.room[slot] = False  # until it says that one more could run
+            self._moved()
+        self.version += 1
+
+    # Questions
+
+    def unseen(self, slot: int) -> int:
+        """Sends to it that its figures do not include."""
+        return len(self._since[slot])
+
+    def open(self, slot: int, now: float) -> bool:
+        """Whether it could take anything at all."""
+        return bool(
+            self.serving[slot]
+            and self.seen[slot] >= now - self._config.stale_after
+            and self.load[slot] < self.slots[slot]
+            and self.pending[slot] < self._widest * self.step_tokens[slot]
+        )
+
+    def eligible(self, service_class: ServiceClass, model: str) -> Mask:
+        """Who may run it at all, now or later."""
+        mask = self._pool(service_class)
+        return mask if model == self.base else mask & (self._held(model) | self.room)
+
+    def runs(self, service_class: ServiceClass, model: str) -> bool:
+        """Whether anybody may run it at all."""
+        pool, held = self._pool(service_class), self._holders.get(model)
+        if model == self.base:
+            return bool(pool.any())
+        has_room = self._has_room.get(service_class)
+        if has_room is None:
+            has_room = self._has_room[service_class] = bool((pool & self.room).any())
+        return has_room or (held is not None and bool((pool & held).any()))
+
+    def loaded(self, model: str) -> Mask | None:
+        """Who has the adapter; None = everybody, it is the base."""
+        return None if model == self.base else self._held(model)
+
+    def fresh(self, now: float) -> Mask:
+        """Whose figures are not too old to act on."""
+        mask: Mask = self.seen >= now - self._config.stale_after
+        return mask
+
+    def takes(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
+        """Whether it takes one more request of the class now. `over`: of a tenant above its share."""
+        theta, share = self._limits(self.fills_as(service_class, now), over)
+        return bool(
+            self.serving[slot]
+            and self.seen[slot] >= now - self._config.stale_after
+            and self.pending[slot] < theta * self.step_tokens[slot]
+            and self.load[slot] < share * self.slots[slot]
+            and not self.full[RANKS[service_class], slot]
+        )
+
+    def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
+        """Whether nobody knows when it will take one of the class: it tells nothing, or has no room."""
+        _, share = self._limits(self.fills_as(service_class, now), over)
+        return bool(
+            self.seen[slot] < now - self._config.stale_after
+            or self.load[slot] >= share * self.slots[slot]
+            or self.full[RANKS[service_class], slot]
+        )
+
+    def fills_as(self, service_class: ServiceClass, now: float) -> ServiceClass:
+        """The class as which it may fill workers: the most urgent, while none above its own has come lately.
+        Room that is kept for others and that nobody wants would lie idle."""
+        lately = now - self._config.memory
+        kept = any(at >= lately for at in self._came[: RANKS[service_class]])
+        return service_class if kept else ServiceClass.INTERACTIVE
+
+    def _limits(self, service_class: ServiceClass, over: bool) -> tuple[float, float]:
+        config = self._config
+        theta, share = config.theta[service_class], config.slots[service_class]
+        return (min(theta, config.theta_over), min(share, config.slots_over)) if over else (theta, share)
+
+    def _pool(self, service_class: ServiceClass) -> Mask:
+        mask = self._pools.get(service_class)
+        if mask is None:
+            mask = self.lives & self.serving
+            pool = self._config.pools.get(service_class)
+            if pool is not None:
+                within = (
+                    mask
+                    & (self.step_tokens >= pool.least_step_tokens)
+                    & (self.step_tokens <= pool.most_step_tokens)
+                )
+                mask = within if within.any() else mask
+            self._pools[service_class] = mask
+        return mask
+
+    def _held(self, model: str) -> Mask:
+        return self._holders.get(model, self._nobody)
+
+    def _hold(self, slot: int, model: str, holds: bool) -> None:
+        mask = self._holders.get(model)
+        if mask is None:
+            if not holds:
+                return
+            mask = self._holders[model] = self._nobody.copy()
+        if mask[slot] != holds:
+            mask[slot] = holds
+            self._moved()
+        if not mask.any():
+            del self._holders[model]
+
+    def _moved(self) -> None:
+        self.homes += 1
+        self._has_room.clear()

@@ -1,0 +1,239 @@
+"""Who waits for which worker, and in what order. A place in a lane is virtual: it binds nobody. Pure."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from broker.messages import ServiceClass
+from scheduler.dispatch.fair import Rounds, Shares
+from scheduler.dispatch.types import Figures, Item
+
+Vector = NDArray[np.float64]
+
+RANKS = {each: rank for rank, each in enumerate(ServiceClass)}
+"""Most urgent first."""
+
+ROWS = 2 * len(RANKS)
+"""Each class twice: tenants within their share, and those above."""
+
+
+PASSED = 32
+"""Tenants above their share that are passed over to find one that is not."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A request in the queue, and its place.
+
+    Attributes:
+        slot: whose lane it is in; -1 = none that could run it is there.
+        over: its tenant was above its share when it was placed.
+        cost: tokens that it would compute there.
+        ahead: tokens before it when it was placed.
+        placed: when that was.
+        version: of the fleet, for which the place is the best.
+        urgent: its deadline is so near that it goes before those whose turn it is.
+        least: time from sending to its first token on the worker where that is shortest.
+        figures: how the best few workers stood for it lately.
+    """
+
+    item: Item
+    rank: int
+    over: bool = False
+    slot: int = -1
+    cost: float = 0.0
+    ahead: float = 0.0
+    placed: float = 0.0
+    version: int = -1
+    urgent: bool = False
+    least: float = 0.0
+    figures: Figures = ()
+
+    @property
+    def row(self) -> int:
+        return 2 * self.rank + self.over
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Those of one class that wait for one worker. Heaps hold what has left too, until it comes up."""
+
+    members: dict[int, Waiting] = field(default_factory=dict)  # in order of placing
+    tenants: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # heaps of (arrived, key)
+    order: list[tuple[float, str]] = field(default_factory=list)  # heap of (counter, tenant)
+    entries: int = 0  # in those of `tenants`
+
+    def add(self, waiting: Waiting, shares: Shares) -> None:
+        self.members[waiting.item.key] = waiting
+        if self.entries >= 2 * len(self.members) + 64:
+            self._renew(shares)
+        else:
+            self._enter(waiting.item, shares)
+
+    def _renew(self, shares: Shares) -> None:
+        """Without what has left."""
+        self.tenants, self.order, self.entries = {}, [], 0
+        for each in self.members.values():
+            self._enter(each.item, shares)
+
+    def _enter(self, item: Item, shares: Shares) -> None:
+        heap = self.tenants.get(item.tenant)
+        if heap is None:
+            heap = self.tenants[item.tenant] = []
+            heapq.heappush(self.order, (shares.counter(item.tenant), item.tenant))
+        heapq.heappush(heap, (item.arrived, item.key))
+        self.entries += 1
+
+    def first(self, shares: Shares) -> Waiting | None:
+        """The oldest of the tenant that was served least; counters only grow."""
+        while self.order:
+            counter, tenant = self.order[0]
+            heap = self.tenants[tenant]
+            while heap and heap[0][1] not in self.members:
+                heapq.heappop(heap)
+                self.entries -= 1
+            if not heap:
+                heapq.heappop(self.order)
+                del self.tenants[tenant]
+                continue
+            now = shares.counter(tenant)
+            if now > counter:
+                heapq.heapreplace(self.order, (now, tenant))
+                continue
+            return self.members[heap[0][1]]
+        return None
+
+    def first_within(self, shares: Shares, now: float) -> Waiting | None:
+        """The same of those tenants that are not above their share."""
+        passed: list[tuple[float, str]] = []
+        waiting = self.first(shares)
+        while waiting is not None and shares.over(waiting.item.tenant, now):
+            if len(passed) == PASSED:
+                waiting = None
+                break
+            passed.append(heapq.heappop(self.order))
+            waiting = self.first(shares)
+        for each in passed:
+            heapq.heappush(self.order, each)
+        return waiting
+
+
+class Lane:
+    def __init__(self, quanta: list[int]) -> None:
+        self.queues = [_Queue() for _ in quanta]
+        self.rounds = Rounds(quanta)
+        self.urgent: list[tuple[float, int, int]] = []  # heap of (deadline, rank, key)
+
+
+class Lanes:
+    """All lanes, by worker slot. `tokens[row]` are those that wait in `row` and the rows before it."""
+
+    def __init__(self, shares: list[Shares], quanta: list[int]) -> None:
+        self._shares = shares
+        self._quanta = quanta
+        self._lanes: list[Lane] = []
+        self._count = 0
+        self.tokens: NDArray[np.float64] = np.zeros((ROWS, 0))
+        self.counts: NDArray[np.float64] = np.zeros((ROWS, 0))
+
+    def join(self, slot: int) -> None:
+        more = slot + 1 - len(self._lanes)
+        if more > 0:
+            self._lanes += [Lane(self._quanta) for _ in range(more)]
+            self.tokens = np.hstack([self.tokens, np.zeros((ROWS, more))])
+            self.counts = np.hstack([self.counts, np.zeros((ROWS, more))])
+
+    def leave(self, slot: int) -> list[Waiting]:
+        """The worker is gone: those who waited for it, oldest place first."""
+        stranded = [each for queue in self._lanes[slot].queues for each in queue.members.values()]
+        for each in stranded:
+            self.remove(each)
+        self._lanes[slot] = Lane(self._quanta)
+        return stranded
+
+    def add(self, waiting: Waiting, slot: int) -> None:
+        waiting.slot = slot
+        lane = self._lanes[slot]
+        lane.queues[waiting.rank].add(waiting, self._shares[waiting.rank])
+        if waiting.urgent:
+            self.hurry(waiting)
+        self.tokens[waiting.row :, slot] += waiting.cost
+        self.counts[waiting.row :, slot] += 1
+        self._count += 1
+
+    def remove(self, waiting: Waiting) -> None:
+        slot = waiting.slot
+        del self._lanes[slot].queues[waiting.rank].members[waiting.item.key]
+        self.tokens[waiting.row :, slot] -= waiting.cost
+        self.counts[waiting.row :, slot] -= 1
+        self._count -= 1
+        if not self.counts[-1, slot]:
+            self.tokens[:, slot] = 0.0  # sums of floats leave a rest
+        waiting.slot = -1
+
+    def hurry(self, waiting: Waiting) -> None:
+        """It goes before those whose turn it is."""
+        waiting.urgent = True
+        entry = (waiting.item.deadline, waiting.rank, waiting.item.key)
+        heapq.heappush(self._lanes[waiting.slot].urgent, entry)
+
+    def over(self, waiting: Waiting, now: float) -> bool:
+        """Whether its tenant is above its share now."""
+        return self._shares[waiting.rank].over(waiting.item.tenant, now)
+
+    def next(self, slot: int, skipped: set[int], now: float) -> Waiting | None:
+        """Whose turn it is, rows `skipped` aside: the earliest deadline of the urgent, else by round."""
+        lane = self._lanes[slot]
+        while lane.urgent:
+            _, rank, key = lane.urgent[0]
+            waiting = lane.queues[rank].members.get(key)
+            if waiting is None:
+                heapq.heappop(lane.urgent)
+            elif skipped and 2 * rank + self.over(waiting, now) in skipped:
+                break
+            else:
+                return waiting
+        firsts = [self._first(lane, rank, skipped, now) for rank in range(len(lane.queues))]
+        rank_next = lane.rounds.turn([None if each is None else each.cost for each in firsts])
+        return None if rank_next is None else firsts[rank_next]
+
+    def first(self, slot: int, rank: int, now: float) -> Waiting | None:
+        """Whose turn it is among those of one class whose tenants are not above their share."""
+        return self._lanes[slot].queues[rank].first_within(self._shares[rank], now)
+
+    def _first(self, lane: Lane, rank: int, skipped: set[int], now: float) -> Waiting | None:
+        if 2 * rank in skipped:
+            return None
+        queue, shares = lane.queues[rank], self._shares[rank]
+        return queue.first_within(shares, now) if 2 * rank + 1 in skipped else queue.first(shares)
+
+    def charge(self, slot: int, waiting: Waiting) -> None:
+        """It was served there."""
+        if not waiting.urgent:
+            self._lanes[slot].rounds.charge(waiting.rank, waiting.cost)
+
+    def waiting(self, rows: Sequence[int]) -> Vector:
+        """How many of these rows wait, by lane."""
+        count: Vector = self.counts[-1]
+        if len(rows) < ROWS:
+            count = np.zeros(len(count))
+            for row in rows:
+                count += self.counts[row] - self.counts[row - 1] if row else self.counts[row]
+        return count
+
+    def walk(self, slot: int, ranks: Sequence[int], most: int) -> Iterator[tuple[Waiting, float]]:
+        """Up to `most` of each of these classes, in order of placing, each with the tokens before it."""
+        for rank in ranks:
+            ahead = float(self.tokens[2 * rank - 1, slot]) if rank else 0.0
+            for waiting in islice(self._lanes[slot].queues[rank].members.values(), most):
+                yield waiting, ahead
+                ahead += waiting.cost
+
+    def __len__(self) -> int:
+        return self._count

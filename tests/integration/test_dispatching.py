@@ -1,0 +1,481 @@
+"""Dispatching: schedulers that hand requests out and workers that take them, on a real nats-server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+import pytest
+
+from broker import client, subjects
+from broker.base import Broker, Message
+from broker.config import BrokerConfig
+from broker.messages import Credit, Dispatch, FrameKind, News, Sent
+from broker.server import NatsServer
+from scheduler import dispatching
+from scheduler.config import SchedulerConfig
+from scheduler.dispatch.config import DispatchConfig
+from scheduler.service import Scheduler
+from tests.integration import command
+from tests.integration.fleet import Fleet
+from tests.pushing import push
+from tests.waiting import until
+from tests.workbench import FAST, LIMIT, STUCK, Caller, Serving, calling, metric, serving
+from workers.engines import sim
+
+CONFIG = BrokerConfig(ack_wait=300.0)
+"""Nothing is served by the ack wait alone."""
+
+ONE = FAST.model_copy(update={"max_num_seqs": 1})
+
+
+@pytest.fixture
+async def server(nats_server: NatsServer) -> NatsServer:
+    return nats_server
+
+
+@pytest.fixture
+async def broker(server: NatsServer) -> AsyncIterator[Broker]:
+    async with await client.connect(CONFIG.model_copy(update={"url": server.url}), "test") as made:
+        yield made
+
+
+@pytest.fixture
+async def caller(broker: Broker) -> AsyncIterator[Caller]:
+    async with calling(broker) as made:
+        yield made
+
+
+class Desk:
+    """A scheduler that can be stopped, and killed: its connection then breaks without a word."""
+
+    def __init__(self, url: str, name: str, **dispatch: Any) -> None:
+        self._config = CONFIG.model_copy(update={"url": url})
+        self._settings = SchedulerConfig(name=name, lost_after=0.3, sweep=0.05, orphan_after=0.0)
+        self._dispatch = DispatchConfig(**dispatch)
+        self._stop = asyncio.Event()
+
+    async def start(self) -> None:
+        self.broker = await client.connect(self._config, "scheduler")
+        self.scheduler = Scheduler(self._settings, self.broker, self._dispatch)
+        self.task = asyncio.create_task(self.scheduler.run(self._stop))
+
+    async def stop(self) -> None:
+        self._stop.set()
+        await asyncio.wait_for(self.task, LIMIT)
+        await self.broker.close()
+
+    async def kill(self) -> None:
+        transport: Any = self.broker
+        transport._nc._transport._io_writer.transport.abort()
+        transport._nc.options["allow_reconnect"] = False
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        await self.broker.close()
+
+
+@asynccontextmanager
+async def desk(url: str, name: str = "s1", **dispatch: Any) -> AsyncIterator[Desk]:
+    made = Desk(url, name, **dispatch)
+    await made.start()
+    try:
+        yield made
+    finally:
+        if not made.task.done():
+            await made.stop()
+
+
+class Wire:
+    """What is said between scheduler and workers."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Sent]] = []
+        self.dispatched: list[Dispatch] = []
+        self.news: list[News] = []
+
+    def on_run(self, message: Message) -> None:
+        sent = Sent.model_validate_json((message.headers or {})[subjects.SENT])
+        self.sent.append((message.subject.partition(".")[2], sent))
+
+    async def listen(self, broker: Broker) -> None:
+        await broker.subscribe("run.*", self.on_run)
+        await broker.subscribe(
+            subjects.DISPATCH, lambda m: self.dispatched.append(Dispatch.model_validate_json(m.data))
+        )
+        await broker.subscribe(
+            subjects.ALL_CREDITS, lambda m: self.news.append(News.model_validate_json(m.data))
+        )
+
+
+@pytest.fixture
+async def wire(broker: Broker) -> Wire:
+    made = Wire()
+    await made.listen(broker)
+    return made
+
+
+async def led(at: Serving) -> None:
+    """Until the worker pulls nothing itself."""
+    await until(lambda: at.worker._dispatched.active and not at.worker._pullers)
+
+
+async def pulls(at: Serving) -> None:
+    """Until it pulls again."""
+    await until(lambda: not at.worker._dispatched.active and at.worker._pullers)
+
+
+async def test_requests_are_handed_out_while_a_scheduler_leads(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at:
+        await (await caller.submit(4)).finishes()
+        assert not wire.sent
+        async with desk(server.url):
+            await led(at)
+            calls = [
+                await caller.submit(4, service_class=each) for each in ("interactive", "standard", "batch")
+            ]
+            for call in calls:
+                await call.finishes()
+            await caller.drained()
+            assert [(to, each.number) for to, each in wire.sent] == [("w1", 1), ("w1", 2), ("w1", 3)]
+            await until(lambda: sum(len(each.done) for each in wire.news) == 3)
+            assert sum(len(each.first) for each in wire.news) == 3
+        await pulls(at)
+        await (await caller.submit(4)).finishes()
+        assert len(wire.sent) == 3
+    assert len({each.request_id for each in await caller.usage(5)}) == 5
+    await engine.close()
+
+
+async def test_what_waits_goes_back_when_the_scheduler_stops(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(ONE)
+    async with serving(broker, engine) as at:
+        async with desk(server.url):
+            await led(at)
+            calls = [await caller.submit(50) for _ in range(6)]
+            await calls[0].reach(FrameKind.HEAD)
+        for call in calls:
+            await call.finishes()
+        await caller.drained()
+    assert len(await caller.usage(6)) == 6
+    await engine.close()
+
+
+async def test_what_a_killed_scheduler_had_is_found_by_the_next(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(ONE)
+    async with serving(broker, engine) as at, desk(server.url, "s1") as first:
+        await led(at)
+        async with desk(server.url, "s2"):
+            calls = [await caller.submit(100) for _ in range(6)]
+            await calls[0].reach(FrameKind.HEAD)
+            await first.kill()
+            for call in calls:
+                await call.finishes()
+            await caller.drained()
+            assert {each.scheduler for each in wire.dispatched} == {"s1", "s2"}
+            assert len({each.epoch for _, each in wire.sent}) == 2
+    assert len(await caller.usage(6)) == 6
+    await engine.close()
+
+
+async def test_a_request_that_waits_is_cancelled(server: NatsServer, broker: Broker, caller: Caller) -> None:
+    engine = await sim.start(STUCK.model_copy(update={"max_num_seqs": 1}))
+    async with serving(broker, engine, drain_timeout=0.0) as at, desk(server.url):
+        await led(at)
+        running = await caller.submit()
+        await until(lambda: engine.stats().running)
+        queued = await caller.submit()
+        await queued.cancel()
+        await queued.fails("cancelled")
+        await running.cancel()
+        await running.fails("cancelled")
+        await caller.drained()
+    assert {each.request_id: each.outcome for each in await caller.usage(2)} == dict.fromkeys(
+        ("r1", "r2"), "cancelled"
+    )
+    await engine.close()
+
+
+async def test_large_bodies_and_what_is_no_request_come_through(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at, desk(server.url):
+        await led(at)
+        for size in (40_000, broker.max_payload - 8000, broker.max_payload + 8000):
+            await (await caller.submit(3, user="x" * size)).finishes()
+        stream = await caller.publish({"Nats-Msg-Id": "acme:raw", "Reply-To": "out.acme.box.raw"})
+        (frame,) = await stream.next(LIMIT)
+        assert frame.extra["code"] == "malformed_message"
+        await caller.cleared()
+        assert len(wire.sent) == 4
+    await engine.close()
+
+
+async def test_one_prompt_goes_where_it_went_before(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engines = [await sim.start(FAST) for _ in range(2)]
+    async with serving(broker, engines[0], "w1") as one, serving(broker, engines[1], "w2") as two:
+        async with desk(server.url):
+            await led(one)
+            await led(two)
+            for text in ("alpha ", "beta "):
+                for number in range(4):
+                    call = await caller.submit(3, prompt=text * 400 + str(number), shared=text * 400)
+                    await call.finishes()
+                    await until(lambda: sum(len(each.done) for each in wire.news) == len(wire.sent))
+        to = [worker for worker, _ in wire.sent]
+        assert len(set(to[:4])) == len(set(to[4:])) == 1
+        assert [each.hit_tokens > 0 for _, each in wire.sent] == [False, True, True, True] * 2
+    for engine in engines:
+        await engine.close()
+
+
+async def test_a_running_request_is_taken_back_with_its_progress(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at, desk(server.url):
+        await led(at)
+        call = await caller.submit(400, service_class="batch")
+        await call.reach(FrameKind.HEAD)
+        asked = orjson.dumps({"do": "preempt", "request": call.request.key})
+        assert orjson.loads(await broker.ask(subjects.ctl("w1"), asked))["ok"]
+        await call.finishes()  # every token once
+        assert [each.number for _, each in wire.sent] == [1, 2]
+        assert not orjson.loads(await broker.ask(subjects.ctl("w1"), asked))["ok"]
+    await engine.close()
+
+
+async def test_a_worker_that_dies_with_what_it_was_sent_is_no_loss(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message got lost on its way, or its worker did before it told of it."""
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at, desk(server.url) as lead:
+        await led(at)
+        relay = lead.broker.relay
+
+        async def lost(*_: object) -> None:
+            monkeypatch.setattr(lead.broker, "relay", relay)
+
+        monkeypatch.setattr(lead.broker, "relay", lost)
+        await (await caller.submit(3, prompt="word " * 1500)).finishes()  # it takes all there is room for
+        assert [each.number for _, each in wire.sent] == [2]
+    await engine.close()
+
+
+async def test_a_request_is_explained(server: NatsServer, broker: Broker, caller: Caller) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at, desk(server.url):
+        await led(at)
+        await (await caller.submit(3, request_id="chat/1")).finishes()
+        for tenant in ((), ("--tenant", "acme")):
+            status, out, _ = await command.run("explain", server.url, "chat/1", *tenant)
+            assert status == 0
+            assert "chat/1 of acme, standard, for sim\nsent to w1 after " in out
+            assert "\nbecause " in out
+            assert out.splitlines()[-1].split()[0] == "w1"
+        status, out, _ = await command.run("explain", server.url, "chat/1", "--json")
+        told = orjson.loads(out)
+        assert (told["worker"], told["tenant"], told["candidates"][0]["worker"]) == ("w1", "acme", "w1")
+        status, _, err = await command.run("explain", server.url, "other")
+        assert status == 1
+        assert "knows no request 'other'" in err
+    status, _, err = await command.run("explain", server.url, "chat/1")
+    assert status == 1
+    assert "no scheduler answered" in err
+    await engine.close()
+
+
+async def test_without_dispatching_workers_pull(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine), desk(server.url, enabled=False) as lead:
+        await until(lambda: lead.scheduler.leads)
+        await (await caller.submit(3)).finishes()
+        assert metric("headrace_leader") == 1
+    assert not wire.sent
+    assert not wire.dispatched
+    await engine.close()
+
+
+async def test_lies_and_garbage_cost_no_request(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(FAST)
+    garbage = (b"", b"[]", b"\xff{", b'{"worker": "w1"}', b"9" * 10_000)
+    async with serving(broker, engine) as at, desk(server.url) as lead:
+        await led(at)
+        beat = lead.scheduler._dispatching._beats["w1"]
+        lies = [
+            News(worker="w1", credit=Credit(slots_free=10**30, step_tokens=-5), dispatched=(1, 10**30)),
+            News(worker="w1", credit=Credit(held=-(10**30), kv_tokens_free=10**40), dispatched=(-1, -1)),
+            News(worker="nobody", credit=Credit(), dispatched=(0, 0), done=((1, 2, 3, 4),)),
+            News(worker="w1", credit=Credit(), dispatched=(0, 0), first=((9, -3),), done=((9, -1, 9, -7),)),
+        ]
+        for data in (*garbage, *(each.model_dump_json().encode() for each in lies)):
+            for subject in ("credit.w1", "dispatch", "run.w1", "explain", "held.w1"):
+                await broker.publish(subject, data)
+        await broker.publish(
+            "fleet.w1", beat.model_copy(update={"credit": lies[0].credit}).model_dump_json().encode()
+        )
+        await broker.publish("run.w1", b"{}", {subjects.SENT: Sent(epoch=1, number=1).model_dump_json()})
+        for _ in range(3):
+            await (await caller.submit(3)).finishes()
+        await caller.drained()
+        # However much room it claims, and however little: what it has no slot for comes back.
+        calls = [await caller.submit(20) for _ in range(30)]
+        for call in calls:
+            await call.finishes()
+    assert len(await caller.usage(33)) == 33
+    await engine.close()
+
+
+async def test_a_defect_of_the_dispatcher_leaves_the_workers_to_pull(
+    server: NatsServer, broker: Broker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await sim.start(ONE)
+    async with serving(broker, engine) as at, desk(server.url) as lead:
+        await led(at)
+        calls = [await caller.submit(60) for _ in range(4)]
+        await calls[0].reach(FrameKind.HEAD)
+
+        def breaks(*_: object) -> None:
+            raise ZeroDivisionError
+
+        dispatcher = lead.scheduler._dispatching._queues["sim"].dispatcher
+        monkeypatch.setattr(dispatcher, "decide", breaks)
+        for call in calls:
+            await call.finishes()
+        await pulls(at)
+    assert len(await caller.usage(4)) == 4
+    await engine.close()
+
+
+async def test_a_batch_request_gives_way_and_goes_on_later(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(ONE.model_copy(update={"beta0": 10}))
+    async with serving(broker, engine) as at, desk(server.url, budget={"interactive": 0.1}):
+        await led(at)
+        long = await caller.submit(200, service_class="batch")
+        await long.reach(FrameKind.DATA)
+        urgent = await caller.submit(3, service_class="interactive")
+        await urgent.finishes()
+        assert not long.stream.finished
+        await long.finishes()  # every token once
+        assert [each.epoch for each in long.frames][-1] == 2
+        assert len(wire.sent) == 3
+    await engine.close()
+
+
+async def test_what_can_not_be_continued_is_not_taken_back(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    engine = await sim.start(ONE.model_copy(update={"beta0": 10}))
+    engine.continues = False
+    async with serving(broker, engine) as at, desk(server.url, budget={"interactive": 0.1}):
+        await led(at)
+        long = await caller.submit(100, service_class="batch")
+        await long.reach(FrameKind.DATA)
+        urgent = await caller.submit(3, service_class="interactive")
+        await long.finishes()
+        await urgent.finishes()
+        assert [each.epoch for each in long.frames][-1] == 1
+    await engine.close()
+
+
+async def test_an_adapter_has_its_turn_where_others_are_always_busy(
+    server: NatsServer, broker: Broker, caller: Caller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dispatching, "_TURN", 0.2)
+    engine = await sim.start(FAST.model_copy(update={"adapter_slots": 1, "adapters_in_memory": 1}))
+    for name in ("ada", "bob"):
+        await push(broker, name)
+    async with serving(broker, engine, adapter_cache=str(tmp_path)) as at, desk(server.url):
+        await led(at)
+        await (await caller.submit(3, model="ada@1")).finishes()
+        over = asyncio.Event()
+
+        async def busy() -> None:
+            while not over.is_set():
+                await (await caller.submit(30, model="ada@1")).finishes()
+
+        others = [asyncio.create_task(busy()) for _ in range(3)]
+        try:
+            await (await caller.submit(3, model="bob@1")).finishes()
+        finally:
+            over.set()
+            await asyncio.gather(*others)
+    await engine.close()
+
+
+async def test_headers_that_can_not_be_written_again_hold_nobody_up(
+    server: NatsServer, broker: Broker, caller: Caller
+) -> None:
+    engine = await sim.start(FAST)
+    async with serving(broker, engine) as at, desk(server.url):
+        await led(at)
+        head = b"NATS/1.0\r\nNats-Msg-Id: acme:raw\r\nReply-To: out.acme.box.raw\r\nPath: /v1/completions\r\n"
+        head += b"K(x): 1\r\n\r\n"
+        body = b'{"model": "sim", "prompt": "x", "max_tokens": 3}'
+        stream = caller.mailbox.open("acme", "raw")
+        address = urlsplit(server.url)
+        _, writer = await asyncio.open_connection(address.hostname, address.port)
+        writer.write(b'CONNECT {"headers": true, "verbose": false}\r\n')
+        writer.write(b"HPUB req.sim.standard.acme.sim %d %d\r\n" % (len(head), len(head) + len(body)))
+        writer.write(head + body + b"\r\n")
+        await writer.drain()
+        beside = await caller.submit(3)
+        frames = []
+        while not stream.finished:
+            frames += await stream.next(LIMIT)
+        assert frames[-1].kind is FrameKind.END
+        await beside.finishes()
+        writer.close()
+    await engine.close()
+
+
+async def test_requests_pass_a_leader_that_hangs(tmp_path: Path) -> None:
+    """Its pulls stand, and what comes to them is handed on."""
+    async with Fleet(tmp_path) as fleet:
+        config = CONFIG.model_copy(update={"url": fleet.nats.url})
+        async with await client.connect(config, "test") as broker, calling(broker) as caller:
+            wire = Wire()
+            await wire.listen(broker)
+            settings = {"broker__ack_wait": 300.0}
+            desks = {
+                name: await fleet.start("scheduler", scheduler__name=name, **settings)
+                for name in ("s1", "s2")
+            }
+            await fleet.start("worker", worker__name="w1", **settings)
+            await until(lambda: wire.dispatched and wire.dispatched[-1].bases)
+            await (await caller.submit(3)).finishes()
+            leads = wire.dispatched[-1].scheduler
+            hung = desks[leads].process
+            hung.send_signal(signal.SIGSTOP)
+            try:
+                await until(lambda: wire.dispatched[-1].scheduler != leads and wire.dispatched[-1].bases)
+                for call in [await caller.submit(3) for _ in range(20)]:
+                    await call.finishes()
+            finally:
+                hung.send_signal(signal.SIGCONT)
+            for call in [await caller.submit(3) for _ in range(5)]:
+                await call.finishes()
+            await caller.drained()
+            assert len(await caller.usage(26)) == 26

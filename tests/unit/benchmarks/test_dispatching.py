@@ -1,0 +1,43 @@
+"""The sections about the dispatcher: what was measured, against its targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import dispatcher, report
+
+ORIGIN = {
+    "command": "python -m benchmarks",
+    "date": "2026-01-01",
+    "machine": {"cpu": "cpu", "cores": 2, "memory_gib": 4, "kernel": "6", "python": "3.11"},
+}
+
+
+def test_decisions_are_held_against_the_target_of_their_fleet() -> None:
+    case = {"a_second": 3000, "heartbeat_ms": 0.012, "p50_ms": 0.2, "p99_ms": 0.4, "queued": 0}
+    text = report._dispatcher({"decisions": 20_000, "100_credit": case, "1000_deep": case, **ORIGIN})
+    assert "| 100 | credit | 3,000 | ≥ 5000: **missed** | 0.20 | 0.40 | ≤ 1: met | 12 |" in text
+    assert "| 1,000 | deep | 3,000 | ≥ 1000: met | 0.20 | 0.40 | ≤ 1: met | 12 |" in text
+
+
+def test_what_handing_out_adds_is_held_against_half_a_millisecond() -> None:
+    def spread(median: float) -> dict[str, float]:
+        return {"median": median, "low": median, "high": median}
+
+    found: dict[str, Any] = {}
+    for p, added in ((50, 0.4), (99, 0.9)):
+        found |= {
+            f"on_ttft_p{p}_ms": spread(22.0 + added),
+            f"off_ttft_p{p}_ms": spread(22.0),
+            f"added_ttft_p{p}_ms": spread(added),
+        }
+    record = {"ttft_ms": 20, "itl_ms": 20, "tokens": 40, "rounds": 6, "cores_used_by_others": 0.1}
+    text = report._handing({**record, "streams": {"32": found}, **ORIGIN})
+    assert "| 32 | TTFT p50, ms | 22.40 | 22.00 | 0.40 (0.40 to 0.40) | ≤ 0.5: met |" in text
+    assert "| 32 | TTFT p99, ms | 22.90 | 22.00 | 0.90 (0.90 to 0.90) |" in text
+
+
+def test_the_benchmark_of_the_dispatcher_runs() -> None:
+    found = dispatcher.measure(workers=4, deep=False, decisions=500)
+    assert found["a_second"] > 0
+    assert found["queued"] == 0
