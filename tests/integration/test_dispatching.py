@@ -256,6 +256,7 @@ async def test_a_running_request_is_taken_back_with_its_progress(
         assert orjson.loads(await broker.ask(subjects.ctl("w1"), asked))["ok"]
         await call.finishes()  # every token once
         assert [each.number for _, each in wire.sent] == [1, 2]
+        await until(lambda: not at.worker._jobs)  # its end is told before it is acked
         assert not orjson.loads(await broker.ask(subjects.ctl("w1"), asked))["ok"]
     await engine.close()
 
