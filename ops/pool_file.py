@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,12 +128,7 @@ class Base:
 
 def load(file: Path) -> PoolFile:
     """Raises SettingsError with everything that is wrong: key, value, what is allowed."""
-    try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise settings.SettingsError(f"{file}: {exc.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise settings.SettingsError(f"{file} is no TOML: {exc}") from None
+    tree = settings.read_toml(file)
     try:
         loaded = PoolFile.model_validate(tree)
     except ValidationError as exc:

@@ -71,7 +71,7 @@ def load(
         flags: dotted key -> text, e.g. `{"ingress.port": "0"}`.
         environ: `HEADRACE_<KEY>` and `HEADRACE_<SECTION>__<KEY>` are read from it.
     """
-    tree = _read_toml(file)
+    tree = {} if file is None and not DEFAULT_FILE.exists() else read_toml(file or DEFAULT_FILE)
     if isinstance(tree.get("ingress"), dict):
         _refuse_secret(tree["ingress"].get("api_keys"), str(file or DEFAULT_FILE))
     origins: dict[KeyPath, str] = {}
@@ -94,17 +94,15 @@ def load(
         raise SettingsError("\n".join(lines)) from None
 
 
-def _read_toml(file: Path | None) -> dict[str, Any]:
-    if file is None and not DEFAULT_FILE.exists():
-        return {}
-    path = file or DEFAULT_FILE
+def read_toml(file: Path) -> dict[str, Any]:
+    """Raises SettingsError when it can't be read, or is no TOML."""
     try:
-        with path.open("rb") as opened:
+        with file.open("rb") as opened:
             return tomllib.load(opened)
     except OSError as exc:
-        raise SettingsError(f"{path}: {exc.strerror}") from None
+        raise SettingsError(f"{file}: {exc.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise SettingsError(f"{path} is no TOML: {exc}") from None
+        raise SettingsError(f"{file} is no TOML: {exc}") from None
 
 
 def _put(tree: dict[str, Any], path: KeyPath, text: str) -> None:

@@ -40,7 +40,7 @@ from scheduler import metrics
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.dispatcher import Dispatcher
 from scheduler.dispatch.types import Item, Preempt, Send, Shed, WorkerState
-from scheduler.guard import Guard
+from scheduler.guard import PULLS_STAND, Guard
 from scheduler.leader import Leader
 from scheduler.sends import Sends
 
@@ -68,9 +68,6 @@ _UNSERVED = 10.0
 _TURN = 2.0
 """Seconds for which a worker's adapters may all be busy before another one's request is sent there."""
 
-_PULLS_STAND = 60.0
-"""Seconds after which no pull stands any more; `broker.client` asks for 30."""
-
 _EXPLAINED = 10_000
 """Requests whose names are remembered for `headrace explain`."""
 
@@ -97,8 +94,6 @@ class _Queued:
     request: Request
     parcel: base.Parcel
     seq: int
-    attempt: int
-    enqueued_ms: float
 
 
 @dataclass(slots=True)
@@ -158,7 +153,6 @@ class Dispatching:
         self._numbers = itertools.count(1)
         self._roomless: dict[str, float] = {}  # workers whose adapters are all busy, and since when
         self._before: tuple[float, Dispatch] | None = None  # another one that dispatched, and when it said so
-        self._bounced: tuple[float, base.Subscription] | None = None  # in its place, and until when
         self._beats: dict[str, Heartbeat] = {}
         self._keys: dict[str, int] = {}  # of waiting requests
         self._names: dict[str, tuple[str, int]] = {}  # request -> base and sequence, for `explain`
@@ -225,7 +219,6 @@ class Dispatching:
                 continue
             await self._fill(base_model, queue)
             self._soon(base_model)
-        await self._bounce_no_longer(now)
         await self._reclaim(now)
         if now - self._prolonged > self._broker.ack_wait / 3:
             self._prolonged = now
@@ -264,11 +257,9 @@ class Dispatching:
             queue.timer.cancel()
         for puller in queue.pullers.values():
             await puller.close()
-        waiting, queue.waiting = queue.waiting, {}
-        for queued in waiting.values():
-            if self._keys.get(queued.request.key) == queued.seq:
-                del self._keys[queued.request.key]
-            if give_back:
+        for seq in list(queue.waiting):
+            queued = self._drop(queue, seq)
+            if give_back and queued is not None:
                 await self._broker.hand_on(queued.parcel.receipt)
 
     def _on_dispatch(self, message: base.Message) -> None:
@@ -281,18 +272,12 @@ class Dispatching:
             self._before = time.monotonic(), told
 
     async def _bounce(self) -> None:
-        """Hand on what is still delivered to the one that dispatched before, if it hangs: its pulls stand.
-        One that is gone has none, unless somebody listens in its place."""
-        if self._before is None or time.monotonic() - self._before[0] > _PULLS_STAND:
+        """Hand on what is still delivered to the one that dispatched before, if it hangs."""
+        if self._before is None or time.monotonic() - self._before[0] > PULLS_STAND:
             return
         before = self._before[1]
-        if before.inbox and await self._broker.listens(subjects.roster(before.scheduler)):
-            self._bounced = time.monotonic() + _PULLS_STAND, await self._broker.bounce(before.inbox)
-
-    async def _bounce_no_longer(self, now: float) -> None:
-        if self._bounced is not None and now > self._bounced[0]:
-            (_, subscription), self._bounced = self._bounced, None
-            await subscription.close()
+        if before.inbox:
+            await self._guard.bounce(before.scheduler, before.inbox)
 
     async def _fill(self, base_model: str, queue: _Queue) -> None:
         """Have the broker hand us what is queued, up to the window."""
@@ -311,11 +296,11 @@ class Dispatching:
         try:
             request = parse_request(delivery.subject, delivery.headers, delivery.data)
         except errors.MalformedMessage:
-            self._spawn(self._to_anyone(queue, delivery))
+            self._spawn(self._to_anyone(delivery))
             return
         data = delivery.data if len(delivery.data) <= _SMALL else None
         parcel = base.Parcel(delivery.subject, request.headers(), data, delivery.receipt)
-        queued = _Queued(request, parcel, delivery.seq, delivery.attempt, delivery.enqueued_ms)
+        queued = _Queued(request, parcel, delivery.seq)
         if self._out.pop(delivery.seq, None) is not None:
             queue.dispatcher.returned(delivery.seq, now)
         elif self._drop(queue, delivery.seq) is not None:
@@ -357,7 +342,7 @@ class Dispatching:
         takes = any(beat.slots for beat in self._beats.values() if beat.base == base_model)
         return name if takes else base_model
 
-    async def _to_anyone(self, queue: _Queue, delivery: base.Delivery) -> None:
+    async def _to_anyone(self, delivery: base.Delivery) -> None:
         """What is no request is a worker's to refuse."""
         worker = next((beat.worker for beat in self._workers() if beat.state == "serving"), None)
         if worker is None:
@@ -582,7 +567,6 @@ class Dispatching:
         queues, self._queues = self._queues, {}
         self._epoch = 0
         self._out.clear()
-        await self._bounce_no_longer(math.inf)
         for queue in queues.values():
             await self._close(queue, give_back)
 
@@ -628,7 +612,7 @@ def _state(beat: Heartbeat, credit: Credit, sends: int, adapter_room: bool) -> W
         prefill_held=max(0, _within(credit.prefill_tokens_held) - step),  # the step under way computes these
         kv_total=kv_total,
         kv_free=min(kv_total, _within(credit.kv_tokens_free)),
-        sends=_within(sends),
+        sends=sends,
         serving=beat.state == "serving",
         adapters=frozenset(each.model for each in beat.adapters if each.state in ("loading", "ready")),
         adapter_room=adapter_room,

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 _LOOKS = 6
 """Looks for silent workers within `lost_after`."""
 
-_PULLS_STAND = 60.0
+PULLS_STAND = 60.0
 """Seconds after which no pull stands any more; `broker.client` asks for 30."""
 
 _HICCUP = 1 / 3
@@ -113,16 +113,19 @@ class Guard:
         _log.warning("worker %s fell silent; requests held: %d", lost.worker, len(lost.receipts), extra=told)
         metrics.LOST.inc()
         try:
-            # Of a worker that has gone, the pulls end with its connection, unless we listen in its place.
-            if await self._broker.listens(subjects.roster(lost.worker)):
-                bounced = await self._broker.bounce(lost.beat.inbox)
-                self._bounced[lost.beat.inbox] = time.monotonic() + _PULLS_STAND, bounced
+            await self.bounce(lost.worker, lost.beat.inbox)
             for receipt in lost.receipts:
                 await self._broker.hand_on(receipt)
                 metrics.HANDED_ON.inc()
         except errors.HeadraceError as exc:
             _log.warning("the rest is left to the ack wait: %s", exc.message, extra=told)
         self._spawn(self.hand_on_unclaimed(lost.beat.base))
+
+    async def bounce(self, name: str, inbox: str) -> None:
+        """Hand on what is still delivered to the pulls of a process that hangs, while they stand. Of one that
+        has gone they end with its connection, unless we listen in its place."""
+        if await self._broker.listens(subjects.roster(name)):
+            self._bounced[inbox] = time.monotonic() + PULLS_STAND, await self._broker.bounce(inbox)
 
     async def hand_on_unclaimed(self, base_model: str) -> None:
         """What a worker was delivered and had no time to tell of, or a dispatcher to hand out, before it was

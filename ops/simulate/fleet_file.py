@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -168,12 +167,7 @@ class FleetFile(BaseModel):
 
 def load(file: Path, changes: dict[str, Any] | None = None) -> FleetFile:
     """`changes` replace keys of the file. Raises SettingsError with everything that is wrong."""
-    try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise settings.SettingsError(f"{file}: {exc.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise settings.SettingsError(f"{file} is no TOML: {exc}") from None
+    tree = settings.read_toml(file)
     try:
         return FleetFile.model_validate(tree | (changes or {}))
     except ValidationError as exc:
