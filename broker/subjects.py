@@ -69,6 +69,8 @@ EXPLAIN = "explain"
 
 LEADER = "leader"
 """Key in `KV_LEASES`: the scheduler that leads."""
+SHARES = "shares"
+"""And of the keys `<SHARES>-<base>`: what its tenants were served lately, for who leads next."""
 ALL_AGAIN = "again.*.*"
 
 # Header names of a request message.
@@ -228,6 +230,11 @@ def roster(worker: str) -> str:
 
 def run(worker: str) -> str:
     return f"run.{token(worker)}"
+
+
+def shares(base: str) -> str:
+    """Key in `KV_LEASES`."""
+    return f"{SHARES}-{token(base)}"
 
 
 def credit(worker: str) -> str:

@@ -11,6 +11,7 @@ nobody tells of is handed on.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import math
@@ -36,7 +37,7 @@ from broker.messages import (
     parse_request,
 )
 from kvstate import prefix
-from scheduler import metrics
+from scheduler import ledger, metrics, progress
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.dispatcher import Dispatcher
 from scheduler.dispatch.types import Item, Preempt, Send, Shed, WorkerState
@@ -68,6 +69,11 @@ _UNSERVED = 10.0
 _TURN = 2.0
 """Seconds for which a worker's adapters may all be busy before another one's request is sent there."""
 
+_ASKS = 64
+_ASKED = 0.5
+"""Requests of which the journal is asked at the same time how far they have come, and seconds that it is
+given: it may be without a leader."""
+
 _EXPLAINED = 10_000
 """Requests whose names are remembered for `headrace explain`."""
 
@@ -89,11 +95,12 @@ def _careful(act: Callable[Concatenate[Dispatching, P], None]) -> Callable[Conca
 
 @dataclass(slots=True)
 class _Queued:
-    """A delivery in our hands."""
+    """A delivery in our hands. `done`: output tokens that earlier attempts made."""
 
     request: Request
     parcel: base.Parcel
     seq: int
+    done: int = 0
 
 
 @dataclass(slots=True)
@@ -157,6 +164,8 @@ class Dispatching:
         self._keys: dict[str, int] = {}  # of waiting requests
         self._names: dict[str, tuple[str, int]] = {}  # request -> base and sequence, for `explain`
         self._prolonged = 0.0
+        self._noted = 0.0  # when the shares were; inf = they are being noted
+        self._asking = asyncio.Semaphore(_ASKS)
         self._paused_until = -math.inf
 
     def holds(self, seq: int) -> bool:
@@ -186,7 +195,7 @@ class Dispatching:
                     _log.warning("dispatching was put off: %s", exc.message)
                 except Exception:
                     self._failed()
-                await asyncio.sleep(_TICK)
+                await asyncio.sleep(_TICK if self._epoch else _TICK / 5)  # a new leader begins at once
         finally:
             await self._stop(give_back=self._leader.leads)
 
@@ -220,11 +229,22 @@ class Dispatching:
             await self._fill(base_model, queue)
             self._soon(base_model)
         await self._reclaim(now)
+        if now - self._noted > ledger.INTERVAL:
+            self._noted = math.inf
+            self._spawn(self._note_shares())
         if now - self._prolonged > self._broker.ack_wait / 3:
             self._prolonged = now
             for queue in self._queues.values():
                 for queued in list(queue.waiting.values()):
                     await self._broker.prolong(queued.parcel.receipt)
+
+    async def _note_shares(self) -> None:
+        """For who leads next. Beside the ticks, as `_open`."""
+        try:
+            for base_model, queue in list(self._queues.items()):
+                await ledger.write(self._broker, base_model, queue.dispatcher.served(time.monotonic()))
+        finally:
+            self._noted = time.monotonic()
 
     # Taking what is queued
 
@@ -232,6 +252,7 @@ class Dispatching:
         """Beside the ticks: a cluster that elects a leader may keep us waiting for long."""
         queue = _Queue(Dispatcher(base_model, self._config))
         try:
+            await self._resume(base_model, queue.dispatcher)
             for service_class in ServiceClass:
                 queue.pullers[service_class] = await self._broker.pull(
                     base_model,
@@ -249,7 +270,19 @@ class Dispatching:
             for beat in self._workers():
                 if beat.base == base_model:
                     self._observe(beat, beat.credit, beat.dispatched)
-            await self._guard.hand_on_unclaimed(base_model)  # what another dispatcher had and left
+            await self._fill(base_model, queue)
+            # What another dispatcher had and left. What it sent is told of at once, by who lives.
+            await self._guard.hand_on_unclaimed(base_model, _TICK)
+
+    async def _resume(self, base_model: str, dispatcher: Dispatcher) -> None:
+        """Begin with what tenants were served by who led before, where the broker tells."""
+        try:
+            async with asyncio.timeout(_ASKED):
+                entry = await ledger.read(self._broker, base_model)
+        except (errors.Unavailable, TimeoutError):
+            return
+        now = time.monotonic()
+        dispatcher.resume(entry.served, now - entry.age(), now)
 
     async def _close(self, queue: _Queue, give_back: bool) -> None:
         """`give_back`: nobody else can have what waits here."""
@@ -313,26 +346,46 @@ class Dispatching:
         while len(self._names) > _EXPLAINED:
             del self._names[next(iter(self._names))]
         age = max(0.0, (now_ms - delivery.enqueued_ms) / 1000)
-        # Its first token may have come before, and then its answer is worth finishing: its worker judges.
-        begun = delivery.attempt > 1 or not request.deadline_ms
-        left = math.inf if begun else (request.deadline_ms - now_ms) / 1000
+        left = (request.deadline_ms - now_ms) / 1000 if request.deadline_ms else math.inf
         prompt_tokens = max(1, bodies.size(self._broker, request) // 4)
-        queue.dispatcher.arrive(
-            Item(
-                key=delivery.seq,
-                tenant=request.subject.tenant,
-                model=self._model(request),
-                service_class=service_class,
-                arrived=now - age,
-                deadline=now + left,
-                prompt_tokens=prompt_tokens,
-                max_tokens=request.budget,
-                hashes=_hashes(request.prefix, prompt_tokens),
-                weight=self._config.weights.get(request.subject.tenant, 1.0),
-            ),
-            now,
+        item = Item(
+            key=delivery.seq,
+            tenant=request.subject.tenant,
+            model=self._model(request),
+            service_class=service_class,
+            arrived=now - age,
+            deadline=now + left,
+            prompt_tokens=prompt_tokens,
+            max_tokens=request.budget,
+            hashes=_hashes(request.prefix, prompt_tokens),
+            weight=self._config.weights.get(request.subject.tenant, 1.0),
         )
-        self._soon(base_model)
+        if delivery.attempt > 1:
+            self._spawn(self._arrives_again(base_model, queue, queued, item, delivery.enqueued_ms))
+            return
+        self._arrive(base_model, queue, queued, item)
+
+    async def _arrives_again(
+        self, base_model: str, queue: _Queue, queued: _Queued, item: Item, enqueued_ms: float
+    ) -> None:
+        """One that a worker may have had. What it said extends the prompt and is off the budget. An answer
+        that has begun is worth finishing, whatever its deadline; where nobody knows, its worker judges."""
+        come = progress.Progress(begun=True, tokens=0)
+        try:
+            async with asyncio.timeout(_ASKED), self._asking:
+                come = await progress.of(self._broker, queued.request.reply_to, enqueued_ms)
+        except (errors.HeadraceError, TimeoutError) as exc:
+            _log.warning("how far a request has come is not known: %s", exc)
+        if come.begun:
+            queued.done = come.tokens
+            item = dataclasses.replace(item, deadline=math.inf, done_tokens=come.tokens)
+        self._arrive(base_model, queue, queued, item)
+
+    @_careful
+    def _arrive(self, base_model: str, queue: _Queue, queued: _Queued, item: Item) -> None:
+        if queue.waiting.get(queued.seq) is queued:  # else cancelled meanwhile, or not ours any more
+            queue.dispatcher.arrive(item, time.monotonic())
+            self._soon(base_model)
 
     def _model(self, request: Request) -> str:
         """An adapter, where workers take any; whatever else is named any worker answers, or refuses."""
@@ -415,11 +468,11 @@ class Dispatching:
                 queue.dispatcher.first(seq, now, _tokens(cached))
         for seq, prompt_tokens, cached, output in news.done:
             if self._has(news.worker, seq):
-                del self._out[seq]
+                before = self._out.pop(seq).queued.done
                 figures = (
                     _tokens(prompt_tokens),
                     min(_tokens(cached), _tokens(prompt_tokens)),
-                    _tokens(output),
+                    _tokens(output - before),
                 )
                 queue.dispatcher.finish(seq, now, *figures)
         self._observe(beat, news.credit, news.dispatched)

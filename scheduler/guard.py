@@ -127,14 +127,15 @@ class Guard:
         if await self._broker.listens(subjects.roster(name)):
             self._bounced[inbox] = time.monotonic() + PULLS_STAND, await self._broker.bounce(inbox)
 
-    async def hand_on_unclaimed(self, base_model: str) -> None:
+    async def hand_on_unclaimed(self, base_model: str, patience: float | None = None) -> None:
         """What a worker was delivered and had no time to tell of, or a dispatcher to hand out, before it was
-        lost. Told of by nobody for as long as a worker may be silent, it is held by nobody that lives."""
+        lost. Told of by nobody for `patience` seconds (None = for as long as a worker may be silent), it is
+        held by nobody that lives."""
         unclaimed: dict[int, str] = {}
         for service_class in ServiceClass:
             unclaimed |= await self._broker.delivered(base_model, service_class)
         unclaimed = {seq: receipt for seq, receipt in unclaimed.items() if seq not in self._held}
-        await asyncio.sleep(self._lost_after)
+        await asyncio.sleep(self._lost_after if patience is None else patience)
         if self._leader.leads:
             for seq, receipt in unclaimed.items():
                 if seq not in self._held and not self.in_other_hands(

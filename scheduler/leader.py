@@ -1,8 +1,9 @@
 """Which of several schedulers leads: a lease in the bucket `leases`, moved by compare-and-set.
 
 The holder renews its lease four times in its `ttl`, and each renewal is a new revision. No two clocks are
-ever compared: a standby takes the lease once it has seen one revision stand for a whole `ttl` by its own
-clock, and the holder stops leading before that can be, since it counts from before it asked for the renewal.
+ever compared: a standby, which looks more often, takes the lease once it has seen one revision stand for a
+whole `ttl` by its own clock, and the holder stops leading before that can be, since it counts from before it
+asked for the renewal.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ _log = logging.getLogger(__name__)
 
 _RENEWALS = 4
 """In one `ttl`. Two may fail in a row, and the lease is still held."""
+
+_LOOKS = 16
+"""Of a standby, in one `ttl`."""
 
 _KEPT = 0.8
 """Part of the `ttl` for which a renewal makes its holder lead: the rest is for clocks of different speed,
@@ -88,9 +92,8 @@ class Leader:
         return self._lease.revision
 
     async def keep(self) -> None:
-        """Renew the lease, or look whether it is free: when it is time to, a quarter of the `ttl` after
-        the last one."""
-        if time.monotonic() - self._asked >= self._lease.ttl / _RENEWALS:
+        """Renew the lease, or look whether it is free, if it is time to."""
+        if time.monotonic() - self._asked >= self._lease.ttl / (_RENEWALS if self._lease.held else _LOOKS):
             await self.confirm()
 
     async def confirm(self) -> bool:

@@ -11,6 +11,7 @@ than computing it anew.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -163,6 +164,15 @@ class Dispatcher:
         if sent is not None:
             sent.stays = True
             self._preemption.back(sent.slot, key)
+
+    def served(self, now: float) -> dict[str, dict[str, float]]:
+        """Tokens that each tenant was served for its weight, by class: for a successor's `resume`."""
+        return {each.value: self._shares[rank].served(now) for each, rank in RANKS.items()}
+
+    def resume(self, served: Mapping[str, Mapping[str, float]], at: float, now: float) -> None:
+        """Go on from what another one had `served` at `at`; before any request has come here."""
+        for each, rank in RANKS.items():
+            self._shares[rank].resume(served.get(each.value, {}), self._config.weights, at, now)
 
     # What shall happen
 

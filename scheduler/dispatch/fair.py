@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 OVER = 1.5
@@ -82,6 +82,24 @@ class Shares:
         grown = math.log(tokens) + now / self._memory
         tenant.used = _add(tenant.used, grown - math.log(tenant.weight))
         self._total = _add(self._total, grown)
+
+    def served(self, now: float) -> dict[str, float]:
+        """Tokens that each tenant was served for its weight, less what is forgotten."""
+        fade = now / self._memory
+        used = {name: math.exp(tenant.used - fade) for name, tenant in self._tenants.items()}
+        return {name: tokens for name, tokens in used.items() if tokens >= 1.0}
+
+    def resume(
+        self, served: Mapping[str, float], weights: Mapping[str, float], at: float, now: float
+    ) -> None:
+        """Go on from what another one had `served` at `at`; before any request has come here."""
+        for name, tokens in served.items():
+            weight = weights.get(name, 1.0)
+            used = math.log(tokens) + at / self._memory
+            self._tenants[name] = _Tenant(weight, used, now)
+            heapq.heappush(self._order, (used, name))
+            self._weights += weight
+            self._total = _add(self._total, used + math.log(weight))
 
     def counter(self, name: str) -> float:
         return self._tenants[name].used

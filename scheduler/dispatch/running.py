@@ -197,5 +197,6 @@ class Running:
         for key, sent in self._on[slot].items():
             if sent.first is not None:
                 made = int((now - sent.first) / token)
-                made = min(made, sent.item.max_tokens or made)
+                if sent.item.max_tokens:
+                    made = min(made, max(0, sent.item.max_tokens - sent.item.done_tokens))
                 account.progress(key, sent.item.context + made, self._remaining(sent.item, made))

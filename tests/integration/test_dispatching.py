@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,9 +19,10 @@ from broker.base import Broker, Message
 from broker.config import BrokerConfig
 from broker.messages import Credit, Dispatch, FrameKind, News, Sent
 from broker.server import NatsServer
-from scheduler import dispatching
+from scheduler import dispatching, ledger
 from scheduler.config import SchedulerConfig
 from scheduler.dispatch.config import DispatchConfig
+from scheduler.dispatch.types import Item
 from scheduler.service import Scheduler
 from tests.integration import command
 from tests.integration.fleet import Fleet
@@ -120,6 +122,28 @@ async def wire(broker: Broker) -> Wire:
     return made
 
 
+class Told:
+    """What the dispatcher of a desk is told from now on."""
+
+    def __init__(self, of: Desk) -> None:
+        self.dispatcher = of.scheduler._dispatching._queues["sim"].dispatcher
+        self.arrived: list[Item] = []
+        self.finished: list[int] = []
+        arrive, finish = self.dispatcher.arrive, self.dispatcher.finish
+
+        def on_arrive(item: Item, now: float) -> None:
+            self.arrived.append(item)
+            arrive(item, now)
+
+        def on_finish(
+            key: int, now: float, prompt_tokens: int, cached_tokens: int | None, output_tokens: int
+        ) -> None:
+            self.finished.append(output_tokens)
+            finish(key, now, prompt_tokens, cached_tokens, output_tokens)
+
+        self.dispatcher.arrive, self.dispatcher.finish = on_arrive, on_finish  # type: ignore[method-assign]
+
+
 async def led(at: Serving) -> None:
     """Until the worker pulls nothing itself."""
     await until(lambda: at.worker._dispatched.active and not at.worker._pullers)
@@ -188,6 +212,42 @@ async def test_what_a_killed_scheduler_had_is_found_by_the_next(
             assert len({each.epoch for _, each in wire.sent}) == 2
     assert len(await caller.usage(6)) == 6
     await engine.close()
+
+
+async def test_who_leads_next_knows_what_tenants_were_served_and_how_far_requests_have_come(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    """Of what runs when the leader dies, and is handed on once another leads."""
+    engines = [await sim.start(FAST.model_copy(update={"beta0": 5})) for _ in range(2)]
+    async with serving(broker, engines[0], "w2") as other, desk(server.url, "s1") as first:
+        await led(other)
+        await (await caller.submit(50)).finishes()
+
+        async def noted() -> bool:
+            return (await ledger.read(broker, "sim")).served.get("standard", {}).get("acme", 0.0) > 90
+
+        await until(noted)
+        async with serving(broker, engines[1], "w1", drain_timeout=0.0) as one:
+            await led(one)
+            other.worker._told_to_drain.set()
+            await until(lambda: other.task.done())
+            call = await caller.submit(600)
+            await call.reach(FrameKind.DATA)
+            async with desk(server.url, "s2") as second:
+                await first.kill()
+                await until(lambda: "sim" in second.scheduler._dispatching._queues)
+                told = Told(second)
+                assert told.dispatcher.served(time.monotonic())["standard"]["acme"] > 10
+                one.stop.set()
+                await until(lambda: one.task.done())
+                async with serving(broker, engines[0], "w3"):
+                    await call.finishes()
+                    await until(lambda: told.finished)
+                    (item,), (output,) = told.arrived, told.finished
+                    assert item.done_tokens > 0
+                    assert item.done_tokens + output == 600
+    for engine in engines:
+        await engine.close()
 
 
 async def test_a_request_that_waits_is_cancelled(server: NatsServer, broker: Broker, caller: Caller) -> None:
@@ -372,8 +432,9 @@ async def test_a_batch_request_gives_way_and_goes_on_later(
     server: NatsServer, broker: Broker, caller: Caller, wire: Wire
 ) -> None:
     engine = await sim.start(ONE.model_copy(update={"beta0": 10}))
-    async with serving(broker, engine) as at, desk(server.url, budget={"interactive": 0.1}):
+    async with serving(broker, engine) as at, desk(server.url, budget={"interactive": 0.1}) as lead:
         await led(at)
+        told = Told(lead)
         long = await caller.submit(200, service_class="batch")
         await long.reach(FrameKind.DATA)
         urgent = await caller.submit(3, service_class="interactive")
@@ -382,6 +443,9 @@ async def test_a_batch_request_gives_way_and_goes_on_later(
         await long.finishes()  # every token once
         assert [each.epoch for each in long.frames][-1] == 2
         assert len(wire.sent) == 3
+        await until(lambda: len(told.finished) == 2)
+        assert [each.done_tokens > 0 for each in told.arrived] == [False, False, True]
+        assert told.arrived[-1].done_tokens + told.finished[-1] == 200
     await engine.close()
 
 
