@@ -64,6 +64,7 @@ ALL_HELD = "held.*"
 ALL_POOLS = "pool.*"
 ALL_WANTS = "want.*.*"
 ALL_CREDITS = "credit.*"
+ALL_COMMANDS = "ctl.*"
 DISPATCH = "dispatch"
 EXPLAIN = "explain"
 

@@ -16,7 +16,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec
 
@@ -34,6 +34,7 @@ from broker.messages import (
     Request,
     Sent,
     ServiceClass,
+    Steps,
     parse_request,
 )
 from kvstate import prefix
@@ -164,6 +165,7 @@ class Dispatching:
         self._keys: dict[str, int] = {}  # of waiting requests
         self._names: dict[str, tuple[str, int]] = {}  # request -> base and sequence, for `explain`
         self._prolonged = 0.0
+        self._steps: tuple[Steps, ...] = ()
         self._noted = 0.0  # when the shares were; inf = they are being noted
         self._asking = asyncio.Semaphore(_ASKS)
         self._paused_until = -math.inf
@@ -203,7 +205,8 @@ class Dispatching:
         paused = time.monotonic() < self._paused_until
         if paused or not (self._config.enabled and self._leader.leads):
             self._beats = {beat.worker: beat for beat in self._workers()}
-            if self._epoch:
+            # While nobody else has the lease it may only have lapsed: then nobody knows more than we do.
+            if self._epoch and not (self._leader.holds and self._config.enabled and not paused):
                 await self._stop(give_back=False)  # whoever leads has them, or will
             return
         now = time.monotonic()
@@ -212,7 +215,11 @@ class Dispatching:
             _log.info("dispatching", extra={"epoch": self._epoch})
             self._spawn(self._bounce())
         told = Dispatch(
-            scheduler=self._name, epoch=self._epoch, bases=tuple(self._queues), inbox=self._broker.inbox
+            scheduler=self._name,
+            epoch=self._epoch,
+            bases=tuple(self._queues),
+            inbox=self._broker.inbox,
+            steps=self._steps,
         )
         await self._broker.publish(subjects.DISPATCH, told.model_dump_json().encode())
         live = {beat.base: beat for beat in self._workers()}
@@ -231,12 +238,28 @@ class Dispatching:
         await self._reclaim(now)
         if now - self._noted > ledger.INTERVAL:
             self._noted = math.inf
+            self._steps = tuple(self._measured())
             self._spawn(self._note_shares())
         if now - self._prolonged > self._broker.ack_wait / 3:
             self._prolonged = now
             for queue in self._queues.values():
                 for queued in list(queue.waiting.values()):
                     await self._broker.prolong(queued.parcel.receipt)
+
+    def _measured(self) -> Iterator[Steps]:
+        """How long the steps of each pool take."""
+        metrics.STEP.clear()
+        for base_model, queue in self._queues.items():
+            for pool in queue.dispatcher.pools():
+                for each in pool.classes:
+                    metrics.STEP.labels(base_model, each).set(pool.step_s)
+                yield Steps(
+                    base=base_model,
+                    classes=pool.classes,
+                    workers=pool.workers,
+                    tokens=min(pool.step_tokens, _MOST),
+                    ms=round(1000 * pool.step_s, 3),
+                )
 
     async def _note_shares(self) -> None:
         """For who leads next. Beside the ticks, as `_open`."""
@@ -323,7 +346,7 @@ class Dispatching:
 
     @_careful
     def _on_delivery(self, base_model: str, queue: _Queue, delivery: base.Delivery) -> None:
-        if self._queues.get(base_model) is not queue or not self._leader.leads:
+        if self._queues.get(base_model) is not queue:
             return  # stopped meanwhile: its ack wait, or who leads now, hands it on
         now, now_ms = time.monotonic(), replies.now_ms()
         try:
@@ -586,6 +609,8 @@ class Dispatching:
         out = self._out.get(preempt.key)
         if out is not None:
             metrics.PREEMPTED.inc()
+            told = {"request": out.queued.request.key, "worker": preempt.worker}
+            _log.info("a batch request is taken back: %s", preempt.why, extra=told)
             self._spawn(self._take_back(queue, out, preempt))
 
     async def _take_back(self, queue: _Queue, out: _Out, preempt: Preempt) -> None:
@@ -618,7 +643,8 @@ class Dispatching:
     async def _stop(self, give_back: bool) -> None:
         """Take and send nothing more. `give_back`: nobody else can have what waits here."""
         queues, self._queues = self._queues, {}
-        self._epoch = 0
+        self._epoch, self._steps = 0, ()
+        metrics.STEP.clear()
         self._out.clear()
         for queue in queues.values():
             await self._close(queue, give_back)

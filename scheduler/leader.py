@@ -87,6 +87,11 @@ class Leader:
         return self._broker.connected and self._lease.leads(time.monotonic())
 
     @property
+    def holds(self) -> bool:
+        """Whether, as far as we know, nobody else has led since we did: one who leads no more may, again."""
+        return self._lease.held
+
+    @property
     def revision(self) -> int:
         """Of the lease, as of its last renewal: more than any that a leader before had."""
         return self._lease.revision

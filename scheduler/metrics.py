@@ -22,6 +22,11 @@ DISPATCHED = Counter("headrace_dispatched_total", "Requests that the scheduler h
 SHED = Counter(
     "headrace_shed_total", "Queued requests refused since they could not be served in time", ["class"]
 )
+STEP = Gauge(
+    "headrace_step_seconds",
+    "A full step of the slowest worker of a class, as the dispatcher learned",
+    ["base", "class"],
+)
 PREEMPTED = Counter("headrace_preempted_total", "Running requests taken back for more urgent ones")
 
 DESIRED = Gauge("headrace_desired_replicas", "Workers that the load of a base asks for", ["base"])

@@ -30,7 +30,7 @@ from scheduler.dispatch.preemption import Preemption
 from scheduler.dispatch.running import Running, Sent
 from scheduler.dispatch.score import Scorer, View
 from scheduler.dispatch.ttft import Predictor
-from scheduler.dispatch.types import Decision, Explanation, Item, Send, Shed, WorkerState
+from scheduler.dispatch.types import Decision, Explanation, Item, Pool, Send, Shed, WorkerState
 
 MOVES = 8
 """Requests that change lanes or are refused before a worker with credit is left for the next call."""
@@ -163,6 +163,7 @@ class Dispatcher:
         sent = self._running.get(key)
         if sent is not None:
             sent.stays = True
+            self._explained.stays(key)
             self._preemption.back(sent.slot, key)
 
     def served(self, now: float) -> dict[str, dict[str, float]]:
@@ -188,7 +189,9 @@ class Dispatcher:
             if not self._serve(slot, now, out):
                 again[slot] = None
         self._dirty = again
-        out += self._preemption.take_back(now)
+        for preempt in self._preemption.take_back(now):
+            self._explained.take_back(preempt)
+            out.append(preempt)
         out += self._refused
         self._refused = []
         return out
@@ -218,15 +221,38 @@ class Dispatcher:
         kv_used = np.where(waiting > 0, self._fleet.kv_used[slots] / 0.8, 0.0)
         return float(np.maximum(waiting / 5, kv_used).mean())
 
+    def pools(self) -> list[Pool]:
+        """The workers of each class, those of several once. A class that has none is left out."""
+        tokens, seconds = self._fleet.step_tokens, self._predictor.step(self._fleet.step_tokens)
+        classes: dict[bytes, list[ServiceClass]] = {}
+        for each in ServiceClass:
+            classes.setdefault(self._fleet.eligible(each, self._fleet.base).tobytes(), []).append(each)
+        found = []
+        for of in classes.values():
+            mask = self._fleet.eligible(of[0], self._fleet.base)
+            if mask.any():
+                figures = int(mask.sum()), int(tokens[mask].max()), float(seconds[mask].max())
+                found.append(Pool(tuple(of), *figures))
+        return found
+
     def explain(self, key: int, now: float) -> Explanation | None:
         """Of one that waits, or was decided on lately; None = not known."""
         waiting = self._queue.get(key)
         if waiting is None:
-            return self._explained.get(key)
-        self._places.compare(waiting, self._scorer.view(waiting, now))
-        worker = self._fleet[waiting.slot].worker if waiting.slot >= 0 else ""
-        why = f"it waits for {worker}" if worker else "no worker is there that could run it"
-        return explanation(waiting, "queued", worker, now - waiting.item.arrived, waiting.least, why)
+            told = self._explained.get(key)
+        else:
+            self._places.compare(waiting, self._scorer.view(waiting, now))
+            worker = self._fleet[waiting.slot].worker if waiting.slot >= 0 else ""
+            why = f"it waits for {worker}" if worker else "no worker is there that could run it"
+            queued = now - waiting.item.arrived
+            told = explanation(waiting, "queued", worker, queued, waiting.least, why)
+        if told is None:
+            return None
+        told = replace(told, taken_back=self._explained.taken_back(key))
+        for pool in self.pools():
+            if told.service_class in pool.classes:
+                return replace(told, step_tokens=pool.step_tokens, step_s=pool.step_s)
+        return told
 
     # Serving
 

@@ -81,6 +81,11 @@ class Predictor:
         tokens: Vector = step_tokens * STEPS / self._of["intercept"]
         return tokens
 
+    def step(self, step_tokens: Vector) -> Vector:
+        """Seconds of a full step."""
+        seconds: Vector = np.maximum(self._of["intercept"] / STEPS, self._of["slope"] * step_tokens)
+        return seconds
+
     def first(self, slot: int, tokens: float, elapsed: float) -> None:
         """The first token came `elapsed` after sending; `tokens` were uncomputed then, its own included."""
         of = self._of

@@ -250,6 +250,34 @@ async def test_who_leads_next_knows_what_tenants_were_served_and_how_far_request
         await engine.close()
 
 
+async def test_a_lease_that_lapses_and_that_nobody_takes_costs_the_dispatcher_nothing_that_it_knows(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await sim.start(ONE)
+    async with serving(broker, engine) as at, desk(server.url) as lead:
+        await led(at)
+        known = lead.scheduler._dispatching._queues["sim"]
+        calls = [await caller.submit(100) for _ in range(4)]
+        await calls[0].reach(FrameKind.HEAD)
+
+        async def idles(*_: object) -> bool:
+            return False
+
+        with monkeypatch.context() as lapse:
+            lapse.setattr(lead.scheduler._leader, "confirm", idles)
+            await until(lambda: not lead.scheduler.leads)
+            calls += [await caller.submit(20) for _ in range(4)]
+            await pulls(at)
+        await led(at)
+        for call in calls:
+            await call.finishes()
+        await caller.drained()
+        assert lead.scheduler._dispatching._queues["sim"] is known
+        assert len({each.epoch for each in wire.dispatched}) == 1
+    assert len(await caller.usage(8)) == 8
+    await engine.close()
+
+
 async def test_a_request_that_waits_is_cancelled(server: NatsServer, broker: Broker, caller: Caller) -> None:
     engine = await sim.start(STUCK.model_copy(update={"max_num_seqs": 1}))
     async with serving(broker, engine, drain_timeout=0.0) as at, desk(server.url):
@@ -345,8 +373,8 @@ async def test_a_request_is_explained(server: NatsServer, broker: Broker, caller
         await led(at)
         await (await caller.submit(3, request_id="chat/1")).finishes()
         for tenant in ((), ("--tenant", "acme")):
-            status, out, _ = await command.run("explain", server.url, "chat/1", *tenant)
-            assert status == 0
+            status, out, err = await command.run("explain", server.url, "chat/1", *tenant)
+            assert status == 0, err
             assert "chat/1 of acme, standard, for sim\nsent to w1 after " in out
             assert "\nbecause " in out
             assert out.splitlines()[-1].split()[0] == "w1"
@@ -446,6 +474,12 @@ async def test_a_batch_request_gives_way_and_goes_on_later(
         await until(lambda: len(told.finished) == 2)
         assert [each.done_tokens > 0 for each in told.arrived] == [False, False, True]
         assert told.arrived[-1].done_tokens + told.finished[-1] == 200
+        _, out, _ = await command.run("explain", server.url, long.request.request_id)
+        assert f"\ntaken back from w1: request {urgent.stored.seq}, interactive, needs its room\n" in out
+        assert (
+            f"\na step of its class's workers takes at most {FAST.max_num_batched_tokens} prompt tokens"
+            in out
+        )
     await engine.close()
 
 
