@@ -26,6 +26,7 @@ NAMES = (
     "dispatch_policies",
     "dispatcher",
     "handing",
+    "takeover",
     "routing",
 )
 

@@ -100,6 +100,14 @@ def worker(nats: str, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
         yield process
 
 
+@contextlib.contextmanager
+def part(name: str, nats: str, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
+    """`headrace <part>`, once it is ready."""
+    with _process([name, "--nats", nats, "--ready-fd", "1", *_flags(settings)]) as (process, out):
+        _line(out, lambda line: line.startswith(b'{"part"'))
+        yield process
+
+
 def _flags(settings: Mapping[str, object]) -> list[str]:
     return [
         part for key, value in settings.items() for part in ("--set", f"{key.replace('__', '.')}={value}")

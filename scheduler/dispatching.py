@@ -73,7 +73,7 @@ _TURN = 2.0
 _ASKS = 64
 _ASKED = 0.5
 """Requests of which the journal is asked at the same time how far they have come, and seconds that it is
-given: it may be without a leader."""
+given, and then left alone for: it may be without a leader."""
 
 _EXPLAINED = 10_000
 """Requests whose names are remembered for `headrace explain`."""
@@ -157,7 +157,7 @@ class Dispatching:
         self._epoch = 0
         self._queues: dict[str, _Queue] = {}
         self._out: dict[int, _Out] = {}
-        self._opening: set[str] = set()
+        self._opening: set[tuple[str, int]] = set()  # bases, and in which epoch
         self._numbers = itertools.count(1)
         self._roomless: dict[str, float] = {}  # workers whose adapters are all busy, and since when
         self._before: tuple[float, Dispatch] | None = None  # another one that dispatched, and when it said so
@@ -168,6 +168,7 @@ class Dispatching:
         self._steps: tuple[Steps, ...] = ()
         self._noted = 0.0  # when the shares were; inf = they are being noted
         self._asking = asyncio.Semaphore(_ASKS)
+        self._journal_from = 0.0  # when it is asked again, after it did not answer
         self._paused_until = -math.inf
 
     def holds(self, seq: int) -> bool:
@@ -224,8 +225,8 @@ class Dispatching:
         await self._broker.publish(subjects.DISPATCH, told.model_dump_json().encode())
         live = {beat.base: beat for beat in self._workers()}
         for beat in live.values():
-            if beat.base not in self._queues and beat.base not in self._opening:
-                self._opening.add(beat.base)
+            if beat.base not in self._queues and (beat.base, self._epoch) not in self._opening:
+                self._opening.add((beat.base, self._epoch))
                 self._spawn(self._open(beat.base, self._epoch))
         for base_model, queue in list(self._queues.items()):
             queue.unserved_since = math.inf if base_model in live else min(queue.unserved_since, now)
@@ -286,7 +287,7 @@ class Dispatching:
             if self._epoch == epoch:
                 self._queues[base_model] = queue
         finally:
-            self._opening.discard(base_model)
+            self._opening.discard((base_model, epoch))
             if self._queues.get(base_model) is not queue:
                 await self._close(queue, give_back=False)
         if self._queues.get(base_model) is queue:
@@ -394,11 +395,18 @@ class Dispatching:
         """One that a worker may have had. What it said extends the prompt and is off the budget. An answer
         that has begun is worth finishing, whatever its deadline; where nobody knows, its worker judges."""
         come = progress.Progress(begun=True, tokens=0)
-        try:
-            async with asyncio.timeout(_ASKED), self._asking:
-                come = await progress.of(self._broker, queued.request.reply_to, enqueued_ms)
-        except (errors.HeadraceError, TimeoutError) as exc:
-            _log.warning("how far a request has come is not known: %s", exc)
+        async with self._asking:
+            if time.monotonic() >= self._journal_from:
+                try:
+                    async with asyncio.timeout(_ASKED):
+                        come = await progress.of(self._broker, queued.request.reply_to, enqueued_ms)
+                except errors.MalformedMessage:
+                    pass  # someone else wrote there
+                except (errors.Unavailable, TimeoutError) as exc:
+                    self._journal_from = time.monotonic() + _ASKED
+                    _log.warning(
+                        "how far requests have come is not known: %s", str(exc) or "no answer in time"
+                    )
         if come.begun:
             queued.done = come.tokens
             item = dataclasses.replace(item, deadline=math.inf, done_tokens=come.tokens)

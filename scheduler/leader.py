@@ -8,6 +8,7 @@ asked for the renewal.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -110,9 +111,11 @@ class Leader:
         self._asked = time.monotonic()
         if self._broker.connected:
             try:
-                await self._confirm()
-            except errors.Unavailable as exc:
-                _log.warning("the lease is out of reach: %s", exc.message)
+                # An answer that is later is worth nothing, and a lost one must not hold up the next look.
+                async with asyncio.timeout(self._lease.ttl):
+                    await self._confirm()
+            except (errors.Unavailable, TimeoutError) as exc:
+                _log.warning("the lease is out of reach: %s", str(exc) or "no answer in time")
         self._tell()
         return self.leads
 
