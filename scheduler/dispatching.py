@@ -206,8 +206,9 @@ class Dispatching:
         paused = time.monotonic() < self._paused_until
         if paused or not (self._config.enabled and self._leader.leads):
             self._beats = {beat.worker: beat for beat in self._workers()}
-            # While nobody else has the lease it may only have lapsed: then nobody knows more than we do.
-            if self._epoch and not (self._leader.holds and self._config.enabled and not paused):
+            if self._leader.holds and self._config.enabled and not paused:
+                await self._rest()  # if nobody takes it, we go on with what we know
+            elif self._epoch:
                 await self._stop(give_back=False)  # whoever leads has them, or will
             return
         now = time.monotonic()
@@ -225,9 +226,10 @@ class Dispatching:
         await self._broker.publish(subjects.DISPATCH, told.model_dump_json().encode())
         live = {beat.base: beat for beat in self._workers()}
         for beat in live.values():
-            if beat.base not in self._queues and (beat.base, self._epoch) not in self._opening:
+            known = self._queues.get(beat.base)
+            if not (known and known.pullers) and (beat.base, self._epoch) not in self._opening:
                 self._opening.add((beat.base, self._epoch))
-                self._spawn(self._open(beat.base, self._epoch))
+                self._spawn(self._open(beat.base, self._epoch, known))
         for base_model, queue in list(self._queues.items()):
             queue.unserved_since = math.inf if base_model in live else min(queue.unserved_since, now)
             if now - queue.unserved_since > _UNSERVED:
@@ -272,24 +274,27 @@ class Dispatching:
 
     # Taking what is queued
 
-    async def _open(self, base_model: str, epoch: int) -> None:
-        """Beside the ticks: a cluster that elects a leader may keep us waiting for long."""
-        queue = _Queue(Dispatcher(base_model, self._config))
+    async def _open(self, base_model: str, epoch: int, known: _Queue | None) -> None:
+        """Beside the ticks: a cluster that elects a leader may keep us waiting. `known`: it rests."""
+        queue = known or _Queue(Dispatcher(base_model, self._config))
+        pullers: dict[ServiceClass, base.Puller] = {}
         try:
-            await self._resume(base_model, queue.dispatcher)
+            if known is None:
+                await self._resume(base_model, queue.dispatcher)
             for service_class in ServiceClass:
-                queue.pullers[service_class] = await self._broker.pull(
+                pullers[service_class] = await self._broker.pull(
                     base_model,
                     service_class,
                     lambda delivery: self._on_delivery(base_model, queue, delivery),
                     lambda: self._spawn(self._fill(base_model, queue)),
                 )
-            if self._epoch == epoch:
-                self._queues[base_model] = queue
+            if self._epoch == epoch and self._queues.get(base_model) is known:
+                self._queues[base_model], queue.pullers = queue, pullers
         finally:
             self._opening.discard((base_model, epoch))
-            if self._queues.get(base_model) is not queue:
-                await self._close(queue, give_back=False)
+            if queue.pullers is not pullers:
+                for puller in pullers.values():
+                    await puller.close()
         if self._queues.get(base_model) is queue:
             for beat in self._workers():
                 if beat.base == base_model:
@@ -307,6 +312,13 @@ class Dispatching:
             return
         now = time.monotonic()
         dispatcher.resume(entry.served, now - entry.age(), now)
+
+    async def _rest(self) -> None:
+        """Take nothing more: what comes once another leads it would not find."""
+        for queue in list(self._queues.values()):
+            pullers, queue.pullers = queue.pullers, {}
+            for puller in pullers.values():
+                await puller.close()
 
     async def _close(self, queue: _Queue, give_back: bool) -> None:
         """`give_back`: nobody else can have what waits here."""
