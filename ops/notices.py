@@ -1,5 +1,5 @@
 """What `headrace up` says of how requests are handed out: how long the steps of each pool's workers take, and
-which batch request gives way to a more urgent one."""
+which batch request is to give way to a more urgent one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Notices:
         if command.do == "preempt":
             worker = message.subject.partition(".")[2]
             told = {"request": command.request, "worker": subjects.name(worker)}
-            logger.info("a batch request gives way, and goes on later: %s", command.reason, extra=told)
+            logger.info("a batch request is to give way, and to go on later: %s", command.reason, extra=told)
 
 
 def _news(before: Steps | None, now: Steps) -> bool:

@@ -628,17 +628,18 @@ class Dispatching:
     def _preempt(self, queue: _Queue, preempt: Preempt) -> None:
         out = self._out.get(preempt.key)
         if out is not None:
-            metrics.PREEMPTED.inc()
-            told = {"request": out.queued.request.key, "worker": preempt.worker}
-            _log.info("a batch request is taken back: %s", preempt.why, extra=told)
             self._spawn(self._take_back(queue, out, preempt))
 
     async def _take_back(self, queue: _Queue, out: _Out, preempt: Preempt) -> None:
         command = Command(do="preempt", request=out.queued.request.key, reason=preempt.why)
         said = await self._broker.ask(subjects.ctl(preempt.worker), command.model_dump_json().encode())
         answer = Answer.model_validate_json(said)
-        if not answer.ok:
-            _log.info("not preempted: %s", answer.message, extra={"worker": preempt.worker})
+        told = {"request": out.queued.request.key, "worker": preempt.worker}
+        if answer.ok:
+            metrics.PREEMPTED.inc()
+            _log.info("a batch request is taken back: %s", preempt.why, extra=told)
+        else:
+            _log.info("not preempted: %s", answer.message, extra=told)
             queue.dispatcher.stays(preempt.key)
 
     # What goes wrong

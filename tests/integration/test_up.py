@@ -379,7 +379,9 @@ def test_it_tells_the_steps_of_its_pools_and_who_gives_way(tmp_path: Path) -> No
         urgent = complete(up.urls[0], up.model, 3, service_tier="interactive")
         assert urgent["usage"]["completion_tokens"] == 3
         assert not long.done()
-        (line,) = said("a batch request gives way, and goes on later: request 2, interactive, needs its room")
+        (line,) = said(
+            "a batch request is to give way, and to go on later: request 2, interactive, needs its room"
+        )
         assert line["worker"]
         assert long.result(LIMIT)["usage"]["completion_tokens"] == 150
         assert metric(tmp_path, "headrace_preempted_total") == 1

@@ -58,7 +58,7 @@ def test_of_commands_it_tells_what_is_taken_back(heard: pytest.LogCaptureFixture
         command = Command(do=do, request="acme.r%2E1", reason="request 7, interactive, needs its room")
         notices.on_command(Message("ctl.w%2E1", command.model_dump_json().encode()))
     (record,) = heard.records
-    assert record.getMessage().endswith("and goes on later: request 7, interactive, needs its room")
+    assert record.getMessage().endswith("and to go on later: request 7, interactive, needs its room")
     assert vars(record)["worker"] == "w.1"
     assert vars(record)["request"] == "acme.r%2E1"
 
