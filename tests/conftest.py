@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import socket
 import socketserver
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from broker import client
 from broker.config import BrokerConfig
@@ -17,6 +19,38 @@ from broker.server import NatsServer
 from workers.config import SimConfig, WorkerConfig
 from workers.engines import sim
 from workers.runner import Worker
+
+
+# The same examples each time, however busy the machine: what new ones find is for who looks for it, with
+# --hypothesis-profile=default, not for who changes something else.
+settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes one runs a whole file, whose servers are then started once, and one runs all that
+    needs the real engine. What takes longest begins first."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        group = next((each for each in ("chaos", "vllm") if item.get_closest_marker(each)), item.path.name)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: ("chaos" not in item.keywords, "vllm" not in item.keywords))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests of faults have the machine to themselves: their faults come by the clock, recovered or not."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    here = Path(__file__).parent
+    with (here / "conftest.py").open() as door, (here / "chaos/test_chaos.py").open() as machine:
+        fcntl.flock(door, fcntl.LOCK_EX)  # who waits for the machine lets nobody pass
+        fcntl.flock(machine, fcntl.LOCK_EX if item.get_closest_marker("chaos") else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -404,5 +404,5 @@ TestFleet = Fleet.TestCase
 # changes something else.
 _runs = int(os.environ.get("MODEL_RUNS", "0"))
 TestFleet.settings = settings(
-    max_examples=_runs or 100, stateful_step_count=30, deadline=None, derandomize=not _runs
+    max_examples=_runs or 100, stateful_step_count=30, derandomize=not _runs
 )
