@@ -20,7 +20,6 @@ from workers.config import SimConfig, WorkerConfig
 from workers.engines import sim
 from workers.runner import Worker
 
-
 # The same examples each time, however busy the machine: what new ones find is for who looks for it, with
 # --hypothesis-profile=default, not for who changes something else.
 settings.register_profile(
@@ -29,6 +28,7 @@ settings.register_profile(
 settings.load_profile("same")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of several processes one runs a whole file, whose servers are then started once, and one runs all that
     needs the real engine. What takes longest begins first."""

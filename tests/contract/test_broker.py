@@ -22,11 +22,10 @@ from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import ServiceClass
 from broker.server import NatsServer
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 
 T = TypeVar("T")
 
-LIMIT = 10.0  # seconds for anything to arrive, on a busy machine
 SUBJECT = "req.llama.standard.acme.llama"
 REPLY = "out.acme.box.r1"
 

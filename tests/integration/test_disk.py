@@ -19,8 +19,8 @@ from broker import base, client, errors, subjects
 from broker.config import BrokerConfig
 from broker.server import NatsServer
 from tests.integration.serving import ingress, ready, worker
-from tests.integration.test_up import LIMIT, complete, running, wait
-from tests.waiting import until
+from tests.integration.test_up import complete, running, wait
+from tests.waiting import LIMIT, until
 
 CHAT = "/v1/chat/completions"
 SMALL = {
