@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import re
 import socket
 import socketserver
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,22 +29,32 @@ settings.register_profile(
 )
 settings.load_profile("same")
 
+ENGINE = re.compile(r"tests/(acceptance|contract/test_(adapter_engines|continuing|engines|vllm_engine))\b")
+"""Files with tests of the real engine."""
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of several processes one runs a whole file, whose servers are then started once, and one runs all that
-    needs the real engine. What takes longest begins first."""
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        group = next((each for each in ("chaos", "vllm") if item.get_closest_marker(each)), item.path.name)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: ("chaos" not in item.keywords, "vllm" not in item.keywords))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes one runs a whole file, whose servers are then started once, and one runs all files
+    with the real engine, which take longest and come first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "engine" if ENGINE.match(path) else path
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("chaos") is not None)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Tests of faults have the machine to themselves: their faults come by the clock, recovered or not."""
+    """Faults have the machine to themselves: they come by the clock, whether the last one is over or not."""
     if not hasattr(item.config, "workerinput"):
         return (yield)
     here = Path(__file__).parent

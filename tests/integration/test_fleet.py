@@ -170,14 +170,14 @@ async def test_an_ingress_out_of_time_leaves_what_it_cuts_to_another(
     tenant = {"X-Headrace-Tenant": "cut"}
 
     async def whole() -> httpx.Response:
-        body = chat("whole", 200, stream=False)
+        body = chat("whole", 800, stream=False)
         return await http.post(CHAT, json=body, headers=tenant | {"X-Request-Id": "whole"})
 
     async with connected(part.url) as http:
         await until(lambda: ready(http))
         unstreamed = asyncio.create_task(whole())
         await until(lambda: broker.last(subjects.REPLIES, subjects.replies_to("cut", "whole")))
-        async with streaming(http, chat("cut", 300), tenant | {"X-Request-Id": "cut"}) as (first, rest):
+        async with streaming(http, chat("cut", 800), tenant | {"X-Request-Id": "cut"}) as (first, rest):
             part.term()
             said, _, error = (first + await rest_of(rest)).rpartition(b"data: ")
         refused = await unstreamed
@@ -186,10 +186,10 @@ async def test_an_ingress_out_of_time_leaves_what_it_cuts_to_another(
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "ingress_stopped")
     assert "/v1/requests/whole/stream" in refused.json()["error"]["message"]
     answers = await https[0].get("/v1/requests/whole/stream", headers=tenant)
-    assert answers.json()["choices"][0]["message"]["content"] == answer("whole", 200)
+    assert answers.json()["choices"][0]["message"]["content"] == answer("whole", 800)
     last = tenant | {"Last-Event-ID": said.rpartition(b"id: ")[2].decode().strip()}
     answers = await https[0].get("/v1/requests/cut/stream", headers=last)
-    assert text(said + answers.content) == answer("cut", 300)
+    assert text(said + answers.content) == answer("cut", 800)
 
 
 async def test_what_waits_or_is_read_on_at_an_ingress_out_of_time_goes_on_too(
@@ -200,7 +200,7 @@ async def test_what_waits_or_is_read_on_at_an_ingress_out_of_time_goes_on_too(
     async with connected(part.url) as http, contextlib.AsyncExitStack() as stack:
         await until(lambda: lists(http, "sim", "later"))
         _, first = await stack.enter_async_context(
-            streaming(https[0], chat("read", 300), {"X-Request-Id": "read"})
+            streaming(https[0], chat("read", 800), {"X-Request-Id": "read"})
         )
         read = asyncio.create_task(http.get("/v1/requests/read/stream"))
         waits = asyncio.create_task(
