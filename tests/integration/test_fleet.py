@@ -68,7 +68,8 @@ async def fleet(anyio_backend: object, tmp_path_factory: pytest.TempPathFactory)
         workers = (
             started.start("worker", worker__name=f"w{n}", sim__ttft_ms=5, sim__itl_ms=5) for n in range(3)
         )
-        ingresses = (started.start("ingress") for _ in range(2))
+        # A comment before the worker is known would leave its name out of the headers.
+        ingresses = (started.start("ingress", ingress__keepalive=30) for _ in range(2))
         await asyncio.gather(*workers, *ingresses, started.start("scheduler"))
         yield started
 
