@@ -24,6 +24,8 @@ from tests.waiting import LIMIT, until
 
 CHAT = "/v1/chat/completions"
 CALLS = 6
+LOST_AFTER = 1.0
+"""Seconds of silence: a process that waits for its share of a busy machine is not to be taken for dead."""
 TOKENS = 40
 
 
@@ -40,6 +42,8 @@ class Under:
         self.beats[beat.worker] = beat
 
     async def start(self, part: str, **settings: object) -> Part:
+        if part == "scheduler":
+            settings["scheduler__lost_after"] = LOST_AFTER
         return await self.fleet.start(part, broker__ack_wait=self.ack_wait, **settings)
 
     async def worker(self, name: str, itl_ms: int) -> Part:
