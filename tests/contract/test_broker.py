@@ -100,7 +100,7 @@ class NatsFleet(Fleet):
 
     async def connect(self, **settings: Any) -> Broker:
         if self.config is None:
-            self.config = BrokerConfig(**{"url": self.server.url, "timeout": 1.0, **settings})
+            self.config = BrokerConfig(**{"url": self.server.url, "timeout": 10.0, **settings})
         broker = await client.connect(self.config, f"client-{len(self.clients)}")
         self.clients.append(broker)
         return broker
@@ -840,7 +840,7 @@ async def test_an_object_goes_by_its_age(fleet: Fleet) -> None:
 
 
 async def test_objects_are_unavailable_without_the_broker(fleet: Fleet) -> None:
-    broker = await fleet.connect()
+    broker = await fleet.connect(timeout=0.5)
     await fleet.stop()
     await until(lambda: not broker.connected)
     with pytest.raises(errors.Unavailable):
@@ -1127,7 +1127,7 @@ async def test_nothing_hangs_while_the_broker_is_away(fleet: Fleet) -> None:
 
 
 async def test_everything_goes_on_when_the_broker_is_back(fleet: Fleet) -> None:
-    broker, other = await fleet.connect(ack_wait=3600), await fleet.connect()
+    broker, other = await fleet.connect(ack_wait=3600, timeout=1.0), await fleet.connect()
     heard: Box[Message] = Box()
     taken: Box[Delivery] = Box()
     state: dict[str, bytes | None] = {}
