@@ -100,7 +100,7 @@ async def test_storage_that_others_use_up_is_503_until_there_is_room(tmp_path: P
             await until(lambda: ready(asking))
             await keep(broker, b"kept")
             neighbour = await nats.connect(server.url)
-            stream = neighbour.jetstream()
+            stream = neighbour.jetstream(timeout=LIMIT)
             await stream.add_stream(name="OTHERS", subjects=["others"])
             with suppress(nats.js.errors.APIError):
                 for _ in range(20):
