@@ -463,7 +463,7 @@ class TestTheOpenAIClient:
             model="lone",
             messages=[{"role": "user", "content": "hi"}],
             stream=True,
-            extra_headers={"X-Headrace-Timeout": "0.3"},
+            extra_headers={"X-Headrace-Timeout": "1"},
         )
         with pytest.raises(openai.APIError, match="deadline passed") as error:
             async for _ in stream:
