@@ -306,6 +306,11 @@ async def test_an_id_is_free_again_after_the_dedup_window(fleet: Fleet) -> None:
     assert not later.duplicate
 
 
+async def test_the_journal_acknowledges_a_frame_of_which_its_writer_wants_to_know(broker: Broker) -> None:
+    await (await broker.enqueue(REPLY, b"the last"))
+    assert [record.data for record in await broker.read(subjects.REPLIES, REPLY)] == [b"the last"]
+
+
 async def test_enqueue_where_no_stream_listens_is_unavailable(broker: Broker) -> None:
     with pytest.raises(errors.Unavailable):
         await (await broker.enqueue("nowhere.at.all", b""))
