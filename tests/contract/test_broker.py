@@ -605,6 +605,7 @@ async def test_what_comes_to_the_pulls_of_a_client_that_hangs_is_handed_on(fleet
     puller, swallowed = await pull(hung)
     await puller.ask(2)
     bounced = await third.bounce(hung.inbox)
+    await third.counts(subjects.REQUESTS, SUBJECT)  # answered after the server has heard of that
     await enqueue(hung, b"a", b"b")
     taking, taken = await pull(other)
     await taking.ask(2)

@@ -372,10 +372,12 @@ class TestRefusals:
     async def test_503_without_a_broker_and_well_again_with_it(self, nats_server: NatsServer) -> None:
         config = BrokerConfig(url=nats_server.url)
         async with (
+            await client.connect(config, "test") as broker,
             worker(config, model="sim"),
             ingress(config) as url,
             httpx.AsyncClient(base_url=url, timeout=LIMIT, trust_env=False) as http,
         ):
+            await register(broker, "sim")  # or it is forgotten with its worker's last heartbeat
             await serves(http)
             await nats_server.stop()
             await until(lambda: unready(http))

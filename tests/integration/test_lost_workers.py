@@ -163,7 +163,7 @@ async def test_without_a_scheduler_the_ack_wait_hands_on(tmp_path: Path) -> None
 
 
 async def test_a_hung_workers_requests_are_answered_once_though_it_wakes_up(tmp_path: Path) -> None:
-    async with under(tmp_path, itl_ms=100) as (fleet, slow):
+    async with under(tmp_path, itl_ms=250) as (fleet, slow):
         scheduler = await fleet.leader()
         calls = await fleet.running("w1")
         quick = await fleet.worker("w2", 5)
