@@ -111,15 +111,17 @@ class PrefixIndex:
         the one before; only where it gets smaller. Empty when nobody holds the first."""
         return self._holders.walk(hashes, self._all)
 
-    def hits(self, hashes: Sequence[int]) -> NDArray[np.int32]:
+    def hits(self, hashes: Sequence[int]) -> NDArray[np.float64]:
         """`depths` as a vector: by slot, how many of the first blocks it holds."""
-        levels, size = self.depths(hashes), (len(self._caches) + 7) // 8
-        packed = np.frombuffer(b"".join(mask.to_bytes(size, "little") for _, mask in levels), np.uint8)
-        bits = np.unpackbits(
-            packed.reshape(len(levels), size), axis=1, count=len(self._caches), bitorder="little"
-        )
-        reached = bits.sum(axis=0, dtype=np.intp)  # how many levels: each is within the one before
-        hits: NDArray[np.int32] = np.array([0, *(depth for depth, _ in levels)], np.int32)[reached]
+        slots = len(self._caches)
+        hits: NDArray[np.float64] = np.zeros(slots)
+        for depth, mask in self.depths(hashes):
+            if mask & (mask - 1):
+                packed = np.frombuffer(mask.to_bytes((slots + 7) // 8, "little"), np.uint8)
+                bits = np.unpackbits(packed, count=slots, bitorder="little")
+                hits[bits.view(np.bool_)] = depth
+            else:
+                hits[mask.bit_length() - 1] = depth
         return hits
 
     # What changes it
