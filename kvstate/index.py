@@ -171,7 +171,8 @@ class PrefixIndex:
         slot = self._slots[worker]
         if sent > -math.inf:
             cache.learn(hashes, cached_blocks, sent)
-        cache.leave_behind(min(tail, cache.room), now)
+        if tail:
+            cache.leave_behind(min(tail, cache.room), now)
         self._keep(cache, slot, hashes, now)
         self._evict(cache, slot)
 
@@ -292,12 +293,12 @@ class PrefixIndex:
         """It has them all for certain."""
         blocks, unsure = cache.blocks, cache.unsure
         for block in reversed(hashes):
-            if block in blocks:
-                blocks.move_to_end(block)
-                unsure.pop(block, None)
-            else:
+            if block not in blocks:
                 self._holders.add(block, slot)
+            elif block in unsure:
+                del unsure[block]
             blocks[block] = now
+            blocks.move_to_end(block)
 
     def _watch(self, cache: Cache, slot: int) -> None:
         if cache.unsure and slot not in self._watched:

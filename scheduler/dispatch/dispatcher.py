@@ -170,7 +170,8 @@ class Dispatcher:
         """All that is to be done now."""
         out: list[Decision] = []
         self._ring(now)
-        self._dirty |= dict.fromkeys(self._places.put_stranded(now))
+        if self._places.stranded():
+            self._dirty |= dict.fromkeys(self._places.put_stranded(now))
         again: dict[int, None] = {}
         while self._dirty:
             slot = next(iter(self._dirty))

@@ -118,11 +118,14 @@ class Fleet:
                 self._hold(slot, loads, False)
         self.seen[slot], self.step_tokens[slot] = state.seen, state.step_tokens
         self.slots[slot], self.serving[slot] = state.slots_total, state.serving
-        self.pending[slot] = state.prefill_held + sum(tokens for _, tokens, _ in since)
+        pending, room = float(state.prefill_held), state.adapter_room
+        for _, tokens, loads in since:
+            pending += tokens
+            room = room and not loads
+        self.pending[slot] = pending
         self.load[slot] = load = state.running + len(since)
         self.short[slot] = load + 1 - state.slots_total
         self.kv_used[slot] = 1.0 - state.kv_free / state.kv_total if state.kv_total else 0.0
-        room = state.adapter_room and not any(loads for _, _, loads in since)
         if room != self.room[slot]:
             self.room[slot] = room
             self._moved()

@@ -163,16 +163,12 @@ class Lanes:
         lane.queues[waiting.rank].add(waiting, self._shares[waiting.rank])
         if waiting.urgent:
             self.hurry(waiting)
-        self.tokens[waiting.row :, slot] += waiting.cost
-        self.counts[waiting.row :, slot] += 1
-        self._count += 1
+        self._note(waiting.row, slot, waiting.cost, 1)
 
     def remove(self, waiting: Waiting) -> None:
         slot = waiting.slot
         del self._lanes[slot].queues[waiting.rank].members[waiting.item.key]
-        self.tokens[waiting.row :, slot] -= waiting.cost
-        self.counts[waiting.row :, slot] -= 1
-        self._count -= 1
+        self._note(waiting.row, slot, -waiting.cost, -1)
         if not self.counts[-1, slot]:
             self.tokens[:, slot] = 0.0  # sums of floats leave a rest
         waiting.slot = -1
@@ -227,13 +223,19 @@ class Lanes:
                 count += self.counts[row] - self.counts[row - 1] if row else self.counts[row]
         return count
 
-    def walk(self, slot: int, ranks: Sequence[int], most: int) -> Iterator[tuple[Waiting, float]]:
-        """Up to `most` of each of these classes, in order of placing, each with the tokens before it."""
-        for rank in ranks:
-            ahead = float(self.tokens[2 * rank - 1, slot]) if rank else 0.0
-            for waiting in islice(self._lanes[slot].queues[rank].members.values(), most):
-                yield waiting, ahead
-                ahead += waiting.cost
+    def walk(self, slot: int, rank: int, most: int) -> Iterator[tuple[Waiting, float]]:
+        """Up to `most` of the class, in order of placing, each with the tokens before it."""
+        ahead = float(self.tokens[2 * rank - 1, slot]) if rank else 0.0
+        for waiting in islice(self._lanes[slot].queues[rank].members.values(), most):
+            yield waiting, ahead
+            ahead += waiting.cost
+
+    def _note(self, row: int, slot: int, tokens: float, count: int) -> None:
+        sums = self.tokens[row:, slot]
+        sums += tokens
+        sums = self.counts[row:, slot]
+        sums += count
+        self._count += count
 
     def __len__(self) -> int:
         return self._count

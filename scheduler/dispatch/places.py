@@ -26,6 +26,8 @@ COMPARED = 3
 """Workers that an explanation compares."""
 
 
+CLASSES = tuple(ServiceClass)
+
 _Group = tuple[ServiceClass, str]
 """Class and model."""
 
@@ -81,8 +83,8 @@ class Places:
         return bool(self._placeable)
 
     def put_stranded(self, now: float) -> Iterator[int]:
-        """Give some of them their places. Yields the slots of workers that could take one now."""
-        left = PLACED if self.stranded() else 0
+        """Give some of those for whom there is one their places. Yields the slots of workers that could take one now."""
+        left = PLACED
         for group in list(islice(self._placeable, left)):
             for waiting in list(islice(self._nowhere[group].values(), left)):
                 self.lift(waiting)
@@ -101,13 +103,15 @@ class Places:
         Nobody knows when a worker will take any that tells nothing, or has no room: anywhere else is sooner.
         """
         fleet, lanes = self._fleet, self._lanes
+        if not len(lanes):
+            return None
         ranks = [
             rank
-            for rank, service_class in enumerate(ServiceClass)
+            for rank, service_class in enumerate(CLASSES)
             if 2 * rank not in skipped and fleet.eligible(service_class, fleet.base)[slot]
         ]
         rows = [row for rank in ranks for row in (2 * rank, 2 * rank + 1) if row not in skipped]
-        if not rows or not len(lanes):
+        if not rows:
             return None
         longest = (fleet.pending + lanes.tokens[-1]) * (fleet.load + 1.0)
         longest[~fleet.fresh(now) | fleet.full.any(axis=0)] = np.inf
@@ -118,21 +122,24 @@ class Places:
             # What begins sooner here is sooner than the end of that lane.
             if longest[lane] <= (fleet.pending[slot] + 1.0) * (fleet.load[slot] + 1.0):
                 return None
-            for waiting, ahead in lanes.walk(lane, ranks, WALKED):
-                if self._is_sooner(waiting, slot, ahead, now) and self._may(waiting, slot, skipped, now):
+            for waiting in self._sooner(slot, lane, ranks, now):
+                if self._may(waiting, slot, skipped, now):
                     self._move(waiting, slot, now)
                     return waiting
             longest[lane] = -1.0
         return None
 
-    def _is_sooner(self, waiting: Waiting, slot: int, ahead: float, now: float) -> bool:
-        """Whether it would begin on `slot` before it does where it waits behind `ahead` tokens."""
-        fleet, item = self._fleet, waiting.item
-        if fleet.hopeless(waiting.slot, item.service_class, waiting.over, now):
-            return True
-        here, there = float(fleet.load[slot]) + 1.0, float(fleet.load[waiting.slot]) + 1.0
-        before = float(fleet.pending[waiting.slot]) + ahead + waiting.cost
-        return (float(fleet.pending[slot]) + item.context) * here < before * there
+    def _sooner(self, slot: int, lane: int, ranks: Iterable[int], now: float) -> Iterator[Waiting]:
+        """Those of `lane` that would begin on `slot` before they do where they wait."""
+        fleet = self._fleet
+        mine, here = fleet.pending.item(slot), fleet.load.item(slot) + 1.0
+        others, there = fleet.pending.item(lane), fleet.load.item(lane) + 1.0
+        for rank in ranks:
+            hopeless = [fleet.hopeless(lane, CLASSES[rank], over, now) for over in (False, True)]
+            for waiting, ahead in self._lanes.walk(lane, rank, WALKED):
+                before = (others + ahead + waiting.cost) * there
+                if hopeless[waiting.over] or (mine + waiting.item.context) * here < before:
+                    yield waiting
 
     def _may(self, waiting: Waiting, slot: int, skipped: set[int], now: float) -> bool:
         """Whether `slot` takes it now."""

@@ -101,8 +101,7 @@ class Scorer:
     def figures(self, view: View, most: int) -> Figures:
         """Of the best few; made into `Candidate`s when somebody asks."""
         score = view.score
-        few = np.argpartition(score, most)[:most] if most < len(score) else np.arange(len(score))
-        few = few[np.isfinite(score[few])]
+        few = score.argpartition(most)[:most].tolist() if most < len(score) else range(len(score))
         return tuple(
             (
                 self.fleet[slot].worker,
@@ -112,13 +111,14 @@ class Scorer:
                 view.uncached.item(slot),
                 self.fleet.load.item(slot),
             )
-            for slot in few.tolist()
+            for slot in few
+            if score[slot] < np.inf
         )
 
     def _uncached(self, item: Item) -> Vector:
         # An engine computes the last token even where it has it.
-        uncached: Vector = np.maximum(item.context - float(BLOCK_TOKENS) * self.index.hits(item.hashes), 1.0)
-        return uncached
+        tokens: Vector = item.context - self.index.hits(item.hashes) * BLOCK_TOKENS
+        return np.maximum(tokens, 1.0, out=tokens)
 
     def _delay(self, waiting: Waiting, count: Vector) -> Vector:
         fleet, full = self.fleet, self.fleet.full[waiting.rank]
