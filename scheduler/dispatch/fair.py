@@ -132,14 +132,19 @@ class Rounds:
         self._quanta = quanta
         self._deficits = [float(quantum) for quantum in quanta]
 
+    def goes_on(self, rank: int, cost: float) -> bool:
+        """Whether the class may be served this in the round that is under way."""
+        return cost <= self._deficits[rank]
+
     def turn(self, costs: Sequence[float | None]) -> int | None:
-        """The class to serve next: an index. `costs`: of the first request of each; None = it has none."""
+        """The class to serve next, when none goes on: an index. `costs`: of the first request of each; None = it
+        has none."""
         waiting = [(rank, cost) for rank, cost in enumerate(costs) if cost is not None]
         if not waiting:
             return None
         while True:
             for rank, cost in waiting:
-                if cost <= self._deficits[rank]:
+                if self.goes_on(rank, cost):
                     return rank
             # As many rounds at once as the first of them lacks.
             lacks = ((cost - self._deficits[rank]) / self._quanta[rank] for rank, cost in waiting)

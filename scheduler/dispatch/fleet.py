@@ -32,6 +32,7 @@ class Fleet:
         short: slots that must fall free before it runs one more; negative where more than one is free.
         kv_used: share of its KV room that is taken.
         full: by class: its KV room had none for the first request, or is kept for a more urgent one.
+        crammed: slots of those that are full for any class.
     """
 
     def __init__(self, base: str, config: DispatchConfig) -> None:
@@ -58,6 +59,7 @@ class Fleet:
         self.lives: Mask = np.zeros(0, bool)
         self.serving: Mask = np.zeros(0, bool)
         self.room: Mask = np.zeros(0, bool)
+        self.crammed: set[int] = set()
         self.full: Mask = np.zeros((ROWS // 2, 0), bool)
         self._said: dict[int, WorkerState] = {}
         self._sends: dict[int, int] = {}
@@ -67,6 +69,7 @@ class Fleet:
         self._holders: dict[str, Mask] = {}  # of an adapter that anybody has
         self._nobody: Mask = np.zeros(0, bool)
         self._pools: dict[ServiceClass, Mask] = {}  # workers of a class; made when asked for
+        self._barred: dict[ServiceClass, Vector] = {}  # from the base, by class; made when asked for
         self._has_room: dict[ServiceClass, bool] = {}  # for an adapter; made when asked for
         self._came = [-math.inf for _ in ServiceClass]  # by class: when one came that is more urgent
 
@@ -97,8 +100,8 @@ class Fleet:
         self.lives[slot] = self.serving[slot] = False
         for model in list(self._holders):
             self._hold(slot, model, False)
-        self._pools.clear()
-        self._moved()
+        self.crammed.discard(slot)
+        self._regroup()
         self.version += 1
 
     def state(self, slot: int, state: WorkerState) -> None:
@@ -106,8 +109,7 @@ class Fleet:
         before = self._said.get(slot)
         self._said[slot] = state
         if before is None or (before.step_tokens, before.serving) != (state.step_tokens, state.serving):
-            self._pools.clear()
-            self._moved()
+            self._regroup()
         if before is None or before.adapters != state.adapters:
             for model in (before.adapters if before else frozenset()) | state.adapters:
                 self._hold(slot, model, model in state.adapters)
@@ -129,7 +131,9 @@ class Fleet:
         if room != self.room[slot]:
             self.room[slot] = room
             self._moved()
-        self.full[:, slot] = False
+        if slot in self.crammed:
+            self.full[:, slot] = False
+            self.crammed.discard(slot)
         self.version += 1
 
     def note_arrival(self, service_class: ServiceClass, now: float) -> None:
@@ -156,6 +160,11 @@ class Fleet:
             self._moved()
         self.version += 1
 
+    def cram(self, slot: int, ranks: slice) -> None:
+        """Its KV room has none for these classes, until it says anew."""
+        self.full[ranks, slot] = True
+        self.crammed.add(slot)
+
     # Questions
 
     def unseen(self, slot: int) -> int:
@@ -175,6 +184,15 @@ class Fleet:
         """Who may run it at all, now or later."""
         mask = self._pool(service_class)
         return mask if model == self.base else mask & (self._held(model) | self.room)
+
+    def barred(self, service_class: ServiceClass, model: str) -> Vector:
+        """What to add to figures of which the lowest counts: inf for who may not run it, else 0."""
+        if model != self.base:
+            return np.where(self.eligible(service_class, model), 0.0, np.inf)
+        barred = self._barred.get(service_class)
+        if barred is None:
+            barred = self._barred[service_class] = np.where(self._pool(service_class), 0.0, np.inf)
+        return barred
 
     def runs(self, service_class: ServiceClass, model: str) -> bool:
         """Whether anybody may run it at all."""
@@ -254,6 +272,11 @@ class Fleet:
             self._moved()
         if not mask.any():
             del self._holders[model]
+
+    def _regroup(self) -> None:
+        self._pools.clear()
+        self._barred.clear()
+        self._moved()
 
     def _moved(self) -> None:
         self.homes += 1

@@ -92,21 +92,20 @@ class _Queue:
 
     def first(self, shares: Shares) -> Waiting | None:
         """The oldest of the tenant that was served least; counters only grow."""
-        while self.order:
-            counter, tenant = self.order[0]
+        members, order, current = self.members, self.order, shares.counter
+        while order:
+            counter, tenant = order[0]
             heap = self.tenants[tenant]
-            while heap and heap[0][1] not in self.members:
+            while heap and heap[0][1] not in members:
                 heapq.heappop(heap)
                 self.entries -= 1
             if not heap:
-                heapq.heappop(self.order)
+                heapq.heappop(order)
                 del self.tenants[tenant]
-                continue
-            now = shares.counter(tenant)
-            if now > counter:
-                heapq.heapreplace(self.order, (now, tenant))
-                continue
-            return self.members[heap[0][1]]
+            elif (now := current(tenant)) > counter:
+                heapq.heapreplace(order, (now, tenant))
+            else:
+                return members[heap[0][1]]
         return None
 
     def first_within(self, shares: Shares, now: float) -> Waiting | None:
@@ -195,7 +194,12 @@ class Lanes:
                 break
             else:
                 return waiting
-        firsts = [self._first(lane, rank, skipped, now) for rank in range(len(lane.queues))]
+        firsts: list[Waiting | None] = []
+        for rank in range(len(lane.queues)):
+            waiting = self._first(lane, rank, skipped, now)
+            if waiting is not None and lane.rounds.goes_on(rank, waiting.cost):
+                return waiting
+            firsts.append(waiting)
         rank_next = lane.rounds.turn([None if each is None else each.cost for each in firsts])
         return None if rank_next is None else firsts[rank_next]
 

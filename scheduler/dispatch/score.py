@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvstate.index import PrefixIndex
 from kvstate.prefix import BLOCK_TOKENS
 from scheduler.dispatch.config import DispatchConfig
-from scheduler.dispatch.fleet import Fleet, Mask
+from scheduler.dispatch.fleet import Fleet
 from scheduler.dispatch.lanes import Lanes, Waiting
 from scheduler.dispatch.ttft import Predictor
 from scheduler.dispatch.types import Figures, Item
@@ -40,6 +40,7 @@ class View(NamedTuple):
             is eligible.
         ahead: tokens that go before it there.
         delay: seconds until a slot or KV room falls free for it, and to load its adapter.
+        barred: inf where it can't run, else 0.
     """
 
     best: int
@@ -48,7 +49,7 @@ class View(NamedTuple):
     backlog: Vector
     ahead: Vector
     delay: Vector
-    eligible: Mask
+    barred: Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +65,27 @@ class Scorer:
     def view(self, waiting: Waiting, now: float) -> View:
         """`waiting` counts as the first in the lane where it is."""
         item, fleet, predictor = waiting.item, self.fleet, self.predictor
-        eligible = fleet.eligible(item.service_class, item.model)
+        barred = fleet.barred(item.service_class, item.model)
         uncached = self._uncached(item)
         ahead, count = self._ahead(waiting)
         backlog, work = ahead, uncached
         if len(self.lanes):
-            common = np.minimum.reduce(ahead, where=eligible, initial=np.inf)
-            backlog = np.maximum(ahead - common, 0.0)
+            backlog = np.maximum(ahead - _lowest(ahead + barred), 0.0)
             # Its miss would delay as many as wait in every lane.
-            delayed = min(float(np.minimum.reduce(count, where=eligible, initial=np.inf)), MOST_DELAYED)
+            delayed = min(_lowest(count + barred), MOST_DELAYED)
             work = uncached * (1.0 + delayed)
         delay = self._delay(waiting, count)
         if delay is not _NONE:
             backlog = backlog + delay * predictor.rate
-        score = (fleet.pending + backlog + work) * (fleet.load + 1.0)
-        score[~eligible] = np.inf
+        score = (fleet.pending + backlog + work) * (fleet.load + 1.0) + barred
         best = _least(score)
         if best >= 0 and not fleet.is_fresh(best, now):
             fresh = _least(np.where(fleet.fresh(now), score, np.inf))
             best = fresh if fresh >= 0 else best
-        return View(best, score, uncached, backlog, ahead, delay, eligible)
+        return View(best, score, uncached, backlog, ahead, delay, barred)
 
     def ttft(self, view: View) -> Vector:
-        """Seconds from now to the first token."""
+        """Seconds from now to the first token; inf where it can't run."""
         return self.wait(view) + self.after_send(view)
 
     def wait(self, view: View) -> Vector:
@@ -95,8 +94,8 @@ class Scorer:
         return seconds
 
     def after_send(self, view: View) -> Vector:
-        """Seconds from then to the first token, if the worker held as much as now."""
-        return self.predictor.after_send(self.fleet.pending + view.uncached)
+        """Seconds from then to the first token, if the worker held as much as now; inf where it can't run."""
+        return self.predictor.after_send(self.fleet.pending + view.uncached) + view.barred
 
     def figures(self, view: View, most: int) -> Figures:
         """Of the best few; made into `Candidate`s when somebody asks."""
@@ -121,11 +120,12 @@ class Scorer:
         return np.maximum(tokens, 1.0, out=tokens)
 
     def _delay(self, waiting: Waiting, count: Vector) -> Vector:
-        fleet, full = self.fleet, self.fleet.full[waiting.rank]
+        fleet = self.fleet
         short = count + fleet.short
-        if np.logical_or.reduce(full):
+        if fleet.crammed:
+            full = fleet.full[waiting.rank]
             short = np.where(full, np.maximum(short, count + 1.0), short)  # somebody must end first
-        missing = np.maximum.reduce(short, initial=0.0) > 0.0
+        missing = len(short) > 0 and short[short.argmax()] > 0.0
         delay = self.predictor.for_slots(np.maximum(short, 0.0)) if missing else _NONE
         loaded = fleet.loaded(waiting.item.model)
         return delay if loaded is None else delay + ~loaded * self.config.load
@@ -139,8 +139,13 @@ class Scorer:
         return ahead, count
 
 
+def _lowest(values: Vector) -> float:
+    """Of at least one."""
+    return values.item(values.argmin())
+
+
 def _least(values: Vector) -> int:
-    """-1 where all are infinite."""
+    """Where the lowest is; -1 where all are infinite."""
     if not len(values):
         return -1
     at = int(values.argmin())
