@@ -226,7 +226,7 @@ class Dispatcher:
         """Send the worker what it takes. False: there is more to do for it."""
         skipped: set[int] = set()  # rows of the lanes
         left = MOVES
-        while self._fleet.open(slot, now):
+        while len(self._lanes) and self._fleet.open(slot, now):
             if not left:
                 return False
             waiting = self._lanes.next(slot, skipped, now) or self._places.steal(slot, skipped, now)

@@ -83,9 +83,9 @@ class Places:
         return bool(self._placeable)
 
     def put_stranded(self, now: float) -> Iterator[int]:
-        """Give some of those for whom there is one their places. Yields the slots of workers that could take one now."""
+        """Give some of them their places. Yields the slots of workers that could take one now."""
         left = PLACED
-        for group in list(islice(self._placeable, left)):
+        for group in list(islice(self._placeable, PLACED)):
             for waiting in list(islice(self._nowhere[group].values(), left)):
                 self.lift(waiting)
                 if self.put(waiting, self._scorer.view(waiting, now), now):

@@ -98,21 +98,14 @@ class Scorer:
         return self.predictor.after_send(self.fleet.pending + view.uncached) + view.barred
 
     def figures(self, view: View, most: int) -> Figures:
-        """Of the best few; made into `Candidate`s when somebody asks."""
-        score = view.score
-        few = score.argpartition(most)[:most].tolist() if most < len(score) else range(len(score))
-        return tuple(
-            (
-                self.fleet[slot].worker,
-                score.item(slot),
-                self.fleet.pending.item(slot),
-                view.backlog.item(slot),
-                view.uncached.item(slot),
-                self.fleet.load.item(slot),
-            )
-            for slot in few
-            if score[slot] < np.inf
-        )
+        """Of the best few, best first; made into `Candidate`s when somebody asks."""
+        fleet, score = self.fleet, view.score.copy()
+        found: list[tuple[str, float, float, float, float, float]] = []
+        while len(found) < most and (slot := _least(score)) >= 0:
+            figures = score.item(slot), fleet.pending.item(slot), view.backlog.item(slot)
+            found.append((fleet[slot].worker, *figures, view.uncached.item(slot), fleet.load.item(slot)))
+            score[slot] = np.inf
+        return tuple(found)
 
     def _uncached(self, item: Item) -> Vector:
         # An engine computes the last token even where it has it.

@@ -67,7 +67,9 @@ class Predictor:
         self.rate: Vector = np.zeros(0)
         self._intercept: Vector = np.zeros(0)
         self._slope: Vector = np.zeros(0)
-        self._per_token: Vector = np.zeros(0)  # seconds until one that goes first has been sent, by its tokens
+        self._per_token: Vector = np.zeros(
+            0
+        )  # seconds until one that goes first has been sent, by its tokens
         self._per_request: Vector = np.zeros(0)  # seconds between two that end
 
     def join(self, slot: int, step_tokens: int) -> None:
