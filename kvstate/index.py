@@ -59,8 +59,9 @@ class PrefixIndex:
         self._caches[slot] = Cache(worker, capacity_blocks)
         self._slots[worker] = slot
         self._all |= 1 << slot
+        share = self._most // len(self._slots)
         for at, cache in enumerate(self._caches):
-            if cache is not None:
+            if cache is not None and len(cache.blocks) > share:
                 self._evict(cache, at)
         return slot
 

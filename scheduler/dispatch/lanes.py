@@ -216,6 +216,10 @@ class Lanes:
                 count += self.counts[row] - self.counts[row - 1] if row else self.counts[row]
         return count
 
+    def waits(self, slot: int, rank: int) -> bool:
+        """Whether one of the class does there."""
+        return bool(self._lanes[slot].queues[rank].members)
+
     def walk(self, slot: int, rank: int, most: int) -> Iterator[tuple[Waiting, float]]:
         """Up to `most` of the class, in order of placing, each with the tokens before it."""
         ahead = float(self.tokens[2 * rank - 1, slot]) if rank else 0.0

@@ -135,6 +135,8 @@ class Places:
         mine, here = fleet.pending.item(slot), fleet.load.item(slot) + 1.0
         others, there = fleet.pending.item(lane), fleet.load.item(lane) + 1.0
         for rank in ranks:
+            if not self._lanes.waits(lane, rank):
+                continue
             hopeless = [fleet.hopeless(lane, CLASSES[rank], over, now) for over in (False, True)]
             for waiting, ahead in self._lanes.walk(lane, rank, WALKED):
                 before = (others + ahead + waiting.cost) * there
