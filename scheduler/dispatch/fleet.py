@@ -100,7 +100,7 @@ class Fleet:
         self.lives[slot] = self.serving[slot] = False
         for model in list(self._holders):
             self._hold(slot, model, False)
-        self.crammed.discard(slot)
+        self._uncram(slot)
         self._regroup()
         self.version += 1
 
@@ -131,9 +131,7 @@ class Fleet:
         if room != self.room[slot]:
             self.room[slot] = room
             self._moved()
-        if slot in self.crammed:
-            self.full[:, slot] = False
-            self.crammed.discard(slot)
+        self._uncram(slot)
         self.version += 1
 
     def note_arrival(self, service_class: ServiceClass, now: float) -> None:
@@ -272,6 +270,11 @@ class Fleet:
             self._moved()
         if not mask.any():
             del self._holders[model]
+
+    def _uncram(self, slot: int) -> None:
+        if slot in self.crammed:
+            self.full[:, slot] = False
+            self.crammed.remove(slot)
 
     def _regroup(self) -> None:
         self._pools.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -111,10 +111,20 @@ class Places:
             if 2 * rank not in skipped and fleet.eligible(service_class, fleet.base)[slot]
         ]
         rows = [row for rank in ranks for row in (2 * rank, 2 * rank + 1) if row not in skipped]
-        if not rows:
+        takes = {
+            rank: tuple(
+                2 * rank + over not in skipped and fleet.takes(slot, CLASSES[rank], over, now)
+                for over in (False, True)
+            )
+            for rank in ranks
+        }
+        able = [rank for rank in ranks if any(takes[rank])]
+        if not able:
             return None
         longest = (fleet.pending + lanes.tokens[-1]) * (fleet.load + 1.0)
-        longest[~fleet.fresh(now) | fleet.full.any(axis=0)] = np.inf
+        longest[~fleet.fresh(now)] = np.inf
+        if fleet.crammed:
+            longest[list(fleet.crammed)] = np.inf
         longest[lanes.waiting(rows) <= 0] = -1.0
         longest[slot] = -1.0
         for _ in range(1 if lanes.counts[-1, slot] else LOOKED):
@@ -122,8 +132,8 @@ class Places:
             # What begins sooner here is sooner than the end of that lane.
             if longest[lane] <= (fleet.pending[slot] + 1.0) * (fleet.load[slot] + 1.0):
                 return None
-            for waiting in self._sooner(slot, lane, ranks, now):
-                if self._may(waiting, slot, skipped, now):
+            for waiting in self._sooner(slot, lane, able, now):
+                if self._may(waiting, slot, takes[waiting.rank], now):
                     self._move(waiting, slot, now)
                     return waiting
             longest[lane] = -1.0
@@ -143,13 +153,12 @@ class Places:
                 if hopeless[waiting.over] or (mine + waiting.item.context) * here < before:
                     yield waiting
 
-    def _may(self, waiting: Waiting, slot: int, skipped: set[int], now: float) -> bool:
-        """Whether `slot` takes it now."""
-        item, over = waiting.item, self._lanes.over(waiting, now)
-        return (
-            2 * waiting.rank + over not in skipped
-            and self._fleet.takes(slot, item.service_class, over, now)
-            and bool(self._fleet.eligible(item.service_class, item.model)[slot])
+    def _may(self, waiting: Waiting, slot: int, takes: Sequence[bool], now: float) -> bool:
+        """Whether `slot` takes it now. `takes`: those of its class, by whether their tenants are above their
+        share."""
+        item = waiting.item
+        return (all(takes) or takes[self._lanes.over(waiting, now)]) and bool(
+            self._fleet.eligible(item.service_class, item.model)[slot]
         )
 
     def _move(self, waiting: Waiting, slot: int, now: float) -> None:
