@@ -51,8 +51,9 @@ class Cache:
             if block in self.unsure or self.blocks.get(block, math.inf) >= sent:
                 break
             missing += 1
-        share = self.share + (unexpected - missing) / max(1, self.capacity)
-        self.share = min(1.0, max(LEAST, share))
+        if unexpected != missing:
+            share = self.share + (unexpected - missing) / max(1, self.capacity)
+            self.share = min(1.0, max(LEAST, share))
 
     def leave_behind(self, count: int, now: float) -> None:
         for _ in range(count):

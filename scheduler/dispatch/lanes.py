@@ -96,7 +96,9 @@ class _Queue:
 
     def first(self, shares: Shares) -> Waiting | None:
         """The oldest of the tenant that was served least."""
-        return self._oldest(shares.least(self.lines)) if self.lines else None
+        if not self.lines:
+            return None
+        return self._oldest(shares.least(self.lines) if len(self.lines) > 1 else next(iter(self.lines)))
 
     def first_within(self, shares: Shares, now: float) -> Waiting | None:
         """The same of those tenants that are not above their share."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -118,8 +118,7 @@ class Places:
             )
             for rank in ranks
         }
-        able = [rank for rank in ranks if any(takes[rank])]
-        if not able:
+        if not any(map(any, takes.values())):
             return None
         longest = (fleet.pending + lanes.tokens[-1]) * (fleet.load + 1.0)
         longest[~fleet.fresh(now)] = np.inf
@@ -132,34 +131,36 @@ class Places:
             # What begins sooner here is sooner than the end of that lane.
             if longest[lane] <= (fleet.pending[slot] + 1.0) * (fleet.load[slot] + 1.0):
                 return None
-            for waiting in self._sooner(slot, lane, able, now):
-                if self._may(waiting, slot, takes[waiting.rank], now):
+            for waiting in self._sooner(slot, lane, takes, now):
+                if fleet.eligible(waiting.item.service_class, waiting.item.model)[slot]:
                     self._move(waiting, slot, now)
                     return waiting
             longest[lane] = -1.0
         return None
 
-    def _sooner(self, slot: int, lane: int, ranks: Iterable[int], now: float) -> Iterator[Waiting]:
-        """Those of `lane` that would begin on `slot` before they do where they wait."""
-        fleet = self._fleet
+    def _sooner(
+        self, slot: int, lane: int, takes: Mapping[int, Sequence[bool]], now: float
+    ) -> Iterator[Waiting]:
+        """Those of `lane` that would begin on `slot` before they do where they wait.
+
+        Args:
+            takes: which it takes now: by class, and whether their tenants are above their share.
+        """
+        fleet, lanes = self._fleet, self._lanes
         mine, here = fleet.pending.item(slot), fleet.load.item(slot) + 1.0
         others, there = fleet.pending.item(lane), fleet.load.item(lane) + 1.0
-        for rank in ranks:
-            if not self._lanes.waits(lane, rank):
+        for rank, taken in takes.items():
+            if not any(taken) or not lanes.waits(lane, rank):
                 continue
             hopeless = [fleet.hopeless(lane, CLASSES[rank], over, now) for over in (False, True)]
-            for waiting, ahead in self._lanes.walk(lane, rank, WALKED):
+            may: dict[str, bool] = {}  # by tenant
+            for waiting, ahead in lanes.walk(lane, rank, WALKED):
+                tenant = waiting.item.tenant
+                if tenant not in may:
+                    may[tenant] = taken[lanes.over(waiting, now)]
                 before = (others + ahead + waiting.cost) * there
-                if hopeless[waiting.over] or (mine + waiting.item.context) * here < before:
+                if may[tenant] and (hopeless[waiting.over] or (mine + waiting.item.context) * here < before):
                     yield waiting
-
-    def _may(self, waiting: Waiting, slot: int, takes: Sequence[bool], now: float) -> bool:
-        """Whether `slot` takes it now. `takes`: those of its class, by whether their tenants are above their
-        share."""
-        item = waiting.item
-        return (all(takes) or takes[self._lanes.over(waiting, now)]) and bool(
-            self._fleet.eligible(item.service_class, item.model)[slot]
-        )
 
     def _move(self, waiting: Waiting, slot: int, now: float) -> None:
         view = self._scorer.view(waiting, now)
