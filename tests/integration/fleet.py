@@ -14,8 +14,8 @@ import orjson
 from broker import processes
 from broker.server import NatsServer
 from tests.integration.cluster import NatsCluster
+from tests.waiting import LIMIT
 
-LIMIT = 30.0
 _SKEWED = str(Path(__file__).parents[1] / "chaos" / "skewed.py")
 
 
