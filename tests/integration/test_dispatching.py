@@ -221,10 +221,10 @@ async def test_who_leads_next_knows_what_tenants_were_served_and_how_far_request
     engines = [await sim.start(FAST.model_copy(update={"beta0": 5})) for _ in range(2)]
     async with serving(broker, engines[0], "w2") as other, desk(server.url, "s1") as first:
         await led(other)
-        await (await caller.submit(50)).finishes()
+        await (await caller.submit(300)).finishes()
 
-        async def noted() -> bool:
-            return (await ledger.read(broker, "sim")).served.get("standard", {}).get("acme", 0.0) > 90
+        async def noted() -> bool:  # it fades by a tenth a second
+            return (await ledger.read(broker, "sim")).served.get("standard", {}).get("acme", 0.0) > 100
 
         await until(noted)
         async with serving(broker, engines[1], "w1", drain_timeout=0.0) as one:
