@@ -415,10 +415,10 @@ class Dispatching:
                 except errors.MalformedMessage:
                     pass  # someone else wrote there
                 except (errors.Unavailable, TimeoutError) as exc:
+                    if time.monotonic() >= self._journal_from:  # not once for each of those asked
+                        why = str(exc) or "no answer in time"
+                        _log.warning("how far requests have come is not known: %s", why)
                     self._journal_from = time.monotonic() + _ASKED
-                    _log.warning(
-                        "how far requests have come is not known: %s", str(exc) or "no answer in time"
-                    )
         if come.begun:
             queued.done = come.tokens
             item = dataclasses.replace(item, deadline=math.inf, done_tokens=come.tokens)
