@@ -175,7 +175,8 @@ async def _measure(strikes: dict[str, int]) -> dict[str, dict[str, list[float]]]
             for _ in range(count):
                 for name, seconds in (await _strike(kind, watch, schedulers)).items():
                     found[kind][name].append(seconds)
-            results.say(f"  {kind}: {count} times")
+            told = (f"{name} {max(seconds):.2f} s" for name, seconds in found[kind].items())
+            results.say(f"  {kind}, {count} times: at most {', '.join(told)}")
     return found
 
 
