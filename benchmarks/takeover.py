@@ -28,7 +28,7 @@ from broker.config import BrokerConfig
 from broker.messages import Dispatch, Request, Sent, ServiceClass
 from broker.server import NatsServer
 
-STRIKES = {"leader killed": 8, "leader hangs for 5 s": 5, "standby killed": 2, "both killed": 2}
+STRIKES = {"leader killed": 6, "leader hangs for 5 s": 4, "standby killed": 2, "both killed": 2}
 HANGS = 5.0
 RATE = 50.0
 """Requests a second."""
