@@ -101,7 +101,7 @@ class Shares:
         return next(self.within((name,), now), None) is None
 
     def within(self, names: Iterable[str], now: float) -> Iterator[str]:
-        """Those of these tenants of which that is not so."""
+        """Those of these tenants, of which there is one at least, of which that is not so."""
         fade = now / self._memory
         share = (math.exp(self._total - fade) + self._waiting) / self._weights
         for name in names:

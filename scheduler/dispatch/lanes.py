@@ -102,6 +102,8 @@ class _Queue:
 
     def first_within(self, shares: Shares, now: float) -> Waiting | None:
         """The same of those tenants that are not above their share."""
+        if not self.lines:
+            return None
         least = shares.by_service(self.lines)[: PASSED + 1]
         tenant = next(shares.within(least, now), None)
         return self._oldest(tenant) if tenant is not None else None
