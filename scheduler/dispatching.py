@@ -168,6 +168,7 @@ class Dispatching:
         self._steps: tuple[Steps, ...] = ()
         self._noted = 0.0  # when the shares were; inf = they are being noted
         self._asking = asyncio.Semaphore(_ASKS)
+        self._bounced = asyncio.Event()  # what still comes to who dispatched before is handed on
         self._journal_from = 0.0  # when it is asked again, after it did not answer
         self._paused_until = -math.inf
 
@@ -215,6 +216,7 @@ class Dispatching:
         if not self._epoch:
             self._epoch = self._leader.revision
             _log.info("dispatching", extra={"epoch": self._epoch})
+            self._bounced.clear()
             self._spawn(self._bounce())
         told = Dispatch(
             scheduler=self._name,
@@ -300,7 +302,9 @@ class Dispatching:
                 if beat.base == base_model:
                     self._observe(beat, beat.credit, beat.dispatched)
             await self._fill(base_model, queue)
-            # What another dispatcher had and left. What it sent is told of at once, by who lives.
+            # What another dispatcher had and left, and has got until now. What it sent is told of at once, by
+            # who lives.
+            await self._bounced.wait()
             await self._guard.hand_on_unclaimed(base_model, _TICK)
 
     async def _resume(self, base_model: str, dispatcher: Dispatcher) -> None:
@@ -342,11 +346,13 @@ class Dispatching:
 
     async def _bounce(self) -> None:
         """Hand on what is still delivered to the one that dispatched before, if it hangs."""
-        if self._before is None or time.monotonic() - self._before[0] > PULLS_STAND:
-            return
-        before = self._before[1]
-        if before.inbox:
-            await self._guard.bounce(before.scheduler, before.inbox)
+        try:
+            if self._before is not None and time.monotonic() - self._before[0] <= PULLS_STAND:
+                before = self._before[1]
+                if before.inbox:
+                    await self._guard.bounce(before.scheduler, before.inbox)
+        finally:
+            self._bounced.set()
 
     async def _fill(self, base_model: str, queue: _Queue) -> None:
         """Have the broker hand us what is queued, up to the window."""
