@@ -11,6 +11,7 @@ nobody tells of is handed on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -341,8 +342,12 @@ class Dispatching:
             told = Dispatch.model_validate_json(message.data)
         except ValidationError:
             return
-        if told.scheduler != self._name:
+        if told.scheduler == self._name:
+            return
+        if told.bases:
             self._before = time.monotonic(), told
+        else:
+            self._guard.is_awake(told.inbox)
 
     async def _bounce(self) -> None:
         """Hand on what is still delivered to the one that dispatched before, if it hangs."""
@@ -673,11 +678,17 @@ class Dispatching:
     async def _stop(self, give_back: bool) -> None:
         """Take and send nothing more. `give_back`: nobody else can have what waits here."""
         queues, self._queues = self._queues, {}
-        self._epoch, self._steps = 0, ()
+        epoch, self._epoch, self._steps = self._epoch, 0, ()
         metrics.STEP.clear()
         self._out.clear()
         for queue in queues.values():
             await self._close(queue, give_back)
+        if epoch and self._broker.connected:
+            # Nothing is delivered to us any more: whoever hands that on must listen no longer, else its
+            # listening would keep our pulls standing when it hangs itself.
+            told = Dispatch(scheduler=self._name, epoch=epoch, bases=(), inbox=self._broker.inbox)
+            with contextlib.suppress(errors.HeadraceError):
+                await self._broker.publish(subjects.DISPATCH, told.model_dump_json().encode())
 
     # Callers
 

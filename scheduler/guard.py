@@ -65,8 +65,7 @@ class Guard:
 
     def on_heartbeat(self, beat: Heartbeat, now: float) -> bool:
         """Whether the worker must be asked for its roster."""
-        if beat.inbox in self._bounced:
-            self._heard.add(beat.inbox)
+        self.is_awake(beat.inbox)
         return self._held.beat(beat, now)
 
     def on_held(self, message: base.Message) -> None:
@@ -126,6 +125,11 @@ class Guard:
         has gone they end with its connection, unless we listen in its place."""
         if await self._broker.listens(subjects.roster(name)):
             self._bounced[inbox] = time.monotonic() + PULLS_STAND, await self._broker.bounce(inbox)
+
+    def is_awake(self, inbox: str) -> None:
+        """Whose pulls had to be bounced has ended them."""
+        if inbox in self._bounced:
+            self._heard.add(inbox)
 
     async def hand_on_unclaimed(self, base_model: str, patience: float | None = None) -> None:
         """What a worker was delivered and had no time to tell of, or a dispatcher to hand out, before it was
