@@ -325,7 +325,10 @@ class Steps(_Wire):
 
 
 class Dispatch(_Wire):
-    """`dispatch`, every 100 ms: a scheduler hands out the requests of `bases`; their workers pull none."""
+    """`dispatch`, every 100 ms: a scheduler hands out the requests of `bases`; their workers pull none.
+
+    One that stops says it once more, with no bases: then nothing is delivered to its inbox any more.
+    """
 
     scheduler: Name
     epoch: int = Field(description="grows with each scheduler that leads")

@@ -591,16 +591,31 @@ async def test_requests_pass_a_leader_that_hangs(tmp_path: Path) -> None:
             await fleet.start("worker", worker__name="w1", **settings)
             await until(lambda: wire.dispatched and wire.dispatched[-1].bases)
             await (await caller.submit(3)).finishes()
-            leads = wire.dispatched[-1].scheduler
-            hung = desks[leads].process
-            hung.send_signal(signal.SIGSTOP)
-            try:
-                await until(lambda: wire.dispatched[-1].scheduler != leads and wire.dispatched[-1].bases)
-                for call in [await caller.submit(3) for _ in range(20)]:
+            for _ in desks:  # the second in turn had to hand on for the first, and must have left off
+                await until(lambda: _leads(wire))
+                leads = _leads(wire)
+                hung = desks[leads].process
+                hung.send_signal(signal.SIGSTOP)
+                try:
+                    calls = [await caller.submit(3) for _ in range(20)]
+                    await until(lambda: _leads(wire) not in ("", leads))  # noqa: B023
+                    calls += [await caller.submit(3) for _ in range(20)]
+                    for call in calls:
+                        await call.finishes()
+                finally:
+                    hung.send_signal(signal.SIGCONT)
+                await until(lambda: _left(wire, leads))  # noqa: B023
+                for call in [await caller.submit(3) for _ in range(5)]:
                     await call.finishes()
-            finally:
-                hung.send_signal(signal.SIGCONT)
-            for call in [await caller.submit(3) for _ in range(5)]:
-                await call.finishes()
             await caller.drained()
-            assert len(await caller.usage(26)) == 26
+            assert len(await caller.usage(91)) == 91
+
+
+def _leads(wire: Wire) -> str:
+    last = wire.dispatched[-1]
+    return last.scheduler if last.bases else ""
+
+
+def _left(wire: Wire, scheduler: str) -> bool:
+    """Whether its last word was that it dispatches no longer."""
+    return not next(told for told in reversed(wire.dispatched) if told.scheduler == scheduler).bases
