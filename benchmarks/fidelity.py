@@ -1,9 +1,12 @@
 """One workload on a fleet of processes and in the simulator: do the simulator's figures hold?
 
-`fidelity.toml` says what the fleet is and what it is asked. The fleet is nats-server, ingress, scheduler and
-sim workers, each a process, asked over HTTP at the moments at which the simulator's requests come. A prompt is
-made so that its blocks are shared as the simulated one's are. The goal: p50 and p99 of the times to the first
+The fleet is nats-server, ingress, scheduler and sim workers, each a process, asked over HTTP when the
+simulator's requests come. A prompt is made so that its blocks are shared as the simulated one's are.
+`fidelity.toml` says what the fleet is and what it is asked. The goal: p50 and p99 of the times to the first
 token, and the prefix hits, within 10 % of each other.
+
+`refusals.toml` asks for more than can be in time. Who is refused asks again at once, without a deadline, and
+learns how long it would have waited. The goal: most were told so within 25 %.
 """
 
 from __future__ import annotations
@@ -27,15 +30,21 @@ from broker import subjects
 from ops.simulate import command, fleet_file
 from ops.simulate.calls import Call
 from ops.simulate.fleet_file import FleetFile
-from ops.simulate.record import Record
+from ops.simulate.policies import Policy
 from ops.simulate.run import simulate
+from scheduler.dispatch.types import Decision, Item, Shed, WorkerState
 
-FILE = Path(__file__).with_suffix(".toml")
+FOLDER = Path(__file__).parent
+TENANT = "anonymous"
+"""Who asks without a key. Nobody has a share to be held to here."""
+RIGHT = 0.25
+"""A wait was foretold right if it was by no more off the one that came."""
 LEAD = 0.5
 """Seconds from the start of a replay to its first request."""
 TIMEOUT = 120.0
 TOKEN_BYTES = 4
 """Of the sim engine's tokens."""
+WARM = {"model": "sim", "max_tokens": 4, "stream": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,50 +52,123 @@ class Answer:
     """Times in seconds, nan where none; lengths in tokens.
 
     Attributes:
-        ttft: as its client saw it. `queue`: what of it was spent in the queue.
-        error: by what the time from the send to a worker to the first token was off the foretold.
-        cached: of its prompt; -1 = it was not served.
-        retry: the Retry-After of one that was refused.
+        ttft: as its client saw it; of one that was refused, from when it asked again.
+        queue: what of it was spent in the queue.
+        error: by what the time to the first token was off the foretold, on the worker's side.
+        cached: of its prompt.
+        told: after how long one that was refused was told to ask again.
     """
 
-    ttft: float = math.nan
-    queue: float = math.nan
-    error: float = math.nan
-    cached: int = -1
-    retry: float = math.nan
+    ttft: float
+    queue: float
+    error: float
+    cached: int
+    told: float = math.nan
 
 
 def run(quick: bool) -> dict[str, Any]:
-    file = fleet_file.load(FILE, {"duration": 25.0, "warmup": 5.0} if quick else {})
-    calls = [dataclasses.replace(call, max_tokens=call.output) for call in command.calls(file)]
-    simulated = simulate(file, command.policy(file, "lanes")[0], iter(calls))
-    answers, foreign = quiet.undisturbed(functools.partial(replay, file, calls))
-    counted = [number for number, call in enumerate(calls) if call.at >= file.warmup]
-    shareable = [calls[number].shareable for number in counted]
-    sides = {
-        "simulated": _figures([_simulated(simulated, number) for number in counted], shareable),
-        "measured": _figures([answers[number] for number in counted], shareable),
-    }
-    ratios = {
-        name: sides["measured"][name] / sides["simulated"][name] for name in ("p50_ms", "p99_ms", "hit_rate")
-    }
-    results.say(f"  {sides}\n  {ratios}")
+    shorter = {"duration": 25.0, "warmup": 5.0} if quick else {}
+    found: dict[str, Any] = {"foreign": []}
+    for name, figures in (("fidelity", _figures), ("refusals", _told)):
+        file = fleet_file.load(FOLDER / f"{name}.toml", shorter)
+        asked = calls(file)
+        answers, foreign = quiet.undisturbed(functools.partial(replay, file, asked))
+        counted = [number for number, call in enumerate(asked) if call.at >= file.warmup]
+        found[name] = {
+            side: figures([of[number] for number in counted], [asked[number] for number in counted])
+            for side, of in (("simulated", simulated(file, asked)), ("measured", answers))
+        }
+        found["foreign"].append(foreign)
+        results.say(f"  {name}: {found[name]}")
+    both = found["fidelity"]
+    ratios = {key: both["measured"][key] / both["simulated"][key] for key in ("p50_ms", "p99_ms", "hit_rate")}
+    results.say(f"  measured by simulated: {ratios}")
     return {
         "workers": file.workers[0].count,
-        "requests": len(counted),
-        "rate": len(counted) / (file.duration - file.warmup),
-        **sides,
+        **both,
         "ratios": ratios,
-        "cores_used_by_others": foreign,
+        "refusals": found["refusals"],
+        "cores_used_by_others": max(found["foreign"]),
     }
+
+
+def calls(file: FleetFile) -> list[Call]:
+    """What is asked. Their clients name the length of the answer."""
+    return [dataclasses.replace(call, max_tokens=call.output, tenant=TENANT) for call in command.calls(file)]
+
+
+# The simulator
+
+
+class Insisting:
+    """A dispatcher whose clients ask again without a deadline as soon as they are refused.
+
+    Attributes:
+        told: by request, when it was refused and what it was told.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._items: dict[int, Item] = {}
+        self.told: dict[int, tuple[float, float]] = {}
+
+    def arrive(self, item: Item, now: float) -> None:
+        self._items[item.key] = item
+        self._policy.arrive(item, now)
+
+    def state(self, state: WorkerState, now: float) -> None:
+        self._policy.state(state, now)
+
+    def first(self, key: int, now: float, cached_tokens: int) -> None:
+        self._policy.first(key, now, cached_tokens)
+
+    def finish(
+        self, key: int, now: float, prompt_tokens: int, cached_tokens: int, output_tokens: int
+    ) -> None:
+        self._policy.finish(key, now, prompt_tokens, cached_tokens, output_tokens)
+
+    def returned(self, key: int, now: float) -> None:
+        self._policy.returned(key, now)
+
+    def decide(self, now: float) -> Sequence[Decision]:
+        out: list[Decision] = []
+        while True:
+            decided = self._policy.decide(now)
+            refused = [each for each in decided if isinstance(each, Shed)]
+            out += [each for each in decided if not isinstance(each, Shed)]
+            for each in refused:
+                self.told[each.key] = now, each.retry_after_s
+                again = dataclasses.replace(self._items[each.key], arrived=now, deadline=math.inf)
+                self._policy.arrive(again, now)
+            if not refused:
+                return out
+
+    def next_due(self, now: float) -> float:
+        return self._policy.next_due(now)
+
+
+def simulated(file: FleetFile, asked: Sequence[Call]) -> list[Answer]:
+    policy = Insisting(command.policy(file, "lanes")[0])
+    record = simulate(file, policy, iter(asked))
+    found = []
+    for number, call in enumerate(asked):
+        came, told = policy.told.get(number, (call.at, math.nan))
+        sent, first = record.sent[number], record.first[number]
+        error = first - sent - record.predicted[number]
+        found.append(Answer(first - came, sent - came, error, record.cached[number], told))
+    return found
+
+
+# The fleet
 
 
 def settings(file: FleetFile) -> dict[str, object]:
     """The fleet's, as flags: those of the engine and of the dispatcher that are not the defaults."""
     (workers,) = file.workers
-    return {
-        f"sim__{name}": value for name, value in workers.engine.model_dump(exclude_unset=True).items()
-    } | {f"dispatch__{name}": value for name, value in file.dispatch.model_dump(exclude_unset=True).items()}
+    engine, dispatch = (of.model_dump(exclude_unset=True) for of in (workers.engine, file.dispatch))
+    return {f"sim__{key}": value for key, value in engine.items()} | {
+        f"dispatch__{key}": value for key, value in dispatch.items()
+    }
 
 
 def body(call: Call, block_size: int) -> dict[str, Any]:
@@ -102,32 +184,29 @@ def body(call: Call, block_size: int) -> dict[str, Any]:
     }
 
 
-def replay(file: FleetFile, calls: Sequence[Call]) -> list[Answer]:
+def replay(file: FleetFile, asked: Sequence[Call]) -> list[Answer]:
     """Ask all of it of a new fleet, each at its time."""
     with (
         fleet.up("sim", file.workers[0].count, **settings(file)) as up,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(_replay(file, up, calls))
+        return runner.run(_replay(file, up, asked))
 
 
-async def _replay(file: FleetFile, up: fleet.Running, calls: Sequence[Call]) -> list[Answer]:
-    await _workers(up.nats, sum(section.count for section in file.workers))
+async def _replay(file: FleetFile, up: fleet.Running, asked: Sequence[Call]) -> list[Answer]:
+    await _workers(up.nats, file.workers[0].count)
     client = Client(up.url)
     # What each process does for the first time takes it longer.
     await asyncio.gather(*(client.ask({**WARM, "prompt": f"{n:04}"}, "interactive") for n in range(16)))
-    bodies = [body(call, file.block_size) for call in calls]
+    bodies = [body(call, file.block_size) for call in asked]
     begin = now() + LEAD
 
     async def ask(number: int) -> Answer:
-        source = file.sources[calls[number].source]
-        await asyncio.sleep(begin + calls[number].at - now())
+        source = file.sources[asked[number].source]
+        await asyncio.sleep(begin + asked[number].at - now())
         return await client.ask(bodies[number], source.service_class, source.deadline_ms / 1000)
 
-    return await asyncio.gather(*(ask(number) for number in range(len(calls))))
-
-
-WARM = {"model": "sim", "max_tokens": 4, "stream": True}
+    return await asyncio.gather(*(ask(number) for number in range(len(asked))))
 
 
 async def _workers(url: str, count: int) -> None:
@@ -149,6 +228,7 @@ class Client:
         self._idle: list[Connection] = []
 
     async def ask(self, asked: dict[str, Any], service_class: str, deadline: float = 0.0) -> Answer:
+        """Raises RuntimeError where it is neither answered nor refused for its deadline."""
         data = orjson.dumps(asked)
         until = f"X-Headrace-Timeout: {deadline}\r\n" if deadline else ""
         head = (
@@ -160,7 +240,20 @@ class Client:
         await connection.run(stream, head.encode() + data, TIMEOUT)
         if connection.open:
             self._idle.append(connection)
-        return _answer(stream)
+        status, headers = _head(stream)
+        if deadline and "retry-after-ms" in headers:
+            told = float(headers["retry-after-ms"]) / 1000
+            return dataclasses.replace(await self.ask(asked, service_class), told=told)
+        if stream.broken or status != 200:
+            raise RuntimeError(stream.broken or f"status {status}")
+        first = next(at for at, data in events(stream.reads) if b'"text"' in data)
+        parts = dict(part.split(";dur=") for part in headers["server-timing"].split(", "))
+        return Answer(
+            ttft=first - stream.sent,
+            queue=float(parts["queue"]) / 1000,
+            error=(float(parts["ttft"]) - float(parts["predicted"])) / 1000,
+            cached=int(headers["x-headrace-prefix-hit"].partition("/")[0]),
+        )
 
     async def _connection(self) -> Connection:
         while self._idle:
@@ -171,50 +264,42 @@ class Client:
         return made
 
 
-def _answer(stream: Stream) -> Answer:
-    """Raises RuntimeError where it is neither an answer nor a refusal for want of capacity."""
+def _head(stream: Stream) -> tuple[int, dict[str, str]]:
+    """Status and headers; 0 where there are none."""
     head, _, _ = b"".join(data for _, data in stream.reads).partition(b"\r\n\r\n")
     status, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
-    if " 429 " in status:
-        return Answer(retry=float(headers["retry-after"]))
-    if stream.broken:
-        raise RuntimeError(stream.broken)
-    first = next(at for at, data in events(stream.reads) if b'"text"' in data)
-    told = dict(part.split(";dur=") for part in headers["server-timing"].split(", "))
-    queue, ttft, predicted = (float(told[name]) / 1000 for name in ("queue", "ttft", "predicted"))
-    return Answer(
-        ttft=first - stream.sent,
-        queue=queue,
-        error=ttft - predicted,
-        cached=int(headers["x-headrace-prefix-hit"].partition("/")[0]),
-    )
+    return int(status.split()[1]) if status else 0, headers
 
 
-def _simulated(record: Record, number: int) -> Answer:
-    sent, first = record.sent[number], record.first[number]
-    return Answer(
-        ttft=first - record.at[number],
-        queue=sent - record.at[number],
-        error=first - sent - record.predicted[number],
-        cached=record.cached[number],
-        retry=record.retry[number],
-    )
+# Figures
 
 
-def _figures(answers: Sequence[Answer], shareable: Sequence[int]) -> dict[str, float]:
-    served = [(answer, most) for answer, most in zip(answers, shareable, strict=True) if answer.cached >= 0]
-    ttft = [answer.ttft * 1000 for answer, _ in served]
+def _figures(answers: Sequence[Answer], asked: Sequence[Call]) -> dict[str, float]:
+    ttft = [1000 * answer.ttft for answer in answers]
+    queue = [1000 * answer.queue for answer in answers]
+    errors = [1000 * abs(answer.error) for answer in answers]
+    shared = sum(min(answer.cached, call.shareable) for answer, call in zip(answers, asked, strict=True))
     return {
-        "p50_ms": results.percentile(ttft, 50),
-        "p90_ms": results.percentile(ttft, 90),
-        "p99_ms": results.percentile(ttft, 99),
-        "queue_p50_ms": results.percentile([answer.queue * 1000 for answer, _ in served], 50),
-        "queue_p99_ms": results.percentile([answer.queue * 1000 for answer, _ in served], 99),
-        "hit_rate": sum(min(answer.cached, most) for answer, most in served)
-        / sum(most for _, most in served),
-        "error_p90_ms": results.percentile([abs(answer.error) * 1000 for answer, _ in served], 90),
-        "refused": len(answers) - len(served),
+        "requests": len(answers),
+        **{f"p{p}_ms": results.percentile(ttft, p) for p in (50, 90, 99)},
+        "queue_p99_ms": results.percentile(queue, 99),
+        "hit_rate": shared / sum(call.shareable for call in asked),
+        "error_p90_ms": results.percentile(errors, 90),
+    }
+
+
+def _told(answers: Sequence[Answer], asked: Sequence[Call]) -> dict[str, float]:
+    """Of those that were refused."""
+    told = [(answer.told, answer.ttft) for answer in answers if not math.isnan(answer.told)]
+    ratios = [foretold / came for foretold, came in told]
+    return {
+        "requests": len(answers),
+        "refused": len(told),
+        "told_p50_s": results.percentile([foretold for foretold, _ in told], 50),
+        "waited_p50_s": results.percentile([came for _, came in told], 50),
+        "right": sum(abs(ratio - 1) <= RIGHT for ratio in ratios) / len(ratios),
+        **{f"ratio_p{p}": results.percentile(ratios, p) for p in (10, 50, 90)},
     }
 
 
