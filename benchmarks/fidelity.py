@@ -26,7 +26,7 @@ import uvloop
 
 from benchmarks import fleet, quiet, results
 from benchmarks.load import Connection, Stream, events, now
-from broker import subjects
+from broker import errors, subjects
 from ops.simulate import command, fleet_file
 from ops.simulate.calls import Call
 from ops.simulate.fleet_file import FleetFile
@@ -44,6 +44,7 @@ LEAD = 0.5
 TIMEOUT = 120.0
 TOKEN_BYTES = 4
 """Of the sim engine's tokens."""
+REFUSED = (errors.Overloaded.status, errors.DeadlineExceeded.status)
 WARM = {"model": "sim", "max_tokens": 4, "stream": True}
 
 
@@ -56,7 +57,7 @@ class Answer:
         queue: what of it was spent in the queue.
         error: by what the time to the first token was off the foretold, on the worker's side.
         cached: of its prompt.
-        told: after how long one that was refused was told to ask again.
+        told: after how long one that was refused was told to ask again; 0 = not told, its deadline passed.
     """
 
     ttft: float
@@ -241,8 +242,8 @@ class Client:
         if connection.open:
             self._idle.append(connection)
         status, headers = _head(stream)
-        if deadline and "retry-after-ms" in headers:
-            told = float(headers["retry-after-ms"]) / 1000
+        if deadline and status in REFUSED:
+            told = float(headers.get("retry-after-ms", 0)) / 1000
             return dataclasses.replace(await self.ask(asked, service_class), told=told)
         if stream.broken or status != 200:
             raise RuntimeError(stream.broken or f"status {status}")
@@ -278,14 +279,14 @@ def _head(stream: Stream) -> tuple[int, dict[str, str]]:
 def _figures(answers: Sequence[Answer], asked: Sequence[Call]) -> dict[str, float]:
     ttft = [1000 * answer.ttft for answer in answers]
     queue = [1000 * answer.queue for answer in answers]
-    errors = [1000 * abs(answer.error) for answer in answers]
+    off = [1000 * abs(answer.error) for answer in answers]
     shared = sum(min(answer.cached, call.shareable) for answer, call in zip(answers, asked, strict=True))
     return {
         "requests": len(answers),
         **{f"p{p}_ms": results.percentile(ttft, p) for p in (50, 90, 99)},
         "queue_p99_ms": results.percentile(queue, 99),
         "hit_rate": shared / sum(call.shareable for call in asked),
-        "error_p90_ms": results.percentile(errors, 90),
+        "error_p90_ms": results.percentile(off, 90),
     }
 
 

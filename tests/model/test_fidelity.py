@@ -143,7 +143,7 @@ def _first(frame: Frame, after: float) -> Answer | None:
     """What the frame that bears the first token says, or the one that refuses."""
     nan = float("nan")
     if frame.kind is FrameKind.ERROR:
-        return Answer(nan, nan, nan, -1, told=frame.extra["retry_after"])
+        return Answer(nan, nan, nan, -1, told=frame.extra.get("retry_after", 0.0))
     if not frame.ids:
         return None
     told: dict[str, Any] = frame.extra["timing"]
