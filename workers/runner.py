@@ -354,7 +354,8 @@ class Worker:
             return
         self._steps = stats.steps
         before = self._uncomputed.tokens
-        self._uncomputed.step(stats.step_tokens - max(0, stats.running - len(self._prefilling)))
+        decodes = max(0, stats.running + stats.waiting - len(self._prefilling))
+        self._uncomputed.step(stats.step_tokens - decodes)
         if self._uncomputed.tokens != before:
             self._top_up()
 
