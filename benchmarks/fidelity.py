@@ -27,6 +27,7 @@ import uvloop
 from benchmarks import fleet, quiet, results
 from benchmarks.load import Connection, Stream, events, now
 from broker import errors, subjects
+from broker.messages import Dispatch
 from ops.simulate import command, fleet_file
 from ops.simulate.calls import Call
 from ops.simulate.fleet_file import FleetFile
@@ -167,9 +168,11 @@ def settings(file: FleetFile) -> dict[str, object]:
     """The fleet's, as flags: those of the engine and of the dispatcher that are not the defaults."""
     (workers,) = file.workers
     engine, dispatch = (of.model_dump(exclude_unset=True) for of in (workers.engine, file.dispatch))
-    return {f"sim__{key}": value for key, value in engine.items()} | {
-        f"dispatch__{key}": value for key, value in dispatch.items()
-    }
+    return (
+        {f"sim__{key}": value for key, value in engine.items()}
+        | {f"dispatch__{key}": value for key, value in dispatch.items()}
+        | {"ingress__keepalive": TIMEOUT}
+    )  # an answer's head tells of its first token where it comes with it
 
 
 def body(call: Call, block_size: int) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def replay(file: FleetFile, asked: Sequence[Call]) -> list[Answer]:
 
 
 async def _replay(file: FleetFile, up: fleet.Running, asked: Sequence[Call]) -> list[Answer]:
-    await _workers(up.nats, file.workers[0].count)
+    await _ready(up.nats, file.workers[0].count)
     client = Client(up.url)
     # What each process does for the first time takes it longer.
     await asyncio.gather(*(client.ask({**WARM, "prompt": f"{n:04}"}, "interactive") for n in range(16)))
@@ -210,14 +213,17 @@ async def _replay(file: FleetFile, up: fleet.Running, asked: Sequence[Call]) -> 
     return await asyncio.gather(*(ask(number) for number in range(len(asked))))
 
 
-async def _workers(url: str, count: int) -> None:
-    """Until so many are heard."""
+async def _ready(url: str, count: int) -> None:
+    """Until so many workers are heard, and a scheduler hands requests out."""
     connection = await nats.connect(url)
     heard: set[str] = set()
+    beats = await connection.subscribe(subjects.ALL_HEARTBEATS)
+    words = await connection.subscribe(subjects.DISPATCH)
     async with asyncio.timeout(fleet.START):
-        subscription = await connection.subscribe(subjects.ALL_HEARTBEATS)
         while len(heard) < count:
-            heard.add((await subscription.next_msg(timeout=fleet.START)).subject)
+            heard.add((await beats.next_msg(timeout=fleet.START)).subject)
+        while not Dispatch.model_validate_json((await words.next_msg(timeout=fleet.START)).data).bases:
+            pass
     await connection.close()
 
 

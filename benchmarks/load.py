@@ -113,12 +113,13 @@ class Connection(asyncio.Protocol):
             return
         reads = stream.reads
         reads.append((now(), data))
+        if len(reads) == 1 and not data.startswith(b"HTTP/1.1 200"):
+            self._finish("status: " + data[:400].decode("latin-1"))
+            return
         if len(data) < len(LAST_CHUNK):  # the last chunk itself, cut between two reads
             data = b"".join(part for _, part in reads[-len(LAST_CHUNK) :])
         if data.endswith(LAST_CHUNK):
             self._finish("")
-        elif len(reads) == 1 and not data.startswith(b"HTTP/1.1 200"):
-            self._finish("status: " + data[:400].decode("latin-1"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
