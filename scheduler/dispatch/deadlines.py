@@ -80,7 +80,7 @@ class Deadlines:
             self.watch(waiting, now)
 
     def _least(self, view: View) -> float:
-        return float(self._scorer.after_send(view)[view.eligible].min())
+        return float(self._scorer.after_send(view).min())
 
     def _hurry_at(self, waiting: Waiting) -> float:
         return waiting.item.deadline - waiting.least * (1.0 + 2.0 / STEPS)
