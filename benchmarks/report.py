@@ -322,8 +322,8 @@ _FIDELITY = """\
 One workload on {workers} sim workers as processes, with nats-server, scheduler and ingress, asked over HTTP
 ("measured"), and in the simulator ("simulated"): {requests:,} requests counted, of
 `benchmarks/fidelity.toml`. "Error p90": by how much the time to the first token was off what the dispatcher
-foretold at the send, nine of ten at most. Other processes used {cores_used_by_others:.2f} cores at most, in this
-run or the next.
+foretold at the send, nine of ten at most. Other processes used {cores_used_by_others:.2f} cores at
+most, in this run or the next.
 """
 
 _REFUSALS = """\
