@@ -27,6 +27,11 @@ STEP = Gauge(
     "A full step of the slowest worker of a class, as the dispatcher learned",
     ["base", "class"],
 )
+TTFT_ERROR = Gauge(
+    "headrace_ttft_error_p90_seconds",
+    "By what the time from a send to the first token was off the foretold, nine of the last ten at most",
+    ["base"],
+)
 PREEMPTED = Counter("headrace_preempted_total", "Running requests taken back for more urgent ones")
 
 DESIRED = Gauge("headrace_desired_replicas", "Workers that the load of a base asks for", ["base"])
