@@ -59,6 +59,12 @@ class DispatchConfig(BaseModel):
     burst: int = Field(
         8192, ge=0, description="tokens that a tenant may be above its share and count as within"
     )
+    reserve: float = Field(
+        1.6,
+        ge=1,
+        description="so many times the workers that more urgent classes, and tenants within their share, "
+        "fill keep room for them; on the others whoever comes may take all",
+    )
     pools: dict[ServiceClass, Pool] = Field(
         {},
         description="least_step_tokens and most_step_tokens of each class's workers, where such are there; a "

@@ -34,6 +34,9 @@ from scheduler.dispatch.types import Decision, Explanation, Item, Send, Shed, Wo
 MOVES = 8
 """Requests that change lanes or are refused before a worker with credit is left for the next call."""
 
+KEPT_FOR = 0.05
+"""Seconds until it is looked again how many workers those who go first need."""
+
 TOO_LATE = "its first token would come after its deadline"
 
 MOST_URGENT = next(iter(ServiceClass))
@@ -61,6 +64,7 @@ class Dispatcher:
         self._explained = Explanations(config.explained)
         self._dirty: dict[int, None] = {}  # slots to be served, in order
         self._refused: list[Decision] = []
+        self._kept_at = -math.inf
 
     # What happens
 
@@ -169,6 +173,8 @@ class Dispatcher:
     def decide(self, now: float) -> list[Decision]:
         """All that is to be done now."""
         out: list[Decision] = []
+        if now >= self._kept_at + KEPT_FOR:
+            self._keep(now)
         self._ring(now)
         self._dirty |= dict.fromkeys(self._places.put_stranded(now))
         again: dict[int, None] = {}
@@ -220,6 +226,15 @@ class Dispatcher:
 
     # Serving
 
+    def _keep(self, now: float) -> None:
+        """Keep as many workers as those who go first need; the others are for whoever comes."""
+        fleet, slots = self._fleet, np.flatnonzero(self._fleet.serving)
+        if len(slots):
+            rate = self._predictor.rate(fleet.step_tokens)[slots].mean()
+            needs = self._running.reserve.needs(rate, fleet.slots[slots].mean(), fleet.kv_total[slots].mean(), now)
+            fleet.keep(self._config.reserve * needs)
+        self._kept_at = now
+
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
         """Send the worker what it takes. False: there is more to do for it."""
         skipped: set[int] = set()  # rows of the lanes
@@ -232,7 +247,7 @@ class Dispatcher:
                 return True
             item = waiting.item
             over = self._lanes.over(waiting, now)
-            if not self._fleet.takes(slot, item.service_class, over, now):
+            if not self._fleet.takes(slot, item, over, now):
                 skipped.update(range(2 * waiting.rank + over, 2 * waiting.rank + 2))
                 continue
             if waiting.version != self._fleet.version:
@@ -247,8 +262,10 @@ class Dispatcher:
             if now + predicted > item.deadline:
                 self._give_up(waiting, now)
                 left -= 1
-            elif self._running.fits(slot, item, self._fleet.fills_as(item.service_class, now), now):
-                self._send(waiting, now, predicted, out)
+            elif self._running.fits(
+                slot, item, self._fleet.fills_as(slot, item.service_class, over, now), now
+            ):
+                self._send(waiting, over, now, predicted, out)
             else:
                 self._no_room(waiting, now)
                 skipped |= {2 * waiting.rank, 2 * waiting.rank + 1}
@@ -261,7 +278,9 @@ class Dispatcher:
         below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
         self._fleet.full[rank:below, slot] = True
 
-    def _send(self, waiting: Waiting, now: float, predicted: float, out: list[Decision]) -> None:
+    def _send(
+        self, waiting: Waiting, over: bool, now: float, predicted: float, out: list[Decision]
+    ) -> None:
         item, slot = waiting.item, waiting.slot
         worker = self._fleet[slot].worker
         tokens = float(self._fleet.pending[slot]) + waiting.cost
@@ -269,11 +288,12 @@ class Dispatcher:
         if waiting.ahead > self._fleet.step_tokens[slot]:
             self._predictor.sent(slot, waiting.ahead, now - waiting.placed)
         self._lanes.charge(slot, waiting)
+        row = 2 * waiting.rank + over
         self.cancel(item.key)
         self._shares[waiting.rank].charge(item.tenant, waiting.cost, now)
         self._index.predict(worker, item.hashes, now)
         self._fleet.sent(slot, item.model, waiting.cost)
-        self._running.add(Sent(item, slot, now, tokens, predicted, hit))
+        self._running.add(Sent(item, slot, now, tokens, predicted, hit, row))
         queue = now - item.arrived
         why = "the best of those that could take it" if waiting.ahead == 0.0 else "its turn in the lane"
         out.append(Send(item.key, worker, queue, predicted, hit, why))

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from broker.messages import ServiceClass
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.lanes import RANKS, ROWS
-from scheduler.dispatch.types import WorkerState
+from scheduler.dispatch.types import Item, WorkerState
 
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-_NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "kv_used")
+_NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "kv_total", "kv_used")
 _FLAGS = ("lives", "serving", "room")
 
 
@@ -44,6 +44,7 @@ class Fleet:
         self.slots: Vector = np.zeros(0)
         self.pending: Vector = np.zeros(0)
         self.load: Vector = np.zeros(0)
+        self.kv_total: Vector = np.zeros(0)
         self.kv_used: Vector = np.zeros(0)
         self.lives: Mask = np.zeros(0, bool)
         self.serving: Mask = np.zeros(0, bool)
@@ -59,6 +60,7 @@ class Fleet:
         self._pools: dict[ServiceClass, Mask] = {}  # workers of a class; made when asked for
         self._has_room: dict[ServiceClass, bool] = {}  # for an adapter; made when asked for
         self._came = [-math.inf for _ in ServiceClass]
+        self._kept = [0] * ROWS  # slots below this are kept for those before the row
 
     def __getitem__(self, slot: int) -> WorkerState:
         return self._said[slot]
@@ -110,6 +112,7 @@ class Fleet:
         self.slots[slot], self.serving[slot] = state.slots_total, state.serving
         self.pending[slot] = state.prefill_held + sum(tokens for _, tokens, _ in since)
         self.load[slot] = state.running + len(since)
+        self.kv_total[slot] = state.kv_total
         self.kv_used[slot] = 1.0 - state.kv_free / state.kv_total if state.kv_total else 0.0
         room = state.adapter_room and not any(loads for _, _, loads in since)
         if room != self.room[slot]:
@@ -121,6 +124,14 @@ class Fleet:
     def note_arrival(self, service_class: ServiceClass, now: float) -> None:
         """A request of the class joined the queue."""
         self._came[RANKS[service_class]] = now
+
+    def keep(self, needs: Vector) -> None:
+        """Keep so many workers, those in the first slots, for those who go before each row."""
+        for service_class, rank in RANKS.items():
+            slots = np.flatnonzero(self._pool(service_class))
+            for row in (2 * rank, 2 * rank + 1):
+                count = math.ceil(needs[row])
+                self._kept[row] = int(slots[count]) if count < len(slots) else len(self.seen)
 
     def distrust(self, slot: int) -> None:
         """What the worker in `slot` said was not so: it is given nothing until it says anew."""
@@ -160,6 +171,15 @@ class Fleet:
         mask = self._pool(service_class)
         return mask if model == self.base else mask & (self._held(model) | self.room)
 
+    def kept(self, slot: int, service_class: ServiceClass, over: bool) -> bool:
+        """Whether it is one of those that are kept for more urgent ones, or for tenants within their share."""
+        return slot < self._kept[2 * RANKS[service_class] + over]
+
+    def closed(self, service_class: ServiceClass, model: str) -> int:
+        """Slots below this are closed to tenants above their share, whom others take."""
+        first = self._kept[2 * RANKS[service_class] + 1]
+        return first if self.eligible(service_class, model)[first:].any() else 0
+
     def runs(self, service_class: ServiceClass, model: str) -> bool:
         """Whether anybody may run it at all."""
         pool, held = self._pool(service_class), self._holders.get(model)
@@ -179,37 +199,44 @@ class Fleet:
         mask: Mask = self.seen >= now - self._config.stale_after
         return mask
 
-    def takes(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
-        """Whether it takes one more request of the class now. `over`: of a tenant above its share."""
-        theta, share = self._limits(self.fills_as(service_class, now), over)
+    def takes(self, slot: int, item: Item, over: bool, now: float) -> bool:
+        """Whether it takes this one now. `over`: of a tenant above its share."""
+        theta, share = self._limits(slot, item, over, now)
         return bool(
             self.serving[slot]
             and self.seen[slot] >= now - self._config.stale_after
             and self.pending[slot] < theta * self.step_tokens[slot]
             and self.load[slot] < share * self.slots[slot]
-            and not self.full[RANKS[service_class], slot]
+            and not self.full[RANKS[item.service_class], slot]
         )
 
-    def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
-        """Whether nobody knows when it will take one of the class: it tells nothing, or has no room."""
-        _, share = self._limits(self.fills_as(service_class, now), over)
+    def hopeless(self, slot: int, item: Item, over: bool, now: float) -> bool:
+        """Whether nobody knows when it will take this one: it tells nothing, or has no room."""
+        _, share = self._limits(slot, item, over, now)
         return bool(
             self.seen[slot] < now - self._config.stale_after
             or self.load[slot] >= share * self.slots[slot]
-            or self.full[RANKS[service_class], slot]
+            or self.full[RANKS[item.service_class], slot]
         )
 
-    def fills_as(self, service_class: ServiceClass, now: float) -> ServiceClass:
-        """The class as which it may fill workers: the most urgent, while none above its own has come lately.
+    def fills_as(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> ServiceClass:
+        """The class as which it may fill the worker: the most urgent, where none above its own is expected.
         Room that is kept for others and that nobody wants would lie idle."""
         lately = now - self._config.memory
-        kept = any(at >= lately for at in self._came[: RANKS[service_class]])
+        kept = self.kept(slot, service_class, over) and any(
+            at >= lately for at in self._came[: RANKS[service_class]]
+        )
         return service_class if kept else ServiceClass.INTERACTIVE
 
-    def _limits(self, service_class: ServiceClass, over: bool) -> tuple[float, float]:
-        config = self._config
+    def _limits(self, slot: int, item: Item, over: bool, now: float) -> tuple[float, float]:
+        """In steps of uncomputed tokens, and as a share of the slots."""
+        config, service_class = self._config, self.fills_as(slot, item.service_class, over, now)
         theta, share = config.theta[service_class], config.slots[service_class]
-        return (min(theta, config.theta_over), min(share, config.slots_over)) if over else (theta, share)
+        if not (over and self.kept(slot, item.service_class, over)):
+            return theta, share
+        if slot < self.closed(item.service_class, item.model):
+            return 0.0, 0.0
+        return min(theta, config.theta_over), min(share, config.slots_over)
 
     def _pool(self, service_class: ServiceClass) -> Mask:
         mask = self._pools.get(service_class)

@@ -48,7 +48,7 @@ class Places:
             self.strand([waiting])
             return False
         self._enter(waiting, view.best, view, float(view.ahead[view.best]), now)
-        if not self._fleet.takes(view.best, waiting.item.service_class, waiting.over, now):
+        if not self._fleet.takes(view.best, waiting.item, waiting.over, now):
             return False
         self.compare(waiting, view)
         return True
@@ -119,28 +119,29 @@ class Places:
             if longest[lane] <= (fleet.pending[slot] + 1.0) * (fleet.load[slot] + 1.0):
                 return None
             for waiting, ahead in lanes.walk(lane, ranks, WALKED):
-                if self._is_sooner(waiting, slot, ahead, now) and self._may(waiting, slot, skipped, now):
+                over = lanes.over(waiting, now)
+                if 2 * waiting.rank + over in skipped:
+                    continue
+                if self._is_sooner(waiting, over, slot, ahead, now) and self._may(waiting, over, slot, now):
                     self._move(waiting, slot, now)
                     return waiting
             longest[lane] = -1.0
         return None
 
-    def _is_sooner(self, waiting: Waiting, slot: int, ahead: float, now: float) -> bool:
+    def _is_sooner(self, waiting: Waiting, over: bool, slot: int, ahead: float, now: float) -> bool:
         """Whether it would begin on `slot` before it does where it waits behind `ahead` tokens."""
         fleet, item = self._fleet, waiting.item
-        if fleet.hopeless(waiting.slot, item.service_class, waiting.over, now):
+        if fleet.hopeless(waiting.slot, item, over, now):
             return True
         here, there = float(fleet.load[slot]) + 1.0, float(fleet.load[waiting.slot]) + 1.0
         before = float(fleet.pending[waiting.slot]) + ahead + waiting.cost
         return (float(fleet.pending[slot]) + item.context) * here < before * there
 
-    def _may(self, waiting: Waiting, slot: int, skipped: set[int], now: float) -> bool:
+    def _may(self, waiting: Waiting, over: bool, slot: int, now: float) -> bool:
         """Whether `slot` takes it now."""
-        item, over = waiting.item, self._lanes.over(waiting, now)
-        return (
-            2 * waiting.rank + over not in skipped
-            and self._fleet.takes(slot, item.service_class, over, now)
-            and bool(self._fleet.eligible(item.service_class, item.model)[slot])
+        item = waiting.item
+        return self._fleet.takes(slot, item, over, now) and bool(
+            self._fleet.eligible(item.service_class, item.model)[slot]
         )
 
     def _move(self, waiting: Waiting, slot: int, now: float) -> None:

@@ -78,7 +78,8 @@ class Predictor:
 
     def rate(self, step_tokens: Vector) -> Vector:
         """Prompt tokens that a worker computes in a second."""
-        tokens: Vector = step_tokens * STEPS / self._of["intercept"]
+        short = self._of["intercept"] / STEPS
+        tokens: Vector = step_tokens / np.maximum(short, self._of["slope"] * step_tokens)
         return tokens
 
     def first(self, slot: int, tokens: float, elapsed: float) -> None:
