@@ -60,10 +60,10 @@ class DispatchConfig(BaseModel):
         8192, ge=0, description="tokens that a tenant may be above its share and count as within"
     )
     reserve: float = Field(
-        1.6,
+        1.5,
         ge=1,
-        description="so many times the workers that more urgent classes, and tenants within their share, "
-        "fill keep room for them; on the others whoever comes may take all",
+        description="so many times the workers that are filled by more urgent classes, or by tenants within "
+        "their share, are kept for them",
     )
     pools: dict[ServiceClass, Pool] = Field(
         {},

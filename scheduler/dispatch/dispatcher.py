@@ -75,10 +75,11 @@ class Dispatcher:
         if item.done_tokens:
             item = replace(item, deadline=math.inf)  # its first token was in time, or late already
         shares = self._shares[RANKS[item.service_class]]
-        self._fleet.note_arrival(item.service_class, now)
         shares.enter(item.tenant, item.weight, item.context, now)
         waiting = Waiting(item, RANKS[item.service_class])
         waiting.over = shares.over(item.tenant, now)
+        if self._fleet.note_arrival(waiting.row, now):
+            self._kept_at = -math.inf
         self._queue[item.key] = waiting
         view = self._scorer.view(waiting, now)
         if self._is_shed(waiting, view, now):
@@ -230,9 +231,9 @@ class Dispatcher:
         """Keep as many workers as those who go first need; the others are for whoever comes."""
         fleet, slots = self._fleet, np.flatnonzero(self._fleet.serving)
         if len(slots):
-            rate = self._predictor.rate(fleet.step_tokens)[slots].mean()
-            needs = self._running.reserve.needs(rate, fleet.slots[slots].mean(), fleet.kv_total[slots].mean(), now)
-            fleet.keep(self._config.reserve * needs)
+            rates = self._predictor.rate(fleet.step_tokens)
+            mean = (float(each[slots].mean()) for each in (rates, fleet.slots, fleet.kv_total))
+            fleet.keep(self._config.reserve * self._running.reserve.needs(*mean, now), now)
         self._kept_at = now
 
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
@@ -262,12 +263,16 @@ class Dispatcher:
             if now + predicted > item.deadline:
                 self._give_up(waiting, now)
                 left -= 1
-            elif self._running.fits(
-                slot, item, self._fleet.fills_as(slot, item.service_class, over, now), now
-            ):
+            elif self._running.fits(slot, item, self._fleet.fills_as(slot, item.service_class, over), now):
                 self._send(waiting, over, now, predicted, out)
             else:
                 self._no_room(waiting, now)
+                view = self._scorer.view(waiting, now)
+                if view.best != slot:
+                    self._places.lift(waiting)
+                    self._put(waiting, view, now)
+                    left -= 1
+                    continue
                 skipped |= {2 * waiting.rank, 2 * waiting.rank + 1}
         return True
 
@@ -278,9 +283,7 @@ class Dispatcher:
         below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
         self._fleet.full[rank:below, slot] = True
 
-    def _send(
-        self, waiting: Waiting, over: bool, now: float, predicted: float, out: list[Decision]
-    ) -> None:
+    def _send(self, waiting: Waiting, over: bool, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot
         worker = self._fleet[slot].worker
         tokens = float(self._fleet.pending[slot]) + waiting.cost

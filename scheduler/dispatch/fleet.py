@@ -59,8 +59,9 @@ class Fleet:
         self._nobody: Mask = np.zeros(0, bool)
         self._pools: dict[ServiceClass, Mask] = {}  # workers of a class; made when asked for
         self._has_room: dict[ServiceClass, bool] = {}  # for an adapter; made when asked for
-        self._came = [-math.inf for _ in ServiceClass]
-        self._kept = [0] * ROWS  # slots below this are kept for those before the row
+        self._came = np.full(ROWS, -math.inf)  # by row of the lanes
+        self._kept = [0] * ROWS  # of workers in slots below this some room is kept for those before the row,
+        self._closed = [0] * ROWS  # and below this all
 
     def __getitem__(self, slot: int) -> WorkerState:
         return self._said[slot]
@@ -121,17 +122,23 @@ class Fleet:
         self.full[:, slot] = False
         self.version += 1
 
-    def note_arrival(self, service_class: ServiceClass, now: float) -> None:
-        """A request of the class joined the queue."""
-        self._came[RANKS[service_class]] = now
+    def note_arrival(self, row: int, now: float) -> bool:
+        """A request of the row joined the queue; whether it is the first for long."""
+        first = bool(self._came[row] < now - self._config.memory)
+        self._came[row] = now
+        return first
 
-    def keep(self, needs: Vector) -> None:
-        """Keep so many workers, those in the first slots, for those who go before each row."""
+    def keep(self, needs: Vector, now: float) -> None:
+        """Of each class's workers the first are kept for those who go before a row: about `needs` of them, by
+        row, are closed to it, and on one more it has its limits. None, where nobody of those came lately."""
+        lately = np.maximum.accumulate(self._came) >= now - self._config.memory
         for service_class, rank in RANKS.items():
-            slots = np.flatnonzero(self._pool(service_class))
+            ends = [*np.flatnonzero(self._pool(service_class)).tolist(), *[len(self.seen)] * 2]
             for row in (2 * rank, 2 * rank + 1):
-                count = math.ceil(needs[row])
-                self._kept[row] = int(slots[count]) if count < len(slots) else len(self.seen)
+                closed = min(round(needs[row]), len(ends) - 2)
+                expected = row > 0 and bool(lately[row - 1])
+                self._closed[row] = ends[closed] if expected else 0
+                self._kept[row] = ends[closed + 1] if expected else 0
 
     def distrust(self, slot: int) -> None:
         """What the worker in `slot` said was not so: it is given nothing until it says anew."""
@@ -171,14 +178,10 @@ class Fleet:
         mask = self._pool(service_class)
         return mask if model == self.base else mask & (self._held(model) | self.room)
 
-    def kept(self, slot: int, service_class: ServiceClass, over: bool) -> bool:
-        """Whether it is one of those that are kept for more urgent ones, or for tenants within their share."""
-        return slot < self._kept[2 * RANKS[service_class] + over]
-
-    def closed(self, service_class: ServiceClass, model: str) -> int:
-        """Slots below this are closed to tenants above their share, whom others take."""
-        first = self._kept[2 * RANKS[service_class] + 1]
-        return first if self.eligible(service_class, model)[first:].any() else 0
+    def closed(self, item: Item, over: bool) -> int:
+        """Workers in slots below this are closed to it: they are kept for others, and it can go elsewhere."""
+        end = self._closed[2 * RANKS[item.service_class] + over]
+        return end if end and self.eligible(item.service_class, item.model)[end:].any() else 0
 
     def runs(self, service_class: ServiceClass, model: str) -> bool:
         """Whether anybody may run it at all."""
@@ -201,7 +204,7 @@ class Fleet:
 
     def takes(self, slot: int, item: Item, over: bool, now: float) -> bool:
         """Whether it takes this one now. `over`: of a tenant above its share."""
-        theta, share = self._limits(slot, item, over, now)
+        theta, share = self._limits(slot, item, over)
         return bool(
             self.serving[slot]
             and self.seen[slot] >= now - self._config.stale_after
@@ -212,31 +215,28 @@ class Fleet:
 
     def hopeless(self, slot: int, item: Item, over: bool, now: float) -> bool:
         """Whether nobody knows when it will take this one: it tells nothing, or has no room."""
-        _, share = self._limits(slot, item, over, now)
+        _, share = self._limits(slot, item, over)
         return bool(
             self.seen[slot] < now - self._config.stale_after
             or self.load[slot] >= share * self.slots[slot]
             or self.full[RANKS[item.service_class], slot]
         )
 
-    def fills_as(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> ServiceClass:
-        """The class as which it may fill the worker: the most urgent, where none above its own is expected.
-        Room that is kept for others and that nobody wants would lie idle."""
-        lately = now - self._config.memory
-        kept = self.kept(slot, service_class, over) and any(
-            at >= lately for at in self._came[: RANKS[service_class]]
-        )
+    def fills_as(self, slot: int, service_class: ServiceClass, over: bool) -> ServiceClass:
+        """The class as which it may fill the worker: the most urgent, where no room is kept for others. Such
+        room would lie idle where nobody wants it."""
+        kept = slot < self._kept[2 * RANKS[service_class] + over]
         return service_class if kept else ServiceClass.INTERACTIVE
 
-    def _limits(self, slot: int, item: Item, over: bool, now: float) -> tuple[float, float]:
+    def _limits(self, slot: int, item: Item, over: bool) -> tuple[float, float]:
         """In steps of uncomputed tokens, and as a share of the slots."""
-        config, service_class = self._config, self.fills_as(slot, item.service_class, over, now)
-        theta, share = config.theta[service_class], config.slots[service_class]
-        if not (over and self.kept(slot, item.service_class, over)):
-            return theta, share
-        if slot < self.closed(item.service_class, item.model):
+        if slot < self.closed(item, over):
             return 0.0, 0.0
-        return min(theta, config.theta_over), min(share, config.slots_over)
+        config, service_class = self._config, self.fills_as(slot, item.service_class, over)
+        theta, share = config.theta[service_class], config.slots[service_class]
+        if over and slot < self._kept[2 * RANKS[item.service_class] + 1]:
+            return min(theta, config.theta_over), min(share, config.slots_over)
+        return theta, share
 
     def _pool(self, service_class: ServiceClass) -> Mask:
         mask = self._pools.get(service_class)

@@ -47,7 +47,7 @@ class Reserve:
             kv_total: tokens of one's KV room; 0 = unknown.
         """
         self._fade(now)
-        parts = [self._sent / (SPAN * rate), self._held / slots]
+        parts = [self._sent / (SPAN * max(rate, 1.0)), self._held / max(slots, 1.0)]
         if kv_total:
             parts.append(self._room / kv_total)
         before = np.cumsum(parts, axis=1).max(axis=0)

@@ -35,7 +35,8 @@ class Sent:
         tokens: uncomputed on the worker when it was sent, its own included.
         predicted: seconds from then to its first token.
         hit: tokens of it that were thought to be cached.
-        row: of the lane that it came from. `room`: KV tokens that it adds there, as forecast when it was sent.
+        row: of the lane that it came from.
+        room: KV tokens that it would add there, as was forecast then.
         first: when its first token came; None = not yet.
         stays: it can't be taken back.
     """
@@ -46,7 +47,7 @@ class Sent:
     tokens: float
     predicted: float
     hit: int
-    row: int
+    row: int = 0
     room: float = 0.0
     first: float | None = None
     confirmed: bool = False

@@ -65,8 +65,9 @@ class Scorer:
         """`waiting` counts as the first in the lane where it is."""
         item, fleet, predictor = waiting.item, self.fleet, self.predictor
         eligible = fleet.eligible(item.service_class, item.model)
-        if waiting.over and (closed := fleet.closed(item.service_class, item.model)):
-            eligible = eligible & (np.arange(len(eligible)) >= closed)
+        if closed := fleet.closed(item, waiting.over):
+            eligible = eligible.copy()
+            eligible[:closed] = False
         uncached = self._uncached(waiting)
         ahead, count = self._ahead(waiting)
         backlog, delayed = ahead, 0.0
