@@ -231,9 +231,9 @@ class Dispatcher:
         """Keep as many workers as those who go first need; the others are for whoever comes."""
         fleet, slots = self._fleet, np.flatnonzero(self._fleet.serving)
         if len(slots):
-            rates = self._predictor.rate(fleet.step_tokens)
-            mean = (float(each[slots].mean()) for each in (rates, fleet.slots, fleet.kv_total))
-            fleet.keep(self._config.reserve * self._running.reserve.needs(*mean, now), now)
+            vectors = self._predictor.rate(fleet.step_tokens), fleet.slots, fleet.kv_total
+            rate, places, room = (float(each[slots].mean()) for each in vectors)
+            fleet.keep(self._config.reserve * self._running.reserve.needs(rate, places, room, now), now)
         self._kept_at = now
 
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:

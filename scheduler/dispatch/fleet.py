@@ -179,7 +179,8 @@ class Fleet:
         return mask if model == self.base else mask & (self._held(model) | self.room)
 
     def closed(self, item: Item, over: bool) -> int:
-        """Workers in slots below this are closed to it: they are kept for others, and it can go elsewhere."""
+        """Workers in slots below this are closed to it, unless they have nothing to do: they are kept for
+        others, and it can go elsewhere."""
         end = self._closed[2 * RANKS[item.service_class] + over]
         return end if end and self.eligible(item.service_class, item.model)[end:].any() else 0
 
@@ -230,7 +231,7 @@ class Fleet:
 
     def _limits(self, slot: int, item: Item, over: bool) -> tuple[float, float]:
         """In steps of uncomputed tokens, and as a share of the slots."""
-        if slot < self.closed(item, over):
+        if self.load[slot] and slot < self.closed(item, over):
             return 0.0, 0.0
         config, service_class = self._config, self.fills_as(slot, item.service_class, over)
         theta, share = config.theta[service_class], config.slots[service_class]

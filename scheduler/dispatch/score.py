@@ -67,7 +67,7 @@ class Scorer:
         eligible = fleet.eligible(item.service_class, item.model)
         if closed := fleet.closed(item, waiting.over):
             eligible = eligible.copy()
-            eligible[:closed] = False
+            eligible[:closed] &= fleet.load[:closed] == 0.0
         uncached = self._uncached(waiting)
         ahead, count = self._ahead(waiting)
         backlog, delayed = ahead, 0.0
