@@ -42,7 +42,7 @@ class DispatchConfig(BaseModel):
         description="a worker is given more while its uncomputed prompt tokens are below so many steps",
     )
     theta_over: float = Field(
-        0.25, gt=0, description="the same for tenants above their share, so that others find room at once"
+        0.05, gt=0, description="the same for tenants above their share, so that others find room at once"
     )
     slots: dict[ServiceClass, Share] = Field(
         {INTERACTIVE: 1.0, STANDARD: 0.95, BATCH: 0.9},
