@@ -176,8 +176,10 @@ class Dispatcher:
         out: list[Decision] = []
         if now >= self._kept_at + KEPT_FOR:
             self._keep(now)
-        self._ring(now)
-        self._dirty |= dict.fromkeys(self._places.put_stranded(now))
+        if self._deadlines.due() <= now:
+            self._ring(now)
+        if self._places.stranded():
+            self._dirty |= dict.fromkeys(self._places.put_stranded(now))
         again: dict[int, None] = {}
         while self._dirty:
             slot = next(iter(self._dirty))
@@ -231,7 +233,7 @@ class Dispatcher:
         """Keep as many workers as those who go first need; the others are for whoever comes."""
         fleet, slots = self._fleet, np.flatnonzero(self._fleet.serving)
         if len(slots):
-            vectors = self._predictor.rate(fleet.step_tokens), fleet.slots, fleet.kv_total
+            vectors = self._predictor.rate, fleet.slots, fleet.kv_total
             rate, places, room = (float(each[slots].mean()) for each in vectors)
             fleet.keep(self._config.reserve * self._running.reserve.needs(rate, places, room, now), now)
         self._kept_at = now
@@ -240,7 +242,7 @@ class Dispatcher:
         """Send the worker what it takes. False: there is more to do for it."""
         skipped: set[int] = set()  # rows of the lanes
         left = MOVES
-        while self._fleet.open(slot, now):
+        while len(self._lanes) and self._fleet.open(slot, now):
             if not left:
                 return False
             waiting = self._lanes.next(slot, skipped, now) or self._places.steal(slot, skipped, now)
@@ -248,7 +250,7 @@ class Dispatcher:
                 return True
             item = waiting.item
             over = self._lanes.over(waiting, now)
-            if not self._fleet.takes(slot, item, over, now):
+            if not self._fleet.takes(slot, item.service_class, over, now, item.model):
                 skipped.update(range(2 * waiting.rank + over, 2 * waiting.rank + 2))
                 continue
             if waiting.version != self._fleet.version:
@@ -281,7 +283,7 @@ class Dispatcher:
         take it piece by piece, for ever; unless it is its class that has enough."""
         rank, slot = waiting.rank, waiting.slot
         below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
-        self._fleet.full[rank:below, slot] = True
+        self._fleet.cram(slot, slice(rank, below))
 
     def _send(self, waiting: Waiting, over: bool, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot
@@ -291,11 +293,11 @@ class Dispatcher:
         if waiting.ahead > self._fleet.step_tokens[slot]:
             self._predictor.sent(slot, waiting.ahead, now - waiting.placed)
         self._lanes.charge(slot, waiting)
-        row = 2 * waiting.rank + over
         self.cancel(item.key)
         self._shares[waiting.rank].charge(item.tenant, waiting.cost, now)
         self._index.predict(worker, item.hashes, now)
         self._fleet.sent(slot, item.model, waiting.cost)
+        row = 2 * waiting.rank + over
         self._running.add(Sent(item, slot, now, tokens, predicted, hit, row))
         queue = now - item.arrived
         why = "the best of those that could take it" if waiting.ahead == 0.0 else "its turn in the lane"

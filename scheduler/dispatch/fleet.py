@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from broker.messages import ServiceClass
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.lanes import RANKS, ROWS
-from scheduler.dispatch.types import Item, WorkerState
+from scheduler.dispatch.types import WorkerState
 
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-_NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "kv_total", "kv_used")
+_NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "short", "kv_total", "kv_used")
 _FLAGS = ("lives", "serving", "room")
 
 
@@ -29,14 +29,24 @@ class Fleet:
         homes: grows with every change of who may run what.
         pending: prompt tokens that the worker holds and has not computed, those sent since included.
         load: requests that it holds, those sent since included.
+        short: slots that must fall free before it runs one more; negative where more than one is free.
         kv_used: share of its KV room that is taken.
         full: by class: its KV room had none for the first request, or is kept for a more urgent one.
+        crammed: slots of those that are full for any class.
     """
 
     def __init__(self, base: str, config: DispatchConfig) -> None:
         self.base = base
         self._config = config
         self._widest = max(config.theta.values())
+        # By class and whether its tenant is above its share: steps and share of the slots that it may fill.
+        self._limits = {
+            each: (
+                (config.theta[each], config.slots[each]),
+                (min(config.theta[each], config.theta_over), min(config.slots[each], config.slots_over)),
+            )
+            for each in ServiceClass
+        }
         self.version = 0
         self.homes = 0
         self.seen: Vector = np.zeros(0)
@@ -44,11 +54,13 @@ class Fleet:
         self.slots: Vector = np.zeros(0)
         self.pending: Vector = np.zeros(0)
         self.load: Vector = np.zeros(0)
+        self.short: Vector = np.zeros(0)
         self.kv_total: Vector = np.zeros(0)
         self.kv_used: Vector = np.zeros(0)
         self.lives: Mask = np.zeros(0, bool)
         self.serving: Mask = np.zeros(0, bool)
         self.room: Mask = np.zeros(0, bool)
+        self.crammed: set[int] = set()
         self.full: Mask = np.zeros((ROWS // 2, 0), bool)
         self._said: dict[int, WorkerState] = {}
         self._sends: dict[int, int] = {}
@@ -58,10 +70,11 @@ class Fleet:
         self._holders: dict[str, Mask] = {}  # of an adapter that anybody has
         self._nobody: Mask = np.zeros(0, bool)
         self._pools: dict[ServiceClass, Mask] = {}  # workers of a class; made when asked for
+        self._barred: dict[ServiceClass, Vector] = {}  # from the base, by class; made when asked for
         self._has_room: dict[ServiceClass, bool] = {}  # for an adapter; made when asked for
         self._came = np.full(ROWS, -math.inf)  # by row of the lanes
-        self._kept = [0] * ROWS  # of workers in slots below this some room is kept for those before the row,
-        self._closed = [0] * ROWS  # and below this all
+        self._kept = [0] * ROWS  # on workers in slots below this some room is kept for those before the row,
+        self._closed = [0] * ROWS  # and below this all, while they have anything to do
 
     def __getitem__(self, slot: int) -> WorkerState:
         return self._said[slot]
@@ -90,8 +103,8 @@ class Fleet:
         self.lives[slot] = self.serving[slot] = False
         for model in list(self._holders):
             self._hold(slot, model, False)
-        self._pools.clear()
-        self._moved()
+        self._uncram(slot)
+        self._regroup()
         self.version += 1
 
     def state(self, slot: int, state: WorkerState) -> None:
@@ -99,8 +112,7 @@ class Fleet:
         before = self._said.get(slot)
         self._said[slot] = state
         if before is None or (before.step_tokens, before.serving) != (state.step_tokens, state.serving):
-            self._pools.clear()
-            self._moved()
+            self._regroup()
         if before is None or before.adapters != state.adapters:
             for model in (before.adapters if before else frozenset()) | state.adapters:
                 self._hold(slot, model, model in state.adapters)
@@ -111,34 +123,40 @@ class Fleet:
                 self._hold(slot, loads, False)
         self.seen[slot], self.step_tokens[slot] = state.seen, state.step_tokens
         self.slots[slot], self.serving[slot] = state.slots_total, state.serving
-        self.pending[slot] = state.prefill_held + sum(tokens for _, tokens, _ in since)
-        self.load[slot] = state.running + len(since)
+        pending, room = float(state.prefill_held), state.adapter_room
+        for _, tokens, loads in since:
+            pending += tokens
+            room = room and not loads
+        self.pending[slot] = pending
+        self.load[slot] = load = state.running + len(since)
+        self.short[slot] = load + 1 - state.slots_total
         self.kv_total[slot] = state.kv_total
         self.kv_used[slot] = 1.0 - state.kv_free / state.kv_total if state.kv_total else 0.0
-        room = state.adapter_room and not any(loads for _, _, loads in since)
         if room != self.room[slot]:
             self.room[slot] = room
             self._moved()
-        self.full[:, slot] = False
+        self._uncram(slot)
         self.version += 1
 
     def note_arrival(self, row: int, now: float) -> bool:
-        """A request of the row joined the queue; whether it is the first for long."""
+        """A request of the row (`lanes.ROWS`) joined the queue; whether it is the first for long."""
         first = bool(self._came[row] < now - self._config.memory)
         self._came[row] = now
         return first
 
     def keep(self, needs: Vector, now: float) -> None:
         """Of each class's workers the first are kept for those who go before a row: about `needs` of them, by
-        row, are closed to it, and on one more it has its limits. None, where nobody of those came lately."""
+        row, are closed to it, and on one more it has its limits. None, where nobody of those came lately; and
+        where no worker would be left, it has its limits on each."""
         lately = np.maximum.accumulate(self._came) >= now - self._config.memory
         for service_class, rank in RANKS.items():
-            ends = [*np.flatnonzero(self._pool(service_class)).tolist(), *[len(self.seen)] * 2]
+            slots = np.flatnonzero(self._pool(service_class)).tolist()
+            ends = [*slots, len(self.seen)]
             for row in (2 * rank, 2 * rank + 1):
-                closed = min(round(needs[row]), len(ends) - 2)
+                closed = min(round(needs[row]), len(slots))
                 expected = row > 0 and bool(lately[row - 1])
-                self._closed[row] = ends[closed] if expected else 0
-                self._kept[row] = ends[closed + 1] if expected else 0
+                self._closed[row] = ends[closed] if expected and closed < len(slots) else 0
+                self._kept[row] = ends[min(closed + 1, len(slots))] if expected else 0
 
     def distrust(self, slot: int) -> None:
         """What the worker in `slot` said was not so: it is given nothing until it says anew."""
@@ -152,11 +170,17 @@ class Fleet:
         self._since[slot].append((self._sends[slot], tokens, model if loads else ""))
         self.pending[slot] += tokens
         self.load[slot] += 1
+        self.short[slot] += 1
         if loads:
             self._hold(slot, model, True)
             self.room[slot] = False  # until it says that one more could run
             self._moved()
         self.version += 1
+
+    def cram(self, slot: int, ranks: slice) -> None:
+        """Its KV room has none for these classes, until it says anew."""
+        self.full[ranks, slot] = True
+        self.crammed.add(slot)
 
     # Questions
 
@@ -168,7 +192,7 @@ class Fleet:
         """Whether it could take anything at all."""
         return bool(
             self.serving[slot]
-            and self.seen[slot] >= now - self._config.stale_after
+            and self.is_fresh(slot, now)
             and self.load[slot] < self.slots[slot]
             and self.pending[slot] < self._widest * self.step_tokens[slot]
         )
@@ -178,11 +202,19 @@ class Fleet:
         mask = self._pool(service_class)
         return mask if model == self.base else mask & (self._held(model) | self.room)
 
-    def closed(self, item: Item, over: bool) -> int:
-        """Workers in slots below this are closed to it, unless they have nothing to do: they are kept for
-        others, and it can go elsewhere."""
-        end = self._closed[2 * RANKS[item.service_class] + over]
-        return end if end and self.eligible(item.service_class, item.model)[end:].any() else 0
+    def barred(self, service_class: ServiceClass, model: str) -> Vector:
+        """What to add to figures of which the lowest counts: inf for who may not run it, else 0."""
+        if model != self.base:
+            return np.where(self.eligible(service_class, model), 0.0, np.inf)
+        barred = self._barred.get(service_class)
+        if barred is None:
+            barred = self._barred[service_class] = np.where(self._pool(service_class), 0.0, np.inf)
+        return barred
+
+    def closed(self, service_class: ServiceClass, over: bool, model: str | None = None) -> int:
+        """Workers in slots below this are kept for others: closed to it while they have anything to do. None is
+        to an adapter's, which may find no place elsewhere. `model`: None is the base."""
+        return self._closed[2 * RANKS[service_class] + over] if model in (None, self.base) else 0
 
     def runs(self, service_class: ServiceClass, model: str) -> bool:
         """Whether anybody may run it at all."""
@@ -203,24 +235,34 @@ class Fleet:
         mask: Mask = self.seen >= now - self._config.stale_after
         return mask
 
-    def takes(self, slot: int, item: Item, over: bool, now: float) -> bool:
-        """Whether it takes this one now. `over`: of a tenant above its share."""
-        theta, share = self._limits(slot, item, over)
+    def is_fresh(self, slot: int, now: float) -> bool:
+        """Whether its figures are not."""
+        return bool(self.seen[slot] >= now - self._config.stale_after)
+
+    def takes(
+        self, slot: int, service_class: ServiceClass, over: bool, now: float, model: str | None = None
+    ) -> bool:
+        """Whether it takes one more request of the class now. `over`: of a tenant above its share.
+
+        Args:
+            model: None is the base.
+        """
+        theta, share = self._may_fill(slot, service_class, over, model)
         return bool(
             self.serving[slot]
-            and self.seen[slot] >= now - self._config.stale_after
+            and self.is_fresh(slot, now)
             and self.pending[slot] < theta * self.step_tokens[slot]
             and self.load[slot] < share * self.slots[slot]
-            and not self.full[RANKS[item.service_class], slot]
+            and not self.full[RANKS[service_class], slot]
         )
 
-    def hopeless(self, slot: int, item: Item, over: bool, now: float) -> bool:
-        """Whether nobody knows when it will take this one: it tells nothing, or has no room."""
-        _, share = self._limits(slot, item, over)
+    def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
+        """Whether nobody knows when it will take one of the class: it tells nothing, or has no room."""
+        _, share = self._may_fill(slot, service_class, over)
         return bool(
-            self.seen[slot] < now - self._config.stale_after
+            not self.is_fresh(slot, now)
             or self.load[slot] >= share * self.slots[slot]
-            or self.full[RANKS[item.service_class], slot]
+            or self.full[RANKS[service_class], slot]
         )
 
     def fills_as(self, slot: int, service_class: ServiceClass, over: bool) -> ServiceClass:
@@ -229,15 +271,14 @@ class Fleet:
         kept = slot < self._kept[2 * RANKS[service_class] + over]
         return service_class if kept else ServiceClass.INTERACTIVE
 
-    def _limits(self, slot: int, item: Item, over: bool) -> tuple[float, float]:
+    def _may_fill(
+        self, slot: int, service_class: ServiceClass, over: bool, model: str | None = None
+    ) -> tuple[float, float]:
         """In steps of uncomputed tokens, and as a share of the slots."""
-        if self.load[slot] and slot < self.closed(item, over):
+        if slot < self.closed(service_class, over, model) and self.load[slot]:
             return 0.0, 0.0
-        config, service_class = self._config, self.fills_as(slot, item.service_class, over)
-        theta, share = config.theta[service_class], config.slots[service_class]
-        if over and slot < self._kept[2 * RANKS[item.service_class] + 1]:
-            return min(theta, config.theta_over), min(share, config.slots_over)
-        return theta, share
+        above = over and slot < self._kept[2 * RANKS[service_class] + 1]
+        return self._limits[self.fills_as(slot, service_class, over)][above]
 
     def _pool(self, service_class: ServiceClass) -> Mask:
         mask = self._pools.get(service_class)
@@ -268,6 +309,17 @@ class Fleet:
             self._moved()
         if not mask.any():
             del self._holders[model]
+
+    def _uncram(self, slot: int) -> None:
+        if slot in self.crammed:
+            self.full[:, slot] = False
+            self.crammed.remove(slot)
+
+    def _regroup(self) -> None:
+        self._pools.clear()
+        self._barred.clear()
+        self._closed = [0] * ROWS  # until it is known who is left
+        self._moved()
 
     def _moved(self) -> None:
         self.homes += 1

@@ -25,8 +25,8 @@ from scheduler.service import Scheduler
 from tests.integration import command
 from tests.integration.fleet import Fleet
 from tests.pushing import push
-from tests.waiting import until
-from tests.workbench import FAST, LIMIT, STUCK, Caller, Serving, calling, metric, serving
+from tests.waiting import LIMIT, until
+from tests.workbench import FAST, STUCK, Caller, Serving, calling, metric, serving
 from workers.engines import sim
 
 CONFIG = BrokerConfig(ack_wait=300.0)
@@ -277,6 +277,32 @@ async def test_a_worker_that_dies_with_what_it_was_sent_is_no_loss(
         await (await caller.submit(3, prompt="word " * 1500)).finishes()  # it takes all there is room for
         assert [each.number for _, each in wire.sent] == [2]
     await engine.close()
+
+
+async def test_what_a_lost_worker_ran_is_sent_to_another_once(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await sim.start(FAST.model_copy(update={"beta0": 50.0})), await sim.start(FAST)
+    own = await client.connect(CONFIG.model_copy(update={"url": server.url}), "w1")
+    async with own, desk(server.url), serving(own, first, "w1") as at:
+        await led(at)
+        calls = [await caller.submit(200) for _ in range(4)]
+        for call in calls:
+            await call.reach(FrameKind.HEAD)
+        assert {worker for worker, _ in wire.sent} == {"w1"}
+        publish = own.publish
+
+        async def silent(*_: object, **__: object) -> None:
+            """Nobody hears of it any more."""
+
+        monkeypatch.setattr(own, "publish", silent)
+        async with serving(broker, second, "w2"):
+            ends = [await call.finishes() for call in calls]
+            monkeypatch.setattr(own, "publish", publish)
+        assert [worker for worker, _ in wire.sent] == ["w1"] * 4 + ["w2"] * 4
+        assert [end.epoch for end in ends] == [2] * 4
+    await first.close()
+    await second.close()
 
 
 async def test_a_request_is_explained(server: NatsServer, broker: Broker, caller: Caller) -> None:

@@ -17,7 +17,7 @@ import httpx
 import orjson
 import pytest
 
-from broker import codec, errors, letters, replies, subjects, usage
+from broker import base, codec, errors, letters, replies, subjects, usage
 from broker.base import Delivery, Record
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
@@ -348,7 +348,7 @@ async def test_cancels_that_name_nobody_are_nothing(broker: MemoryBroker, caller
 
 async def test_the_deadline_of_a_running_request(broker: MemoryBroker, caller: Caller) -> None:
     async with simulated(STUCK) as engine, serving(broker, engine):
-        call = await caller.submit(deadline_ms=soon(0.1))
+        call = await caller.submit(deadline_ms=soon(0.5))
         await until(lambda: engine.stats().running)
         await call.fails("deadline_exceeded")
         await until(lambda: idle(engine))
@@ -533,6 +533,37 @@ async def test_a_request_whose_worker_died_in_mid_stream_goes_on_at_the_next_tok
         assert named_alike(call.payload) == named_alike(whole)
 
 
+async def test_a_request_is_not_done_before_the_journal_has_its_end(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal has no leader. Its caller has the answer, and the next request the slot."""
+    monkeypatch.setattr(replies, "_LOOK_AGAIN", 0.005)
+    worker = MemoryBroker(hub=broker.hub)
+    lost: list[base.Message] = []
+
+    async def publish(
+        subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
+    ) -> None:
+        if subjects.is_reply(subject):
+            lost.append(base.Message(subject, data))
+            broker.hub.route(base.Message(subject, data, headers))
+        else:
+            await MemoryBroker.publish(worker, subject, data, headers, reply)
+
+    monkeypatch.setattr(worker, "publish", publish)
+    gate = Gate()
+    gate.open.set()
+    async with serving(worker, WaxEngine(gate, slots=1), "w1"):
+        for _ in range(2):
+            call = await caller.submit()
+            assert (await call.end()).kind is FrameKind.END
+        assert await caller.queued() == 2
+        for message in lost:
+            await broker.publish(message.subject, message.data)
+        await caller.drained()
+        assert len(await caller.usage(2)) == 2
+
+
 def named_alike(payload: bytes) -> bytes:
     """With one name and one date for all that has one; raises when there are several."""
     for key in (b"id", b"item_id", b"created", b"created_at"):
@@ -704,7 +735,7 @@ async def test_a_suspect_that_waits_for_its_turn_keeps_its_deadline(
 ) -> None:
     gate = Gate()
     engine = WaxEngine(gate)
-    first, second = await suspects(broker, caller, 0, soon(0.3))
+    first, second = await suspects(broker, caller, 0, soon(1.0))
     async with serving(broker, engine, max_deaths=3):
         await second.fails("deadline_exceeded")
         assert engine.running == 1
