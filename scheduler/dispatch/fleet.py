@@ -212,8 +212,8 @@ class Fleet:
         return barred
 
     def closed(self, service_class: ServiceClass, over: bool, model: str | None = None) -> int:
-        """Workers in slots below this are kept for others: closed to it while they have anything to do. None is
-        to an adapter's, which may find no place elsewhere. `model`: None is the base."""
+        """Workers in slots below this are kept for others: closed to it while they have anything to do. None
+        is to an adapter's, which may find no place elsewhere. `model`: None is the base."""
         return self._closed[2 * RANKS[service_class] + over] if model in (None, self.base) else 0
 
     def runs(self, service_class: ServiceClass, model: str) -> bool:

@@ -155,4 +155,5 @@ class Predictor:
         slope = max(0.0, (seen.xy - x * y / n) / spread) if spread > 1.0 else 0.0
         intercept = max(1e-4, (y - slope * x) / n)
         self._intercept[slot], self._slope[slot] = intercept, slope
-        self.rate[slot] = 1.0 / max(intercept / STEPS / seen.step_tokens, slope)
+        # A full step's tokens take that step, half of the one under way, and as often as not one more.
+        self.rate[slot] = 2.0 * seen.step_tokens / (intercept + slope * seen.step_tokens)
