@@ -60,7 +60,7 @@ class DispatchConfig(BaseModel):
         8192, ge=0, description="tokens that a tenant may be above its share and count as within"
     )
     reserve: float = Field(
-        1.5,
+        1.75,
         ge=1,
         description="so many times the workers that are filled by more urgent classes, or by tenants within "
         "their share, are kept for them",

@@ -235,7 +235,7 @@ class Dispatcher:
         if len(slots):
             vectors = self._predictor.rate, fleet.slots, fleet.kv_total
             rate, places, room = (float(each[slots].mean()) for each in vectors)
-            fleet.keep(self._config.reserve * self._running.reserve.needs(rate, places, room, now), now)
+            fleet.keep(self._running.reserve.needs(rate, places, room, now), now)
         self._kept_at = now
 
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:

@@ -20,6 +20,10 @@ _NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "short", "kv_tota
 _FLAGS = ("lives", "serving", "room")
 
 
+LEAST = 1.25
+"""Times the workers that others fill that must be kept for them, for any to be closed to those who come after."""
+
+
 class Fleet:
     """A slot without a worker, or whose worker drains, is never eligible.
 
@@ -145,18 +149,23 @@ class Fleet:
         return first
 
     def keep(self, needs: Vector, now: float) -> None:
-        """Of each class's workers the first are kept for those who go before a row: about `needs` of them, by
-        row, are closed to it, and on one more it has its limits. None, where nobody of those came lately; and
-        where no worker would be left, it has its limits on each."""
+        """Of each class's workers the first are kept for those who go before a row. They fill `needs` of them,
+        by row: `reserve` times as many are closed to it, but not all, and on one more it has its limits. Where
+        they need all, it has its limits on each, and where nobody of them came lately, on none."""
         lately = np.maximum.accumulate(self._came) >= now - self._config.memory
         for service_class, rank in RANKS.items():
             slots = np.flatnonzero(self._pool(service_class)).tolist()
             ends = [*slots, len(self.seen)]
             for row in (2 * rank, 2 * rank + 1):
-                closed = min(round(needs[row]), len(slots))
+                closed, last = round(self._config.reserve * needs[row]), len(slots) - 1
                 expected = row > 0 and bool(lately[row - 1])
-                self._closed[row] = ends[closed] if expected and closed < len(slots) else 0
-                self._kept[row] = ends[min(closed + 1, len(slots))] if expected else 0
+                if not expected:
+                    self._closed[row] = self._kept[row] = 0
+                elif closed > last < LEAST * needs[row]:
+                    self._closed[row], self._kept[row] = 0, len(self.seen)
+                else:
+                    closed = max(0, min(closed, last))
+                    self._closed[row], self._kept[row] = ends[closed], ends[min(closed + 1, len(slots))]
 
     def distrust(self, slot: int) -> None:
         """What the worker in `slot` said was not so: it is given nothing until it says anew."""
