@@ -21,7 +21,7 @@ _FLAGS = ("lives", "serving", "room")
 
 
 LEAST = 1.25
-"""Times the workers that others fill that must be kept for them, for any to be closed to those who come after."""
+"""So many times the workers that others fill must be theirs, for any to be closed to who comes after."""
 
 
 class Fleet:
@@ -149,9 +149,14 @@ class Fleet:
         return first
 
     def keep(self, needs: Vector, now: float) -> None:
-        """Of each class's workers the first are kept for those who go before a row. They fill `needs` of them,
-        by row: `reserve` times as many are closed to it, but not all, and on one more it has its limits. Where
-        they need all, it has its limits on each, and where nobody of them came lately, on none."""
+        """Of each class's workers the first are kept for those who go before a row, by what these fill.
+
+        `reserve` times as many are closed to the row, but not all, and on one more it has its limits. Where
+        hardly any would be left, it has its limits on each; where nobody of those came lately, on none.
+
+        Args:
+            needs: by row, how many workers they fill.
+        """
         lately = np.maximum.accumulate(self._came) >= now - self._config.memory
         for service_class, rank in RANKS.items():
             slots = np.flatnonzero(self._pool(service_class)).tolist()
