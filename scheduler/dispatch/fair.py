@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 OVER = 1.5
@@ -98,11 +98,17 @@ class Shares:
 
     def over(self, name: str, now: float) -> bool:
         """Whether it was served and asks for more than its share, beyond what chance and a burst explain."""
-        tenant = self._tenants[name]
+        return next(self.within((name,), now), None) is None
+
+    def within(self, names: Iterable[str], now: float) -> Iterator[str]:
+        """Those of these tenants, of which there is one at least, of which that is not so."""
         fade = now / self._memory
-        used = math.exp(self.counters[name] - fade) + tenant.waiting / tenant.weight
         share = (math.exp(self._total - fade) + self._waiting) / self._weights
-        return used > OVER * share and (used - share) * tenant.weight > self._burst
+        for name in names:
+            tenant = self._tenants[name]
+            used = math.exp(self.counters[name] - fade) + tenant.waiting / tenant.weight
+            if used <= OVER * share or (used - share) * tenant.weight <= self._burst:
+                yield name
 
     def _least(self) -> float:
         while self._order:

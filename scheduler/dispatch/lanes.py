@@ -102,10 +102,11 @@ class _Queue:
 
     def first_within(self, shares: Shares, now: float) -> Waiting | None:
         """The same of those tenants that are not above their share."""
-        for tenant in shares.by_service(self.lines)[: PASSED + 1]:
-            if not shares.over(tenant, now):
-                return self._oldest(tenant)
-        return None
+        if not self.lines:
+            return None
+        least = shares.by_service(self.lines)[: PASSED + 1]
+        tenant = next(shares.within(least, now), None)
+        return self._oldest(tenant) if tenant is not None else None
 
     def _oldest(self, tenant: str) -> Waiting:
         heap = self.lines[tenant].heap
@@ -218,9 +219,11 @@ class Lanes:
                 count += self.counts[row] - self.counts[row - 1] if row else self.counts[row]
         return count
 
-    def waits(self, slot: int, rank: int) -> bool:
-        """Whether one of the class does there."""
-        return bool(self._lanes[slot].queues[rank].members)
+    def tenants(self, slot: int, rank: int, now: float) -> tuple[set[str], set[str]]:
+        """Those of the class who wait there: who is within its share, and who is above it."""
+        tenants = self._lanes[slot].queues[rank].lines.keys()
+        within = set(self._shares[rank].within(tenants, now)) if tenants else set()
+        return within, tenants - within
 
     def walk(self, slot: int, rank: int, most: int) -> Iterator[tuple[Waiting, float]]:
         """Up to `most` of the class, in order of placing, each with the tokens before it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import compress, islice
 
 import numpy as np
 
@@ -151,16 +151,16 @@ class Places:
         mine, here = fleet.pending.item(slot), fleet.load.item(slot) + 1.0
         others, there = fleet.pending.item(lane), fleet.load.item(lane) + 1.0
         for rank, taken in takes.items():
-            if not any(taken) or not lanes.waits(lane, rank):
+            tenants = lanes.tenants(lane, rank, now) if any(taken) else ()
+            may: set[str] = set().union(*compress(tenants, taken))
+            if not may:
                 continue
             hopeless = [fleet.hopeless(lane, CLASSES[rank], over, now) for over in (False, True)]
-            may: dict[str, bool] = {}  # by tenant
             for waiting, ahead in lanes.walk(lane, rank, WALKED):
-                tenant = waiting.item.tenant
-                if tenant not in may:
-                    may[tenant] = taken[lanes.over(waiting, now)]
+                if waiting.item.tenant not in may:
+                    continue
                 before = (others + ahead + waiting.cost) * there
-                if may[tenant] and (hopeless[waiting.over] or (mine + waiting.item.context) * here < before):
+                if hopeless[waiting.over] or (mine + waiting.item.context) * here < before:
                     yield waiting
 
     def _move(self, waiting: Waiting, slot: int, now: float) -> None:
