@@ -35,8 +35,9 @@ _LOOK = 1.0
 """Seconds from one look at the disk to the next."""
 _ROOM = 64 * 2**20
 """Bytes free on a disk that was full, from which on the server is given another try."""
-_GRACE = 5.0
-"""Seconds beyond the drain limit before a part that does not end is killed."""
+_GRACE = 20.0
+"""Seconds beyond the drain limit before a part that does not end is killed: where the journal elects its
+leader, a worker waits until it has what was said."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,9 @@ from scheduler.dispatch.types import Decision, Explanation, Item, Pool, Send, Sh
 MOVES = 8
 """Requests that change lanes or are refused before a worker with credit is left for the next call."""
 
+KEPT_FOR = 0.05
+"""Seconds until it is looked again how many workers those who go first need."""
+
 TOO_LATE = "its first token would come after its deadline"
 
 MOST_URGENT = next(iter(ServiceClass))
@@ -62,6 +65,7 @@ class Dispatcher:
         self._explained = Explanations(config.explained)
         self._dirty: dict[int, None] = {}  # slots to be served, in order
         self._refused: list[Decision] = []
+        self._kept_at = -math.inf
 
     # What happens
 
@@ -72,10 +76,11 @@ class Dispatcher:
         if item.done_tokens:
             item = replace(item, deadline=math.inf)  # its first token was in time, or late already
         shares = self._shares[RANKS[item.service_class]]
-        self._fleet.note_arrival(item.service_class, now)
         shares.enter(item.tenant, item.weight, item.context, now)
         waiting = Waiting(item, RANKS[item.service_class])
         waiting.over = shares.over(item.tenant, now)
+        if self._fleet.note_arrival(waiting.row, now):
+            self._kept_at = -math.inf
         self._queue[item.key] = waiting
         view = self._scorer.view(waiting, now)
         if self._is_shed(waiting, view, now):
@@ -180,6 +185,8 @@ class Dispatcher:
     def decide(self, now: float) -> list[Decision]:
         """All that is to be done now."""
         out: list[Decision] = []
+        if now >= self._kept_at + KEPT_FOR:
+            self._keep(now)
         if self._deadlines.due() <= now:
             self._ring(now)
         if self._places.stranded():
@@ -258,6 +265,15 @@ class Dispatcher:
 
     # Serving
 
+    def _keep(self, now: float) -> None:
+        """Keep as many workers as those who go first need; the others are for whoever comes."""
+        fleet, slots = self._fleet, np.flatnonzero(self._fleet.serving)
+        if len(slots):
+            vectors = self._predictor.rate, fleet.slots, fleet.kv_total
+            rate, places, room = (float(each[slots].mean()) for each in vectors)
+            fleet.keep(self._running.reserve.needs(rate, places, room, now), now)
+        self._kept_at = now
+
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
         """Send the worker what it takes. False: there is more to do for it."""
         skipped: set[int] = set()  # rows of the lanes
@@ -270,7 +286,7 @@ class Dispatcher:
                 return True
             item = waiting.item
             over = self._lanes.over(waiting, now)
-            if not self._fleet.takes(slot, item.service_class, over, now):
+            if not self._fleet.takes(slot, item.service_class, over, now, item.model):
                 skipped.update(range(2 * waiting.rank + over, 2 * waiting.rank + 2))
                 continue
             if waiting.version != self._fleet.version:
@@ -285,10 +301,16 @@ class Dispatcher:
             if now + predicted > item.deadline:
                 self._give_up(waiting, now)
                 left -= 1
-            elif self._running.fits(slot, item, self._fleet.fills_as(item.service_class, now), now):
-                self._send(waiting, now, predicted, out)
+            elif self._running.fits(slot, item, self._fleet.fills_as(slot, item.service_class, over), now):
+                self._send(waiting, over, now, predicted, out)
             else:
                 self._no_room(waiting, now)
+                view = self._scorer.view(waiting, now)
+                if view.best != slot:
+                    self._places.lift(waiting)
+                    self._put(waiting, view, now)
+                    left -= 1
+                    continue
                 skipped |= {2 * waiting.rank, 2 * waiting.rank + 1}
         return True
 
@@ -299,7 +321,7 @@ class Dispatcher:
         below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
         self._fleet.cram(slot, slice(rank, below))
 
-    def _send(self, waiting: Waiting, now: float, predicted: float, out: list[Decision]) -> None:
+    def _send(self, waiting: Waiting, over: bool, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot
         worker = self._fleet[slot].worker
         tokens = float(self._fleet.pending[slot]) + waiting.cost
@@ -311,7 +333,8 @@ class Dispatcher:
         self._shares[waiting.rank].charge(item.tenant, waiting.cost, now)
         self._index.predict(worker, item.hashes, now)
         self._fleet.sent(slot, item.model, waiting.cost)
-        self._running.add(Sent(item, slot, now, tokens, predicted, hit))
+        row = 2 * waiting.rank + over
+        self._running.add(Sent(item, slot, now, tokens, predicted, hit, row))
         queue = now - item.arrived
         why = "the best of those that could take it" if waiting.ahead == 0.0 else "its turn in the lane"
         out.append(Send(item.key, worker, queue, predicted, hit, why))
