@@ -56,7 +56,15 @@ _SMALL = 16 * 2**10
 """Bytes of a body that is kept here and sent along; a larger one is read from the queue by its worker."""
 
 _UNCLAIMED = 0.5
-"""Seconds after which a request that was sent must be told of by its worker."""
+_UNREAD = 3.0
+"""Seconds after which a request that was sent must be told of by its worker; a large one is read from the
+queue before."""
+
+_STALL = 0.1
+"""Seconds by which a word may be late; past that we stood still, or did not lead."""
+
+_HELD = 0.8
+"""Part of the ack wait after which the broker may have given to others what we have not prolonged."""
 
 _PAUSE = 5.0
 """Seconds for which workers pull by themselves after a defect of the dispatcher."""
@@ -114,6 +122,11 @@ class _Out:
     at: float
     number: int
 
+    @property
+    def limit(self) -> float:
+        """Seconds until its worker must have told of it."""
+        return _UNREAD if self.queued.parcel.data is None else _UNCLAIMED
+
 
 @dataclass(slots=True, eq=False)
 class _Queue:
@@ -166,6 +179,7 @@ class Dispatching:
         self._keys: dict[str, int] = {}  # of waiting requests
         self._names: dict[str, tuple[str, int]] = {}  # request -> base and sequence, for `explain`
         self._prolonged = 0.0
+        self._ticked = 0.0
         self._steps: tuple[Steps, ...] = ()
         self._noted = 0.0  # when the shares were; inf = they are being noted
         self._asking = asyncio.Semaphore(_ASKS)
@@ -177,7 +191,7 @@ class Dispatching:
         """Whether it waits here, or is on its way to a worker that will tell of it."""
         out = self._out.get(seq)
         if out is not None:
-            return time.monotonic() - out.at < _UNCLAIMED
+            return time.monotonic() - out.at < out.limit
         return any(seq in queue.waiting for queue in self._queues.values())
 
     async def watch(self) -> list[base.Subscription]:
@@ -214,8 +228,10 @@ class Dispatching:
                 await self._stop(give_back=False)  # whoever leads has them, or will
             return
         now = time.monotonic()
+        if self._epoch and self._outdated(now):
+            await self._stop(give_back=False)
         if not self._epoch:
-            self._epoch = self._leader.revision
+            self._epoch, self._prolonged = self._leader.revision, now
             _log.info("dispatching", extra={"epoch": self._epoch})
             self._bounced.clear()
             self._spawn(self._bounce())
@@ -242,7 +258,12 @@ class Dispatching:
             await self._fill(base_model, queue)
             self._soon(base_model)
             metrics.TTFT_ERROR.labels(base_model).set(queue.dispatcher.error_p90())
-        await self._reclaim(now)
+        if now - self._ticked > _TICK + _STALL:
+            for out in self._out.values():  # what was told of meanwhile has not been read, or was not heard
+                out.at = now
+        else:
+            await self._reclaim(now)
+        self._ticked = now
         if now - self._noted > ledger.INTERVAL:
             self._noted = math.inf
             self._steps = tuple(self._measured())
@@ -252,6 +273,10 @@ class Dispatching:
             for queue in self._queues.values():
                 for queued in list(queue.waiting.values()):
                     await self._broker.prolong(queued.parcel.receipt)
+
+    def _outdated(self, now: float) -> bool:
+        """Whether what waits here may be others' by now."""
+        return now - self._prolonged > _HELD * self._broker.ack_wait
 
     def _measured(self) -> Iterator[Steps]:
         """How long the steps of each pool take."""
@@ -307,7 +332,9 @@ class Dispatching:
             # What another dispatcher had and left, and has got until now. What it sent is told of at once, by
             # who lives.
             await self._bounced.wait()
-            await self._guard.hand_on_unclaimed(base_model, _TICK)
+            if self._guard.knows_all:
+                await self._guard.hand_on_unclaimed(base_model, _TICK)
+            await self._guard.hand_on_unclaimed(base_model)
 
     async def _resume(self, base_model: str, dispatcher: Dispatcher) -> None:
         """Begin with what tenants were served by who led before, where the broker tells."""
@@ -575,9 +602,9 @@ class Dispatching:
     @_careful
     def _decide(self, base_model: str, queue: _Queue) -> None:
         queue.decide_soon = False
-        if self._queues.get(base_model) is not queue or not self._leader.leads:
-            return
         now = time.monotonic()
+        if self._queues.get(base_model) is not queue or not self._leader.leads or self._outdated(now):
+            return
         decisions = queue.dispatcher.decide(now)
         due = queue.dispatcher.next_due(now)
         sends: list[tuple[str, base.Parcel, str]] = []
@@ -662,7 +689,7 @@ class Dispatching:
     async def _reclaim(self, now: float) -> None:
         """Hand on what was sent and no worker tells of: it got lost on the way, or its end did."""
         for seq, out in list(self._out.items()):
-            if now - out.at > _UNCLAIMED and not self._guard.holds(seq) and self._out.get(seq) is out:
+            if now - out.at > out.limit and not self._guard.holds(seq) and self._out.get(seq) is out:
                 del self._out[seq]
                 queue = self._queues.get(out.queued.request.subject.base)
                 if queue is not None:

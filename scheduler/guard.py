@@ -54,10 +54,17 @@ class Guard:
         self._broker = broker
         self._leader = leader
         self._held = held.Table()
+        self._began = asyncio.get_running_loop().time()
         self._bounced: dict[str, tuple[float, base.Subscription]] = {}  # by inbox, and until when
         self._heard: set[str] = set()  # inboxes of workers that came back
         self.on_lost: Callable[[held.Lost], None] = lambda lost: None  # before its requests are handed on
         self.in_other_hands: Callable[[int], bool] = lambda seq: False  # than a worker's
+
+    @property
+    def knows_all(self) -> bool:
+        """Whether each worker that lives has had the time to tell us of what it holds."""
+        heard_since = max(self._began, self._broker.disturbed)
+        return asyncio.get_running_loop().time() - heard_since > 2 * self._lost_after
 
     def holds(self, seq: int) -> bool:
         """Whether a worker that lives, as far as we heard, has the request."""

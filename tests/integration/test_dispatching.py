@@ -57,9 +57,10 @@ async def caller(broker: Broker) -> AsyncIterator[Caller]:
 class Desk:
     """A scheduler that can be stopped, and killed: its connection then breaks without a word."""
 
-    def __init__(self, url: str, name: str, **dispatch: Any) -> None:
+    def __init__(self, url: str, name: str, settings: dict[str, float], **dispatch: Any) -> None:
         self._config = CONFIG.model_copy(update={"url": url})
-        self._settings = SchedulerConfig(name=name, lost_after=0.3, sweep=0.05, orphan_after=0.0)
+        settings = {"lost_after": 0.3, "sweep": 0.05, "orphan_after": 0.0} | settings
+        self._settings = SchedulerConfig(name=name, **settings)
         self._dispatch = DispatchConfig(**dispatch)
         self._stop = asyncio.Event()
 
@@ -83,8 +84,10 @@ class Desk:
 
 
 @asynccontextmanager
-async def desk(url: str, name: str = "s1", **dispatch: Any) -> AsyncIterator[Desk]:
-    made = Desk(url, name, **dispatch)
+async def desk(
+    url: str, name: str = "s1", settings: dict[str, float] | None = None, **dispatch: Any
+) -> AsyncIterator[Desk]:
+    made = Desk(url, name, settings or {}, **dispatch)
     await made.start()
     try:
         yield made
@@ -597,9 +600,9 @@ async def test_requests_pass_a_leader_that_hangs(tmp_path: Path) -> None:
                 hung = desks[leads].process
                 hung.send_signal(signal.SIGSTOP)
                 try:
-                    await until(lambda: _leads(wire) not in ("", leads))  # noqa: B023
                     for call in [await caller.submit(3) for _ in range(20)]:
                         await call.finishes()
+                    await until(lambda: _leads(wire) not in ("", leads))  # noqa: B023
                 finally:
                     hung.send_signal(signal.SIGCONT)
                 await until(lambda: _left(wire, leads))  # noqa: B023
@@ -607,6 +610,47 @@ async def test_requests_pass_a_leader_that_hangs(tmp_path: Path) -> None:
                     await call.finishes()
             await caller.drained()
             assert len(await caller.usage(51)) == 51
+
+
+async def test_a_leader_that_hung_for_longer_than_the_ack_wait_sends_nothing_that_it_had(
+    tmp_path: Path,
+) -> None:
+    """Nobody else led: the broker gave its requests to workers, which have answered."""
+    async with Fleet(tmp_path) as fleet:
+        config = CONFIG.model_copy(update={"url": fleet.nats.url})
+        async with await client.connect(config, "test") as broker, calling(broker) as caller:
+            wire = Wire()
+            await wire.listen(broker)
+            settings = {"broker__ack_wait": 1.0}
+            desk = await fleet.start("scheduler", scheduler__name="s1", **settings)
+            await fleet.start("worker", worker__name="w1", sim__max_num_seqs=1, sim__itl_ms=20, **settings)
+            await until(lambda: wire.dispatched and wire.dispatched[-1].bases)
+            calls = [await caller.submit(50) for _ in range(4)]
+            await calls[0].reach(FrameKind.HEAD)
+            desk.process.send_signal(signal.SIGSTOP)
+            try:
+                for call in calls:
+                    await call.finishes()
+                await caller.drained()
+                sent, said = len(wire.sent), len(wire.dispatched)
+            finally:
+                desk.process.send_signal(signal.SIGCONT)
+            await until(lambda: len(wire.dispatched) > said + 5)
+            assert len(wire.sent) == sent
+
+
+async def test_a_scheduler_that_has_just_come_takes_nothing_from_those_it_has_not_heard(
+    server: NatsServer, broker: Broker, caller: Caller
+) -> None:
+    engine = await sim.start(FAST.model_copy(update={"beta0": 20.0}))
+    async with serving(broker, engine, heartbeat=0.5):
+        calls = [await caller.submit(200) for _ in range(4)]
+        for call in calls:
+            await call.reach(FrameKind.HEAD)
+        async with desk(server.url, settings={"lost_after": 1.5, "orphan_after": 60.0}):
+            ends = [await call.finishes() for call in calls]
+    assert [end.epoch for end in ends] == [1] * 4
+    await engine.close()
 
 
 def _leads(wire: Wire) -> str:

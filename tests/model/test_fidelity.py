@@ -40,9 +40,9 @@ def test_times_and_hits_are_those_of_the_simulator() -> None:
     file = _file("fidelity", duration=40.0)
     asked = fidelity.calls(file)
     foretold, found = fidelity.simulated(file, asked), _replay(file, asked)
-    for percent in (50, 90, 99):
+    for percent, off in (50, 0.1), (90, 0.1), (95, 0.1), (99, 0.2):  # the last is five requests
         there = np.percentile([answer.ttft for answer in found], percent)
-        assert 0.9 < there / np.percentile([answer.ttft for answer in foretold], percent) < 1.1
+        assert abs(there / np.percentile([answer.ttft for answer in foretold], percent) - 1) < off
     assert 0.95 < sum(answer.cached for answer in found) / sum(answer.cached for answer in foretold) < 1.05
 
 
