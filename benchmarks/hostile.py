@@ -1,9 +1,9 @@
 """What hurts an engine's KV cache most, on real vLLM with a small one: long prompts, long answers of unknown
 length, and bursts, all at once, far more than it has room for.
 
-The scheduler hands them to a worker in this process, whose engine tells after each step what it holds. Against
-it a worker that pulls by its own credit. Nobody but the caller knows how long an answer becomes: the request
-does not say.
+The scheduler hands them to a worker in this process, whose engine tells after each step what it holds;
+against it, the worker pulls by its own credit. Nobody but the caller knows how long an answer becomes: the
+request does not say.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ than computing it anew.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -163,6 +164,20 @@ class Dispatcher:
         if sent is not None:
             sent.stays = True
             self._preemption.back(sent.slot, key)
+
+    def told(self, worker: str) -> int:
+        """Number of the last change of its engine's cache that is known; 0 = it tells none."""
+        return self._index.told(worker)
+
+    def cache(
+        self, worker: str, number: int, taken: Sequence[int], evicted: Sequence[int], now: float
+    ) -> None:
+        """Its engine has taken prefix blocks into its cache and evicted others: the change of that number."""
+        self._index.change(worker, number, taken, evicted, now)
+
+    def caches(self, worker: str, number: int, blocks: Sequence[int], now: float) -> None:
+        """These are all that its engine caches, as of that change. Number 0: it tells nothing any more."""
+        self._index.reset(worker, number, blocks, now)
 
     # What shall happen
 

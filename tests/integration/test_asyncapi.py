@@ -114,6 +114,8 @@ def test_addresses_are_the_subjects_that_the_code_builds() -> None:
     assert _address("takeovers", *names[:2]) == subjects.taken("a%2Eb.batch")
     assert _address("fleet", "a.b") == subjects.heartbeat("a.b")
     assert _address("held", "a.b") == subjects.held("a.b")
+    assert _address("cached", "a.b") == subjects.cached("a.b")
+    assert _address("inventory", "a.b") == subjects.inventory("a.b")
     assert _address("roster", "a.b") == subjects.roster("a.b")
     assert _address("dispatch") == subjects.DISPATCH
     assert _address("explanations") == subjects.EXPLAIN
@@ -167,6 +169,7 @@ def _tree(root: type[errors.HeadraceError]) -> Iterator[type[errors.HeadraceErro
         messages.Answer,
         messages.PoolBeat,
         messages.News,
+        messages.Cached,
         messages.Dispatch,
         messages.Sent,
     ],
