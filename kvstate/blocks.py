@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvstate.prefix import BLOCK, LIMIT
 
@@ -37,6 +37,7 @@ class _Run:
     length: int
     extra: tuple[str, ...]
     salt: tuple[str, ...]
+    again: bool = False
 
 
 class Blocks:
@@ -122,8 +123,8 @@ class Blocks:
         extra: tuple[str, ...] = (),
         salt: tuple[str, ...] = (),
     ) -> None:
-        """A prompt of these `tokens` has been computed. It is bound by the next `changes`: the engine may
-        tell of its blocks a moment later.
+        """A prompt of these `tokens` has been computed. It is bound by one of the next two `changes`: the
+        engine may tell of its blocks a moment later.
 
         Args:
             chain: names of its text's first blocks.
@@ -137,8 +138,10 @@ class Blocks:
 
     def changes(self) -> tuple[list[int], list[int]]:
         """Names held now that were not at the last call, and the reverse; `number` counts those with any."""
-        while self._runs:
-            self._bind(self._runs.popleft())
+        for _ in range(len(self._runs)):
+            run = self._runs.popleft()
+            if not self._bind(run) and not run.again:
+                self._runs.append(replace(run, again=True))
         if not self._changed:
             return [], []
         self.number += 1
@@ -150,10 +153,11 @@ class Blocks:
         """All names that are held, as of `number`; those bound last come first."""
         return [name for name in reversed(self._bound) if name not in self._changed]
 
-    def _bind(self, run: _Run) -> None:
+    def _bind(self, run: _Run) -> bool:
+        """Whether the cache has all of it."""
         size, chain = self._size, run.chain[:LIMIT]
         if not size:
-            return
+            return False
         # The text goes on for less than a block after the last one that is named, unless there are too many.
         most = len(chain) * BLOCK + BLOCK - 1 if len(chain) < LIMIT else run.length
         length = min(max(run.length, len(chain) * BLOCK), most)
@@ -166,10 +170,11 @@ class Blocks:
                 extra = run.extra if walk else run.extra + run.salt
                 parent = self._by_key.get(_key(parent, run.tokens[start : start + size], extra))
                 if parent is None:
-                    return
+                    return False
                 walk.append(parent)
             if name not in self._bound:
                 self._hold(name, walk[end - 1])
+        return True
 
     def _hold(self, name: int, block: Hashable) -> None:
         self._bound[name] = block

@@ -117,6 +117,33 @@ def test_a_block_with_two_copies_goes_with_the_second() -> None:
     assert not listener.held
 
 
+def test_an_engine_may_tell_of_its_blocks_a_moment_after_a_run() -> None:
+    told = Blocks()
+    listener, content = Listener(told), text(1, 2)
+    told.ran(names(content), tokens_of(content), len(content))
+    listener.hear()
+    told.stored(*_whole(content))
+    listener.hear()
+    assert listener.held == set(names(content))
+
+
+def test_what_never_was_there_is_not_waited_for() -> None:
+    told = Blocks()
+    listener, content = Listener(told), text(1, 2)
+    told.ran(names(content), tokens_of(content), len(content))
+    listener.hear()
+    listener.hear()
+    told.stored(*_whole(content))
+    listener.hear()
+    assert not listener.held
+
+
+def _whole(content: str) -> tuple[list[int], None, list[int], int, list[tuple[()]]]:
+    tokens = tokens_of(content)
+    count = len(tokens) // SIZE
+    return list(range(count)), None, tokens, SIZE, [()] * count
+
+
 def test_what_was_missed_is_told_no_more() -> None:
     told = Blocks()
     engine = Engine(told, 100)
