@@ -135,7 +135,7 @@ async def run(quick: bool) -> dict[str, Any]:
             found[side] = await measured(started, asks, dispatched=dispatched)
             results.say(f"  {side}: {found[side]}")
         total = started.stats().kv_tokens_total
-    return {"model": demo_model.NAME, "kv_tokens": total, "sides": found}
+    return {"model": demo_model.NAME, "kv_tokens": total, "mean_answer": MEAN_ANSWER, "sides": found}
 
 
 if __name__ == "__main__":
