@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from benchmarks import fleet, results, stages
+from benchmarks import fleet, quiet, results, stages
 from benchmarks.load import Load, Result, measure
 from broker.server import NatsServer
 from ops import demo_model
@@ -35,7 +33,6 @@ THINK = 0.1
 ROUNDS = 2
 SIDES = {"fifo": False, "dispatched": True}
 
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 _SYLLABLES = (
     "ba",
     "co",
@@ -89,12 +86,6 @@ def load(url: str, model: str, requests: int, seed: int, side: str) -> Load:
 
 
 @contextlib.contextmanager
-def single_threaded() -> Iterator[None]:
-    with mock.patch.dict(os.environ, ENVIRONMENT):
-        yield
-
-
-@contextlib.contextmanager
 def worker(nats: str, name: str, model: Path) -> Iterator[None]:
     settings = {"model": model, "max_model_len": 1024, "kv_cache_bytes": CACHE_BYTES}
     of_engine = {f"vllm__{key}": value for key, value in settings.items()}
@@ -108,7 +99,7 @@ async def measured(quick: bool) -> dict[str, Any]:
     taken: dict[str, list[Result]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch, contextlib.ExitStack() as stack:
         async with NatsServer(Path(scratch) / "nats") as server:
-            stack.enter_context(single_threaded())
+            stack.enter_context(stages.single_threaded())
             for name in ("one", "two"):  # one after the other: two that load at once take longer
                 stack.enter_context(worker(server.url, name, model))
             url = stack.enter_context(fleet.part("ingress", server.url))
@@ -148,4 +139,4 @@ def _figures(taken: list[Result]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    results.main("prefixes", lambda quick: asyncio.run(measured(quick)))
+    results.main("prefixes", lambda quick: quiet.noted(lambda: asyncio.run(measured(quick))))

@@ -622,7 +622,8 @@ _PREFIXES = """\
 Zipf's law, {prompt_tokens} tokens with the question, {tokens} tokens as an answer; {clients} clients that ask
 one after the other. A worker's KV cache has room for {cache_tokens:,} tokens: for what it runs and about half
 of the prompts. Workers that pull ("FIFO"), against the scheduler that hands out, in turn on the same workers,
-{rounds} rounds of {requests} requests, each with prompts of its own. Medians and percentiles over all.
+{rounds} rounds of {requests} requests, each with prompts of its own; percentiles over all. Other processes used
+{cores_used_by_others:.2f} cores meanwhile.
 """
 
 _HOSTILE = """\
@@ -632,7 +633,8 @@ _HOSTILE = """\
 {requests} requests, long prompts (500 to 1,300 words), long answers ({mean_answer} tokens on average, as
 nobody is told) and bursts of eight short ones. The engine's figures after each step during which requests
 waited outside of it. "Wait" is from the worker's taking a request to the engine's first step with it, in
-steps of {step_ms:.0f} ms, the mean of the dispatched side. Every answer was complete.
+steps of {step_ms:.0f} ms, the mean of the dispatched side. KV use is counted from when it first was 85 %.
+Every answer was complete. Other processes used {cores_used_by_others:.2f} cores meanwhile.
 """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import tempfile
 import time
 import uuid
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import orjson
 from prometheus_client import REGISTRY
@@ -139,6 +141,14 @@ async def staged(engine: Engine) -> AsyncIterator[Stage]:
         finally:
             stop.set()
             await running
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """vLLM's CPU engines that are started meanwhile compute in one thread each: threads wait for each other
+    after each layer, and for long where something else has their cores."""
+    with mock.patch.dict(os.environ, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}):
+        yield
 
 
 @contextlib.asynccontextmanager
