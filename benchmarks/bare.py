@@ -4,7 +4,7 @@
 
 OFF names what is left out, with commas between, or is `nothing`:
 
-journal     The stream REPLIES stores no frame.
+journal     The stream REPLIES stores no frame, and nobody waits until it has.
 recovery    A worker does not tell what it holds, does not look whether another has taken its request over,
             and takes no round trip to the broker before an acknowledgement. No process keeps what it
             published to publish it again. A scheduler neither stands for leader nor watches for lost workers.
@@ -73,7 +73,11 @@ def _as_it_comes(assembler: Assembler, frame: Frame) -> list[Frame]:
 
 INSTEAD: dict[str, tuple[tuple[Any, str, object], ...]] = {
     "nothing": (),
-    "journal": ((topology, "streams", _without_replies),),
+    "journal": (
+        (topology, "streams", _without_replies),
+        (replies.Writer, "_publish_last", replies.Writer._publish),
+        (replies.Writer, "kept", _told),
+    ),
     "recovery": (
         (held.Held, "take", _nothing),
         (held.Held, "drop", _nothing),

@@ -270,9 +270,10 @@ class NatsBroker(base.Broker):
         self._acks[number] = future
         late = asyncio.get_running_loop().call_later(2 * self._config.timeout, self._unconfirmed, future)
 
-        def answered(_: object) -> None:
+        def answered(ack: asyncio.Future[base.Stored]) -> None:
             late.cancel()
             self._acks.pop(number, None)
+            _ = ack.cancelled() or ack.exception()  # else asyncio logs it where nobody waits any more
 
         future.add_done_callback(answered)
         try:

@@ -8,6 +8,8 @@ as with a real connection.
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
 import logging
 import time
 import uuid
@@ -168,6 +170,7 @@ class MemoryBroker(base.Broker):
         self.pullers: list[_Puller] = []
         self.watches: list[_Watch] = []
         self._held: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._ack_numbers = itertools.count()
         self._connected = True
         self._closed = False
 
@@ -281,16 +284,14 @@ class MemoryBroker(base.Broker):
         self, subject: str, data: bytes, headers: dict[str, str] | None = None
     ) -> asyncio.Future[Stored]:
         self.check()
-        self._fits(subject, data, headers)
         loop = asyncio.get_running_loop()
         ack: asyncio.Future[Stored] = loop.create_future()
-        try:
-            stored = self.hub.store(subject, data, headers)
-        except errors.Overloaded as exc:
-            loop.call_soon(_settle, ack, exc)
-        else:
-            loop.call_soon(_settle, ack, stored or errors.Unavailable(f"no stream takes {subject}"))
-            self.hub.route(Message(subject, data, headers))
+        name = f"{self.inbox}.{next(self._ack_numbers)}"
+        late = errors.Unconfirmed("the broker did not say whether it accepted")
+        timer = loop.call_later(2 * self.hub.config.timeout, _settle, ack, late)
+        ack.add_done_callback(functools.partial(_answered, timer))
+        self.hub.acks[name] = functools.partial(self.hand, _settle, ack)
+        await self.publish(subject, data, headers, name)
         return ack
 
     async def pull(
@@ -406,6 +407,11 @@ class MemoryBroker(base.Broker):
         for subscription in list(self.subscriptions):
             await subscription.close()
         self.hub.hang_up(self)
+
+
+def _answered(timer: asyncio.TimerHandle, ack: asyncio.Future[Stored]) -> None:
+    timer.cancel()
+    _ = ack.cancelled() or ack.exception()  # else asyncio logs it where nobody waits any more
 
 
 def _settle(future: asyncio.Future[T], outcome: T | Exception) -> None:

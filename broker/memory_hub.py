@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections import deque
@@ -149,6 +148,7 @@ class Hub:
         self.revisions: dict[tuple[str, str], int] = {}  # of the keys that were removed, too
         self._changes = itertools.count(1)
         self.queues: dict[str, Queue] = {}
+        self.acks: dict[str, Callable[[Stored | Exception], None]] = {}  # by the reply subject they go to
         window, forever = config.dedup_window, math.inf
         self.streams: dict[str, _Stream] = {}
         payloads, artifacts = subjects.PAYLOADS, subjects.ARTIFACTS
@@ -204,10 +204,19 @@ class Hub:
         return None
 
     def publish(self, message: Message) -> None:
-        """A core publish: a full stream loses it, and nobody is told."""
-        with contextlib.suppress(errors.Overloaded):
-            self.store(message.subject, message.data, message.headers)
+        """A full stream loses it, and nobody is told but who waits for its acknowledgement."""
+        self.keep(message)
         self.route(message)
+
+    def keep(self, message: Message) -> None:
+        """Store it where a stream listens, and tell who wants to know."""
+        outcome: Stored | Exception | None
+        try:
+            outcome = self.store(message.subject, message.data, message.headers)
+        except errors.Overloaded as exc:
+            outcome = exc
+        if message.reply in self.acks:
+            self.acks.pop(message.reply)(outcome or errors.Unavailable(f"no stream takes {message.subject}"))
 
     def bucket(self, name: str) -> dict[str, bytes]:
         if name not in self.buckets:

@@ -16,7 +16,7 @@ from typing import Any
 
 from broker import base, codec, errors, subjects
 from broker.assembler import Assembler, newest_request
-from broker.messages import QUEUED_EPOCH, Frame, FrameKind
+from broker.messages import QUEUED_EPOCH, TERMINAL, Frame, FrameKind
 
 _log = logging.getLogger(__name__)
 
@@ -30,10 +30,14 @@ NO_END_AFTER = 12.0
 """Seconds after which the reply to a request that has left the queue gets no end any more: a journal that
 elects its leader, up to 9 s, has been told again by then what it has missed."""
 
+_KEPT_WITHIN = 12.0
+"""Seconds that a journal without a leader is given to have a reply's end: an election takes up to 9."""
 _LAG = 3.0
 """Seconds until frames that are missing count as lost: a copy of the journal may lag behind, and who wrote
 them may be reconnecting."""
 _POLL = 0.1
+_LOOK_AGAIN = 0.5
+"""Seconds between two looks whether a journal that had no leader has a reply's end."""
 _PAGE = 256
 """Frames read from the journal, and handed out, at once to a reader who is behind."""
 _CLOCKS_APART = 60_000
@@ -52,6 +56,7 @@ class Writer:
         self._request = request
         self.epoch = epoch
         self._offs: dict[int, int] = {}
+        self._stored: asyncio.Future[base.Stored] | None = None  # the journal's word on the last frame
         self.frames = 0
         self.head_sent = False
 
@@ -95,6 +100,31 @@ class Writer:
             extra["retry_after"] = exc.retry_after
         await self._send(FrameKind.ERROR, exc.body(), extra=extra)
 
+    async def kept(self, since_ms: float) -> None:
+        """Return once the journal has the whole reply, which has ended: until then it may be known to this
+        process alone. Where its leader is gone, it has the frames that were said meanwhile from who said or
+        heard them, as soon as there is another.
+
+        Args:
+            since_ms: unix time in ms at which the request was queued.
+
+        Raises errors.Unavailable when it lacks some for longer than an election takes.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + _KEPT_WITHIN
+        if self._stored is not None:
+            with contextlib.suppress(errors.Unavailable):
+                await self._stored
+                return
+        while True:
+            with contextlib.suppress(errors.Unavailable):
+                frames = await journal(self._broker, self._reply_to, since_ms)
+                if {frame.seq for frame in frames if frame.epoch == self.epoch} >= set(range(self.frames)):
+                    return
+            if loop.time() > end:
+                raise errors.Unavailable("the journal of replies does not keep what is written to it")
+            await asyncio.sleep(_LOOK_AGAIN)
+
     async def _send(
         self,
         kind: FrameKind,
@@ -119,11 +149,22 @@ class Writer:
             await self._publish(codec.encode(whole))
             frame.seq, frame.kind, frame.payload, frame.extra = self.frames, FrameKind.DATA, rest, {}
             data = codec.encode(frame)
-        await self._publish(data)
+        if kind in TERMINAL:
+            await self._publish_last(data)
+        else:
+            await self._publish(data)
 
     async def _publish(self, data: bytes) -> None:
         self.frames += 1
         await self._broker.publish(self._reply_to, data)
+
+    async def _publish_last(self, data: bytes) -> None:
+        try:
+            self._stored = await self._broker.enqueue(self._reply_to, data)
+        except errors.Unavailable:
+            await self._publish(data)  # it goes out when the connection is back
+        else:
+            self.frames += 1
 
     def _number(self, frame: Frame, tokens: list[tuple[int, list[int]]]) -> None:
         for index, ids in tokens:

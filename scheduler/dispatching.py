@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Container, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec
 
@@ -37,7 +37,7 @@ from broker.messages import (
     parse_request,
 )
 from kvstate import prefix
-from scheduler import metrics
+from scheduler import held, metrics
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.dispatcher import Dispatcher
 from scheduler.dispatch.types import Item, Preempt, Send, Shed, WorkerState
@@ -53,7 +53,7 @@ _TICK = 0.1
 _SMALL = 16 * 2**10
 """Bytes of a body that is kept here and sent along; a larger one is read from the queue by its worker."""
 
-_UNCLAIMED = 1.0
+_UNCLAIMED = 0.5
 """Seconds after which a request that was sent must be told of by its worker."""
 
 _PAUSE = 5.0
@@ -409,14 +409,16 @@ class Dispatching:
         else:
             queue.dispatcher.cache(told.worker, told.number, taken, evicted, now)
 
-    def _lost(self, last: Heartbeat) -> None:
+    def _lost(self, lost: held.Lost) -> None:
         """It fell silent; one that was started anew under its name has not."""
-        known = self._beats.get(last.worker)
-        if known is not None and known.started_ms == last.started_ms:
-            self._lose(last.worker)
+        known = self._beats.get(lost.worker)
+        if known is not None and known.started_ms == lost.beat.started_ms:
+            self._lose(lost.worker, frozenset(lost.receipts))
 
     @_careful
-    def _lose(self, worker: str) -> None:
+    def _lose(self, worker: str, told: Container[str] = ()) -> None:
+        """`told`: receipts of what it told of. That is handed on for it, and only once: a receipt names a
+        message, whoever has it by then."""
         beat = self._beats.pop(worker, None)
         queue = self._queues.get(beat.base) if beat is not None else None
         if queue is None or beat is None:
@@ -427,8 +429,9 @@ class Dispatching:
         for seq, out in list(self._out.items()):
             if out.worker == worker:
                 del self._out[seq]
-                if not self._guard.holds(seq):  # else it is handed on with all that the worker told of
-                    self._spawn(self._broker.hand_on(out.queued.parcel.receipt))
+                receipt = out.queued.parcel.receipt
+                if receipt not in told and not self._guard.holds(seq):
+                    self._spawn(self._broker.hand_on(receipt))
         self._soon(beat.base)
 
     @_careful

@@ -56,7 +56,7 @@ class Guard:
         self._held = held.Table()
         self._bounced: dict[str, tuple[float, base.Subscription]] = {}  # by inbox, and until when
         self._heard: set[str] = set()  # inboxes of workers that came back
-        self.on_lost: Callable[[Heartbeat], None] = lambda last: None
+        self.on_lost: Callable[[held.Lost], None] = lambda lost: None  # before its requests are handed on
         self.in_other_hands: Callable[[int], bool] = lambda seq: False  # than a worker's
 
     def holds(self, seq: int) -> bool:
@@ -104,9 +104,9 @@ class Guard:
             answered = time.monotonic()
             if answered - now <= self._hiccup:
                 lost = self._held.lose(answered, self._lost_after)
-                await asyncio.gather(*map(self._hand_on, lost))
                 for each in lost:
-                    self.on_lost(each.beat)
+                    self.on_lost(each)
+                await asyncio.gather(*map(self._hand_on, lost))
 
     async def _hand_on(self, lost: held.Lost) -> None:
         told = {"worker": lost.worker, "requests": len(lost.receipts)}

@@ -144,6 +144,7 @@ class Job:
         self._joint: recovery.Joint | None = None
         self.past = recovery.NOTHING
         self._ran = False  # the engine was called
+        self._event: messages.UsageEvent | None = None  # since its reader was told of its end
         self._taken = False
         self.behind: list[base.Delivery] = []  # of the same request, for when this run has ended
         self._doubted = False  # the fleet may have taken us for lost, and given the request to another
@@ -248,7 +249,7 @@ class Job:
         return recovery.refusal(self.past, request, self._engine.continues)
 
     async def run(self, verdict: errors.HeadraceError | None = None) -> None:
-        """Run to the terminal frame and the ack; with a `verdict`, refuse without running."""
+        """Run to the terminal frame, or hand the request back; with a `verdict`, refuse without running."""
         if verdict is not None:
             self.stop(verdict)
         elif self._engine.died.done():
@@ -417,7 +418,7 @@ class Job:
         return told
 
     async def _finish(self) -> None:
-        """The terminal frame, the ack and the usage event, or the way back into the queue."""
+        """The terminal frame, or the way back into the queue."""
         if self._held_head is not None and self._fault is None:
             await self._settle_held_head()
         if self._fault is None and not self._complete:
@@ -447,14 +448,28 @@ class Job:
             await self._writer.end(self._usage_meta())
         else:
             await self._writer.error(self._fault)
+        self._event = self._usage_event()
+
+    @property
+    def ended(self) -> bool:
+        """Its reader has been told of its end."""
+        return self._event is not None
+
+    async def settle(self) -> None:
+        """The usage event and the ack of what has ended, once the journal has all of its reply.
+
+        Raises errors.Unavailable.
+        """
+        if self._event is None:
+            return
+        await self._writer.kept(self.delivery.enqueued_ms)
         # The ack last: who finds the request answered but not acked tells of its usage again.
-        event = self._usage_event()
         if not await self._ours(sure=True):
             return  # the broker removes a message for whoever acks it, under the hands of whoever has it
-        await usage.publish(self._broker, event, self.delivery.seq)
+        await usage.publish(self._broker, self._event, self.delivery.seq)
         await self.delivery.ack()
         self.acked = True
-        self._observe(event)
+        self._observe(self._event)
 
     async def _hand_back(self, reason: HandBack) -> None:
         """To another worker, with what was said so far in the journal."""

@@ -54,6 +54,7 @@ class Worker:
         self._jobs: dict[str, Job] = {}
         self._prefilling: dict[Job, int] = {}  # those without a token yet, and their prompts' estimates
         self._prefill_held = 0
+        self._settling = 0  # jobs that have ended and are to be acked
         self._tasks: set[asyncio.Task[Any]] = set()
         self._queues = [intake.Queue() for _ in ServiceClass]
         self._pullers: list[base.Puller] = []
@@ -289,11 +290,15 @@ class Worker:
         self._prefill_held -= self._prefilling.pop(job, 0)
         self._top_up()
 
+    @property
+    def _running(self) -> int:
+        return len(self._jobs) - self._settling
+
     def _load(self) -> budget.Load:
         """In constant time, since every take, first token and end asks for it."""
         stats = self._engine.stats()
         prefilling = len(self._prefilling)
-        running = len(self._jobs) - self._control.waiting
+        running = self._running - self._control.waiting
         # A request that decodes is, on average, half through its output.
         growth = self._mean_output * (prefilling + (running - prefilling) / 2)
         return budget.Load(
@@ -313,7 +318,7 @@ class Worker:
     def _room(self) -> int:
         """Requests for which there is a slot, and which an engine that failed lately may be tried with."""
         free = self._load().slots_free
-        room = self._quarantine.room(asyncio.get_running_loop().time(), len(self._jobs))
+        room = self._quarantine.room(asyncio.get_running_loop().time(), self._running)
         return free if room is None else min(free, room)
 
     def _judge(self, job: Job) -> None:
@@ -473,15 +478,25 @@ class Worker:
         else:
             await job.run(verdict)
         self._judge(job)
-        if job.acked:
+        if job.ended:
             tap = job.tap
             self._done.append((job.delivery.seq, tap.prompt_tokens, tap.cached_tokens, tap.output_tokens))
+        await self._settle(job)
         # Not before the ack: a redelivery must find it. A dead letter needs it still.
         if job.acked and not isinstance(verdict, errors.Poisoned):
             await bodies.discard(self._broker, job.request)
         if job.tap.output_tokens:
             self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
             self._mean_output += _SMOOTHING * (job.tap.output_tokens - self._mean_output)
+
+    async def _settle(self, job: Job) -> None:
+        """What has ended takes no room, however long the journal takes to have its reply."""
+        self._settling += 1
+        self._prefilled(job)
+        try:
+            await job.settle()
+        finally:
+            self._settling -= 1
 
     async def _fetch_body(self, job: Job) -> errors.HeadraceError | None:
         """Fetch a body that lies in the object store; returns why it can't be had, if so."""
@@ -620,6 +635,6 @@ class Worker:
             kv_tokens_total=stats.kv_tokens_total,
             running=stats.running,
             waiting=stats.waiting,
-            held=len(self._jobs),
+            held=self._running,
             prefill_tokens_held=int(self._prefill_held),
         )

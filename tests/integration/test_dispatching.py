@@ -327,6 +327,32 @@ async def test_a_worker_that_dies_with_what_it_was_sent_is_no_loss(
     await engine.close()
 
 
+async def test_what_a_lost_worker_ran_is_sent_to_another_once(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await sim.start(FAST.model_copy(update={"beta0": 50.0})), await sim.start(FAST)
+    own = await client.connect(CONFIG.model_copy(update={"url": server.url}), "w1")
+    async with own, desk(server.url), serving(own, first, "w1") as at:
+        await led(at)
+        calls = [await caller.submit(200) for _ in range(4)]
+        for call in calls:
+            await call.reach(FrameKind.HEAD)
+        assert {worker for worker, _ in wire.sent} == {"w1"}
+        publish = own.publish
+
+        async def silent(*_: object, **__: object) -> None:
+            """Nobody hears of it any more."""
+
+        monkeypatch.setattr(own, "publish", silent)
+        async with serving(broker, second, "w2"):
+            ends = [await call.finishes() for call in calls]
+            monkeypatch.setattr(own, "publish", publish)
+        assert [worker for worker, _ in wire.sent] == ["w1"] * 4 + ["w2"] * 4
+        assert [end.epoch for end in ends] == [2] * 4
+    await first.close()
+    await second.close()
+
+
 async def test_a_request_is_explained(server: NatsServer, broker: Broker, caller: Caller) -> None:
     engine = await sim.start(FAST)
     async with serving(broker, engine) as at, desk(server.url):

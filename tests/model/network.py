@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from broker import errors, subjects, tail
+from broker import codec, errors, subjects, tail
+from broker.assembler import Assembler
 from broker.base import Message
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
-from broker.memory_hub import Hub
+from broker.memory_hub import Hub, Queue
 
 LATENCY = 0.0002
 """Seconds for one message in either direction; those of one client keep their order."""
@@ -34,6 +36,7 @@ class Server(Hub):
         leaderless: the journal keeps nothing now.
         hurt: subjects of replies of which the journal did not get a frame, or not in its order.
         lost: (subject, frame) of those that it has not got since.
+        untold: subjects of replies without an end in the journal when their request was acknowledged.
     """
 
     def __init__(self, config: BrokerConfig, clock: Callable[[], float]) -> None:
@@ -42,20 +45,38 @@ class Server(Hub):
         self.leaderless = False
         self.hurt: set[str] = set()
         self.lost: set[tuple[str, bytes]] = set()
+        self.untold: set[str] = set()
 
-    def publish(self, message: Message) -> None:
-        if not subjects.is_reply(message.subject):
-            super().publish(message)
-            return
-        if self.leaderless:
-            self.lose(message)
-        else:
-            self.store(message.subject, message.data, message.headers)
+    def ack(self, queue: Queue, seq: int) -> None:
+        entry = self.stream(subjects.REQUESTS).entries.get(seq)
+        if entry is not None:
+            record = entry.record
+            reply_to = (record.headers or {})[subjects.REPLY_TO]
+            frames = [
+                codec.decode(said.data)
+                for said in self.stream(subjects.REPLIES).select(reply_to)
+                if said.stored_ms >= record.stored_ms
+            ]
+            assembler = Assembler()
+            with contextlib.suppress(errors.FramesLost):
+                assembler.feed_all(frames)
+                if not assembler.finished:
+                    self.untold.add(reply_to)
+        super().ack(queue, seq)
+
+    def keep(self, message: Message) -> None:
+        if subjects.is_reply(message.subject):
+            if self.leaderless:
+                self.lose(message)
+                return
             self.lost.discard((message.subject, message.data))
-        if self.unheard:
+        super().keep(message)
+
+    def route(self, message: Message) -> None:
+        if self.unheard and subjects.is_reply(message.subject):
             self.unheard -= 1
         else:
-            self.route(message)
+            super().route(message)
 
     def lose(self, message: Message) -> None:
         self.hurt.add(message.subject)
@@ -218,6 +239,6 @@ def _there_and_back(name: str) -> Callable[..., Awaitable[Any]]:
     return ask
 
 
-_ASKED = "sync enqueue read last record delete counts get swap hand_on delivered"
+_ASKED = "sync read last record delete counts get swap hand_on delivered"
 for _name in _ASKED.split():
     setattr(Client, _name, _there_and_back(_name))

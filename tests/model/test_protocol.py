@@ -314,6 +314,7 @@ class Fleet(RuleBasedStateMachine):
             if task.done():
                 task.result()
         assert not self.errors.found
+        assert not self.server.untold, "acknowledged, and its end is in no journal"
 
     def teardown(self) -> None:
         with self._exit:

@@ -28,12 +28,13 @@ class Deafening(MemoryBroker):
     written while `unkept` no journal."""
 
     def __init__(self) -> None:
-        super().__init__(BrokerConfig())
+        super().__init__(BrokerConfig(timeout=0.01))
         self.lost: set[int] = set()
         self.forgotten: set[int] = set()
         self.unkept = False
         self.refused: list[str] = []
         self.asked = 0
+        self.looked = 0
         self.kept: list[bytes] = []  # what the writer publishes once more when asked
         self.noted: list[bytes] = []  # what readers had kept
 
@@ -60,6 +61,7 @@ class Deafening(MemoryBroker):
         await super().publish(subject, data, headers, reply)
 
     async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[base.Record]:
+        self.looked += 1
         if self.refused:
             raise errors.Unavailable(self.refused.pop())
         return await super().read(stream, subject, start, limit)
@@ -112,6 +114,77 @@ async def test_frames_as_the_writer_numbers_them(broker: Deafening, stream: Stre
     assert (second.off, second.ids, second.payload) == (3, [], b"c")
     assert (end.kind, end.off, end.extra["usage"]) == (FrameKind.END, 3, {"completion_tokens": 6})
     assert writer.frames == 5
+
+
+class TestKept:
+    """What its writer waits for before it takes a request for done."""
+
+    @pytest.fixture(autouse=True)
+    def hurry(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(replies, "_LOOK_AGAIN", 0.005)
+
+    async def test_a_journal_that_acknowledges_the_end_has_all(self, broker: Deafening) -> None:
+        writer = await written(broker)
+        async with asyncio.timeout(5):
+            await writer.kept(0.0)
+        assert len(await replies.journal(broker, SUBJECT, 0.0)) == writer.frames == 4
+
+    @pytest.mark.parametrize("last", [0, 1, 2, 3])
+    async def test_one_without_a_leader_is_waited_for_until_it_has_each_frame(
+        self, broker: Deafening, last: int
+    ) -> None:
+        """They come again, in any order, from whoever said or heard them."""
+        said: list[bytes] = []
+        await broker.subscribe(SUBJECT, lambda message: said.append(message.data))
+        broker.unkept = True
+        writer = await written(broker)
+        keeping = asyncio.create_task(writer.kept(0.0))
+        broker.unkept = False
+        await until(lambda: len(said) == 4)
+        frames = list(said)
+        late = frames.pop(last)
+        for frame in frames:
+            await broker.publish(SUBJECT, frame)
+        looked = broker.looked
+        await until(lambda: broker.looked > looked + 1)
+        assert not keeping.done()
+        await broker.publish(SUBJECT, late)
+        async with asyncio.timeout(5):
+            await keeping
+
+    async def test_frames_of_another_attempt_or_of_an_earlier_request_are_not_its_own(
+        self, broker: Deafening, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(replies, "_KEPT_WITHIN", 0.05)
+        await written(broker)
+        await written(broker, 2)
+        broker.unkept = True
+        writer = await written(broker)
+        with pytest.raises(errors.Unavailable, match="does not keep"):
+            await writer.kept(time.time() * 1000 + 1)
+        third = await written(broker, 3)
+        with pytest.raises(errors.Unavailable, match="does not keep"):
+            await third.kept(0.0)
+
+    async def test_an_end_that_a_broken_connection_holds_up(self, broker: Deafening) -> None:
+        broker.disconnect()
+        writer = await written(broker)
+        keeping = asyncio.create_task(writer.kept(0.0))
+        await until(lambda: broker.looked > 1)
+        assert not keeping.done()
+        broker.reconnect()
+        async with asyncio.timeout(5):
+            await keeping
+
+
+async def written(broker: Deafening, epoch: int = 1) -> Writer:
+    """A reply of four frames, the last of them its end."""
+    writer = Writer(broker, SUBJECT, epoch)
+    await writer.beat("w1")
+    await writer.head(200, {}, "w1", b"a", [(0, [7])])
+    await writer.data(b"b", [(0, [8])])
+    await writer.end({})
+    return writer
 
 
 async def test_a_reader_keeps_what_it_hears_once(broker: Deafening, stream: Stream) -> None:

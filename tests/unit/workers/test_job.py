@@ -70,6 +70,7 @@ class Bench:
 
     async def run(self) -> list[Frame]:
         await asyncio.wait_for(self.job.run(), 5)
+        await asyncio.wait_for(self.job.settle(), 5)
         assert self.engine.running == 0
         return await self.frames()
 

@@ -17,7 +17,7 @@ import httpx
 import orjson
 import pytest
 
-from broker import codec, errors, letters, replies, subjects, usage
+from broker import base, codec, errors, letters, replies, subjects, usage
 from broker.base import Delivery, Record
 from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
@@ -531,6 +531,37 @@ async def test_a_request_whose_worker_died_in_mid_stream_goes_on_at_the_next_tok
     assert [frame.kind for frame in call.frames].count(FrameKind.HEAD) == 1
     async with undisturbed(call, path=path, stream_options={"include_usage": True}, **asked) as whole:
         assert named_alike(call.payload) == named_alike(whole)
+
+
+async def test_a_request_is_not_done_before_the_journal_has_its_end(
+    broker: MemoryBroker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal has no leader. Its caller has the answer, and the next request the slot."""
+    monkeypatch.setattr(replies, "_LOOK_AGAIN", 0.005)
+    worker = MemoryBroker(hub=broker.hub)
+    lost: list[base.Message] = []
+
+    async def publish(
+        subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
+    ) -> None:
+        if subjects.is_reply(subject):
+            lost.append(base.Message(subject, data))
+            broker.hub.route(base.Message(subject, data, headers))
+        else:
+            await MemoryBroker.publish(worker, subject, data, headers, reply)
+
+    monkeypatch.setattr(worker, "publish", publish)
+    gate = Gate()
+    gate.open.set()
+    async with serving(worker, WaxEngine(gate, slots=1), "w1"):
+        for _ in range(2):
+            call = await caller.submit()
+            assert (await call.end()).kind is FrameKind.END
+        assert await caller.queued() == 2
+        for message in lost:
+            await broker.publish(message.subject, message.data)
+        await caller.drained()
+        assert len(await caller.usage(2)) == 2
 
 
 def named_alike(payload: bytes) -> bytes:
