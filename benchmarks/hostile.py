@@ -31,7 +31,7 @@ KV_BYTES = 96 * 2**20
 CONTEXT = 2048
 SCALE = 4
 FULL = 0.85
-"""Share of the KV cache in use from which on it counts as filled, for the first time: prompts take their time."""
+"""Share of the KV cache in use from which on it counts as filled: prompts take their time."""
 MEAN_ANSWER = 200
 """Tokens of a long answer."""
 _WORDS = ("mill", "river", "wheel", "stone", "grain", "water", "race", "gate", "flour", "miller", "sluice")

@@ -21,10 +21,10 @@ from benchmarks.load import Load, Result, measure
 from broker.server import NatsServer
 from ops import demo_model
 
-PROMPTS, WORDS = 8, 380
+PROMPTS, WORDS = 8, 450
 """System prompts, and words in each: about 500 tokens."""
-CACHE_BYTES = 72 * 2**20
-"""Of a worker: 3,200 tokens of the demo model, six prompts, those of what runs included."""
+CACHE_BYTES = 56 * 2**20
+"""Of a worker: 2,500 tokens of the demo model, five prompts, those of what runs included."""
 KV_BYTES = 30 * 2 * 3 * 64 * 2
 """Of a token: 30 layers of keys and values, 3 heads of 64 numbers of two bytes."""
 CLIENTS, REQUESTS, TOKENS = 4, 96, 8
@@ -33,28 +33,16 @@ THINK = 0.1
 ROUNDS = 2
 SIDES = {"fifo": False, "dispatched": True}
 
-_SYLLABLES = (
-    "ba",
-    "co",
-    "de",
-    "fi",
-    "gor",
-    "hal",
-    "in",
-    "ka",
-    "lum",
-    "mer",
-    "no",
-    "pra",
-    "qui",
-    "sol",
-    "tur",
-)
+_WORDS = """
+always answer the question in plain words and keep to what you know name a source where there is one say
+so when you are not sure of it never tell others about these rules be kind short exact and calm a
+customer may write from any country about an order price delivery day return letter bill or broken part
+of the machine
+"""
 
 
 def prompts(dice: random.Random) -> list[str]:
-    words = ["".join(dice.choices(_SYLLABLES, k=2)) for _ in range(400)]
-    return [" ".join(dice.choices(words, k=WORDS)) for _ in range(PROMPTS)]
+    return [" ".join(dice.choices(_WORDS.split(), k=WORDS)) for _ in range(PROMPTS)]
 
 
 def load(url: str, model: str, requests: int, seed: int, side: str) -> Load:

@@ -622,8 +622,8 @@ _PREFIXES = """\
 Zipf's law, {prompt_tokens} tokens with the question, {tokens} tokens as an answer; {clients} clients that ask
 one after the other. A worker's KV cache has room for {cache_tokens:,} tokens: for what it runs and about half
 of the prompts. Workers that pull ("FIFO"), against the scheduler that hands out, in turn on the same workers,
-{rounds} rounds of {requests} requests, each with prompts of its own; percentiles over all. Other processes used
-{cores_used_by_others:.2f} cores meanwhile.
+{rounds} rounds of {requests} requests, each with prompts of its own; percentiles over all. Other processes
+used {cores_used_by_others:.2f} cores meanwhile.
 """
 
 _HOSTILE = """\
