@@ -29,7 +29,7 @@ from workers.engines.base import Engine, EngineStats
 KV_BYTES = 96 * 2**20
 """Of the engine's cache: 4,352 tokens of the demo model."""
 CONTEXT = 2048
-SCALE = 4
+SCALE = 3
 FULL = 0.85
 """Share of the KV cache in use from which on it counts as filled: prompts take their time."""
 MEAN_ANSWER = 200

@@ -76,6 +76,9 @@ class Lengths:
     def remaining(self, model: str, tenant: str, so_far: int, max_tokens: int, quantile: float) -> float:
         """Tokens that a request which made `so_far` will still make: `quantile` of its like make no more.
 
+        Where too few were longer to say, half go on for as long again, up to what is assumed where nothing
+        is known.
+
         Args:
             max_tokens: its own limit; 0 = it has none.
             quantile: in [0, 1].
@@ -85,7 +88,11 @@ class Lengths:
             total = ring.quantile(so_far, quantile) if ring is not None else None
             if total is not None:
                 return min(left, total - so_far)
-        return self._ratio() * (left if max_tokens else UNKNOWN_MAX)
+        guess = self._ratio() * (left if max_tokens else UNKNOWN_MAX)
+        if self._learned < ENOUGH or quantile >= 1.0:
+            return guess
+        # It has outlived nearly all that ended, the shortest of those that came together (Pareto's law).
+        return min(guess, so_far * quantile / (1.0 - quantile)) if so_far else guess
 
     def _ratio(self) -> float:
         return COLD_RATIO - (COLD_RATIO - WARM_RATIO) * min(1.0, self._learned / DECAY)

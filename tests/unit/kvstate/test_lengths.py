@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import pytest
@@ -47,7 +48,11 @@ def test_a_forecast_is_a_quantile_of_the_first_history_that_knows_enough(
                 assert sum(n <= got for n in longer) >= quantile * len(longer)
                 assert sum(n < got for n in longer) < quantile * len(longer)
             return
-    assert lengths.WARM_RATIO * left * (1 - 1e-9) <= got <= lengths.COLD_RATIO * (left or lengths.UNKNOWN_MAX)
+    again = math.inf
+    if so_far and quantile < 1 and len(history) >= lengths.ENOUGH:
+        again = so_far * quantile / (1 - quantile)
+    assert min(again, lengths.WARM_RATIO * left) * (1 - 1e-9) <= got
+    assert got <= min(again, lengths.COLD_RATIO * (left or lengths.UNKNOWN_MAX))
 
 
 @given(learned, names, names, tokens, st.integers(1, 80), quantiles)
@@ -70,6 +75,12 @@ def test_with_nothing_known_a_share_of_the_limit_is_assumed() -> None:
     assert lengths.Lengths().remaining("m", "t", 0, 1000, 0.9) == pytest.approx(700)
     assert lengths.Lengths().remaining("m", "t", 400, 1000, 0.9) == pytest.approx(420)
     assert lengths.Lengths().remaining("m", "t", 400, 0, 0.9) == pytest.approx(0.7 * lengths.UNKNOWN_MAX)
+
+
+def test_who_outlived_those_that_ended_goes_on_for_as_long_again() -> None:
+    book = taught([("m", "t", 20)] * lengths.ENOUGH)
+    assert [book.remaining("m", "t", 40, 0, each) for each in (0.0, 0.5, 0.75)] == [0, 40, 120]
+    assert 0.6 * 60 < book.remaining("m", "t", 40, 100, 0.99) < lengths.COLD_RATIO * 60
 
 
 def test_the_share_falls_with_the_outputs_seen() -> None:
