@@ -87,7 +87,7 @@ def test_the_share_falls_with_the_outputs_seen() -> None:
     book = lengths.Lengths()
     shares = []
     for _ in range(700):
-        shares.append(book.remaining("m", "t", 10, 1010, 0.9))
+        shares.append(book.remaining("m", "t", 10, 1010, 1.0))
         book.learn("m", "t", 10)
     assert shares == sorted(shares, reverse=True)
     assert shares[300] == pytest.approx(399)
