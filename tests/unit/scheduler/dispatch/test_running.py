@@ -71,7 +71,7 @@ def test_outputs_grow_as_fast_as_those_that_ended(real: float) -> None:
     for key in range(8):
         begin(running, key)
     assert fits(running, 6000, 100 * real)
-    assert not fits(running, 1000, 1000 * real)
+    assert not fits(running, 2000, 1000 * real)
 
 
 def test_a_first_token_at_time_zero_is_one() -> None:
