@@ -26,9 +26,9 @@ from workers.config import VllmConfig
 from workers.engines import vllm
 from workers.engines.base import Engine, EngineStats
 
-KV_BYTES = 96 * 2**20
-"""Of the engine's cache: 4,352 tokens of the demo model."""
-CONTEXT = 2048
+KV_BYTES = 56 * 2**20
+"""Of the engine's cache: 2,500 tokens of the demo model."""
+CONTEXT = 1536
 SCALE = 3
 FULL = 0.85
 """Share of the KV cache in use from which on it counts as filled: prompts take their time."""
@@ -46,7 +46,7 @@ class Ask:
 def mix(scale: int) -> list[Ask]:
     """Requests in the order in which they are asked, all at once: of each kind `scale` times some."""
     dice = random.Random(3)
-    long_prompts = [Ask(dice.randint(500, 1300), dice.randint(4, 32)) for _ in range(3 * scale)]
+    long_prompts = [Ask(dice.randint(300, 900), dice.randint(4, 32)) for _ in range(3 * scale)]
     long_answers = [
         Ask(dice.randint(10, 60), min(700, 20 + int(dice.expovariate(1 / MEAN_ANSWER))))
         for _ in range(5 * scale)

@@ -630,7 +630,7 @@ _HOSTILE = """\
 ## A small KV cache on real vLLM
 
 {model} on one vLLM worker (CPU) whose KV cache has room for {kv_tokens:,} tokens. Asked all at once:
-{requests} requests, long prompts (500 to 1,300 words), long answers ({mean_answer} tokens on average, as
+{requests} requests, long prompts (300 to 900 words), long answers ({mean_answer} tokens on average, as
 nobody is told) and bursts of eight short ones. The engine's figures after each step during which requests
 waited outside of it. "Wait" is from the worker's taking a request to the engine's first step with it, in
 steps of {step_ms:.0f} ms, the mean of the dispatched side. KV use is counted from when it first was 85 %.

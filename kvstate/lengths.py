@@ -18,9 +18,12 @@ KEYS = 2048
 ENOUGH = 16
 """Remembered outputs longer than a request's own so far that a forecast for it is made of, at least."""
 
+MEDIAN = 128
+"""Tokens of output that half of all requests exceed, where nothing is known."""
+
 COLD_RATIO, WARM_RATIO, DECAY = 0.7, 0.098, 600
-"""Share of `max_tokens` that is assumed where nothing is known: from the first to the second, in as many
-outputs as the third (SGLang's new-token ratio and its decay)."""
+"""Share of `max_tokens` that is assumed at most where nothing is known: from the first to the second, in as
+many outputs as the third (SGLang's new-token ratio and its decay)."""
 
 UNKNOWN_MAX = 1024
 """Tokens taken for `max_tokens` where the request names none and nothing is known."""
@@ -76,8 +79,8 @@ class Lengths:
     def remaining(self, model: str, tenant: str, so_far: int, max_tokens: int, quantile: float) -> float:
         """Tokens that a request which made `so_far` will still make: `quantile` of its like make no more.
 
-        Where too few were longer to say, half go on for as long again, up to what is assumed where nothing
-        is known.
+        Where too few were longer to say, half go on for as long again, or for MEDIAN; none beyond a share of
+        `max_tokens`.
 
         Args:
             max_tokens: its own limit; 0 = it has none.
@@ -89,10 +92,9 @@ class Lengths:
             if total is not None:
                 return min(left, total - so_far)
         guess = self._ratio() * (left if max_tokens else UNKNOWN_MAX)
-        if self._learned < ENOUGH or quantile >= 1.0:
-            return guess
-        # It has outlived nearly all that ended, the shortest of those that came together (Pareto's law).
-        return min(guess, so_far * quantile / (1.0 - quantile)) if so_far else guess
+        # Pareto's law. What has ended says little: of those that came together the shortest end first.
+        again = max(so_far, MEDIAN) * quantile / (1.0 - quantile) if quantile < 1.0 else math.inf
+        return min(guess, again)
 
     def _ratio(self) -> float:
         return COLD_RATIO - (COLD_RATIO - WARM_RATIO) * min(1.0, self._learned / DECAY)

@@ -48,9 +48,7 @@ def test_a_forecast_is_a_quantile_of_the_first_history_that_knows_enough(
                 assert sum(n <= got for n in longer) >= quantile * len(longer)
                 assert sum(n < got for n in longer) < quantile * len(longer)
             return
-    again = math.inf
-    if so_far and quantile < 1 and len(history) >= lengths.ENOUGH:
-        again = so_far * quantile / (1 - quantile)
+    again = max(so_far, lengths.MEDIAN) * quantile / (1 - quantile) if quantile < 1 else math.inf
     assert min(again, lengths.WARM_RATIO * left) * (1 - 1e-9) <= got
     assert got <= min(again, lengths.COLD_RATIO * (left or lengths.UNKNOWN_MAX))
 
@@ -79,7 +77,8 @@ def test_with_nothing_known_a_share_of_the_limit_is_assumed() -> None:
 
 def test_who_outlived_those_that_ended_goes_on_for_as_long_again() -> None:
     book = taught([("m", "t", 20)] * lengths.ENOUGH)
-    assert [book.remaining("m", "t", 40, 0, each) for each in (0.0, 0.5, 0.75)] == [0, 40, 120]
+    assert [book.remaining("m", "t", 200, 0, each) for each in (0.0, 0.5, 0.75)] == [0, 200, 600]
+    assert book.remaining("m", "t", 40, 0, 0.5) == lengths.MEDIAN
     assert 0.6 * 60 < book.remaining("m", "t", 40, 100, 0.99) < lengths.COLD_RATIO * 60
 
 
