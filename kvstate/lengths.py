@@ -15,11 +15,11 @@ SAMPLES = 256
 KEYS = 2048
 """Pairs of model and tenant, and as many models; past it, those unused longest are forgotten."""
 
-ENOUGH = 16
+ENOUGH = 8
 """Remembered outputs longer than a request's own so far that a forecast for it is made of, at least."""
 
-MEDIAN = 128
-"""Tokens of output that half of all requests exceed, where nothing is known."""
+MEAN = 256
+"""Tokens that requests make, or go on to make, on average, where nothing is known."""
 
 COLD_RATIO, WARM_RATIO, DECAY = 0.7, 0.098, 600
 """Share of `max_tokens` that is assumed at most where nothing is known: from the first to the second, in as
@@ -79,8 +79,7 @@ class Lengths:
     def remaining(self, model: str, tenant: str, so_far: int, max_tokens: int, quantile: float) -> float:
         """Tokens that a request which made `so_far` will still make: `quantile` of its like make no more.
 
-        Where too few were longer to say, half go on for as long again, or for MEDIAN; none beyond a share of
-        `max_tokens`.
+        Where too few were longer to say, all end at the same rate, whatever they have made (exponentially).
 
         Args:
             max_tokens: its own limit; 0 = it has none.
@@ -92,9 +91,8 @@ class Lengths:
             if total is not None:
                 return min(left, total - so_far)
         guess = self._ratio() * (left if max_tokens else UNKNOWN_MAX)
-        # Pareto's law. What has ended says little: of those that came together the shortest end first.
-        again = max(so_far, MEDIAN) * quantile / (1.0 - quantile) if quantile < 1.0 else math.inf
-        return min(guess, again)
+        # The few that have ended say little: of those that came together the shortest end first.
+        return min(guess, -MEAN * math.log1p(-quantile)) if quantile < 1.0 else guess
 
     def _ratio(self) -> float:
         return COLD_RATIO - (COLD_RATIO - WARM_RATIO) * min(1.0, self._learned / DECAY)

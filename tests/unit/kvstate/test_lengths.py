@@ -48,9 +48,9 @@ def test_a_forecast_is_a_quantile_of_the_first_history_that_knows_enough(
                 assert sum(n <= got for n in longer) >= quantile * len(longer)
                 assert sum(n < got for n in longer) < quantile * len(longer)
             return
-    again = max(so_far, lengths.MEDIAN) * quantile / (1 - quantile) if quantile < 1 else math.inf
-    assert min(again, lengths.WARM_RATIO * left) * (1 - 1e-9) <= got
-    assert got <= min(again, lengths.COLD_RATIO * (left or lengths.UNKNOWN_MAX))
+    drawn = -lengths.MEAN * math.log(1 - quantile) if quantile < 1 else math.inf
+    assert min(drawn, lengths.WARM_RATIO * left) * (1 - 1e-9) <= got
+    assert got * (1 - 1e-9) <= min(drawn, lengths.COLD_RATIO * (left or lengths.UNKNOWN_MAX))
 
 
 @given(learned, names, names, tokens, st.integers(1, 80), quantiles)
@@ -70,16 +70,16 @@ def test_a_higher_quantile_never_forecasts_less(
 
 
 def test_with_nothing_known_a_share_of_the_limit_is_assumed() -> None:
-    assert lengths.Lengths().remaining("m", "t", 0, 1000, 0.9) == pytest.approx(700)
-    assert lengths.Lengths().remaining("m", "t", 400, 1000, 0.9) == pytest.approx(420)
-    assert lengths.Lengths().remaining("m", "t", 400, 0, 0.9) == pytest.approx(0.7 * lengths.UNKNOWN_MAX)
+    assert lengths.Lengths().remaining("m", "t", 0, 1000, 0.99) == pytest.approx(700)
+    assert lengths.Lengths().remaining("m", "t", 400, 1000, 0.99) == pytest.approx(420)
+    assert lengths.Lengths().remaining("m", "t", 400, 0, 0.99) == pytest.approx(0.7 * lengths.UNKNOWN_MAX)
 
 
-def test_who_outlived_those_that_ended_goes_on_for_as_long_again() -> None:
+def test_of_many_of_which_nothing_is_known_the_mean_is_assumed() -> None:
     book = taught([("m", "t", 20)] * lengths.ENOUGH)
-    assert [book.remaining("m", "t", 200, 0, each) for each in (0.0, 0.5, 0.75)] == [0, 200, 600]
-    assert book.remaining("m", "t", 40, 0, 0.5) == lengths.MEDIAN
-    assert 0.6 * 60 < book.remaining("m", "t", 40, 100, 0.99) < lengths.COLD_RATIO * 60
+    for so_far in (40, 400):
+        drawn = [book.remaining("m", "t", so_far, 10**6, n / 1000) for n in range(1000)]
+        assert sum(drawn) / 1000 == pytest.approx(lengths.MEAN, rel=0.01)
 
 
 def test_the_share_falls_with_the_outputs_seen() -> None:
