@@ -322,7 +322,7 @@ _DISPATCHER = """\
 
 Decisions of `scheduler/dispatch` by itself, {decisions:,} each: a request arrives, is sent, has its first
 token and ends, and its worker tells its state at each. "Credit" is a fleet in which whoever comes goes on at
-once, "deep" one before which 20,000 requests wait.
+once, "deep" one before which 20,000 requests wait. Growth is against the smallest fleet, of the same kind.
 """
 
 _HANDING = """\
@@ -342,11 +342,13 @@ _SIMULATED = """\
 
 def _dispatcher(record: Record) -> str:
     rows = []
+    smallest_of: dict[str, Record] = {}
     for case, found in record.items():
         workers, _, kind = case.partition("_")
         if not workers.isdecimal():
             continue
-        least = 5000 if workers == "100" else 1000
+        least = {"100": 5000, "1000": 1000}.get(workers)
+        smallest = smallest_of.setdefault(kind, found)
         rows.append(
             [
                 f"{int(workers):,}",
@@ -356,10 +358,14 @@ def _dispatcher(record: Record) -> str:
                 f"{found['p50_ms']:.2f}",
                 f"{found['p99_ms']:.2f}",
                 _against(found["p99_ms"], 1.0),
-                f"{1000 * found['heartbeat_ms']:.0f}",
+                f"{1e6 / found['a_second']:.0f}",
+                f"{smallest['a_second'] / found['a_second']:.2f}",
+                f"{1000 * found['heartbeat_ms']:.1f}",
+                f"{found['heartbeat_ms'] / smallest['heartbeat_ms']:.2f}",
             ]
         )
-    head = ["workers", "", "decisions/s", "target", "p50, ms", "p99, ms", "target", "a heartbeat, us"]
+    head = ["workers", "", "decisions/s", "target", "p50, ms", "p99, ms", "target"]
+    head += ["a decision, us", "growth", "a heartbeat, us", "growth"]
     return _section(_DISPATCHER.format_map(record), head, rows, record)
 
 

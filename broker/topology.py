@@ -37,8 +37,7 @@ def streams(config: BrokerConfig) -> list[api.StreamConfig]:
             subjects=[subjects.ALL_REPLIES],
             storage=api.StorageType.MEMORY,
             discard=api.DiscardPolicy.OLD,
-            # Frames are core publishes that nobody awaits.
-            no_ack=True,
+            # Acknowledged where asked for, which the last frame of a reply is (`replies.Writer.kept`).
             max_bytes=config.journal_bytes,
             max_age=config.journal_age,
             num_replicas=config.replicas,

@@ -48,14 +48,17 @@ class Cache:
 
     def learn(self, hashes: Sequence[int], cached: int, sent: float) -> None:
         """The engine had the first `cached` when it ran what was sent then; call it before they are kept."""
-        unexpected = sum(block not in self.blocks or block in self.unsure for block in hashes[:cached])
+        counted = hashes[:cached]
+        sure = sum(map(self.blocks.__contains__, counted)) - sum(map(self.unsure.__contains__, counted))
+        unexpected = len(counted) - sure
         missing = 0
         for block in hashes[cached + 1 + cached // SLACK :]:
             if block in self.unsure or self.blocks.get(block, math.inf) >= sent:
                 break
             missing += 1
-        share = self.share + (unexpected - missing) / max(1, self.capacity)
-        self.share = min(1.0, max(LEAST, share))
+        if unexpected != missing:
+            share = self.share + (unexpected - missing) / max(1, self.capacity)
+            self.share = min(1.0, max(LEAST, share))
 
     def leave_behind(self, count: int, now: float) -> None:
         for _ in range(count):

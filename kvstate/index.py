@@ -60,8 +60,9 @@ class PrefixIndex:
         self._caches[slot] = Cache(worker, capacity_blocks)
         self._slots[worker] = slot
         self._all |= 1 << slot
+        share = self._most // len(self._slots)
         for at, cache in enumerate(self._caches):
-            if cache is not None:
+            if cache is not None and len(cache.blocks) > share:
                 self._evict(cache, at)
         return slot
 
@@ -112,15 +113,17 @@ class PrefixIndex:
         the one before; only where it gets smaller. Empty when nobody holds the first."""
         return self._holders.walk(hashes, self._all)
 
-    def hits(self, hashes: Sequence[int]) -> NDArray[np.int32]:
+    def hits(self, hashes: Sequence[int]) -> NDArray[np.float64]:
         """`depths` as a vector: by slot, how many of the first blocks it holds."""
-        levels, size = self.depths(hashes), (len(self._caches) + 7) // 8
-        packed = np.frombuffer(b"".join(mask.to_bytes(size, "little") for _, mask in levels), np.uint8)
-        bits = np.unpackbits(
-            packed.reshape(len(levels), size), axis=1, count=len(self._caches), bitorder="little"
-        )
-        reached = bits.sum(axis=0, dtype=np.intp)  # how many levels: each is within the one before
-        hits: NDArray[np.int32] = np.array([0, *(depth for depth, _ in levels)], np.int32)[reached]
+        slots = len(self._caches)
+        hits: NDArray[np.float64] = np.zeros(slots)
+        for depth, mask in self.depths(hashes):
+            if mask & (mask - 1):
+                packed = np.frombuffer(mask.to_bytes((slots + 7) // 8, "little"), np.uint8)
+                bits = np.unpackbits(packed, count=slots, bitorder="little")
+                hits[bits.view(np.bool_)] = depth
+            else:
+                hits[mask.bit_length() - 1] = depth
         return hits
 
     # What changes it
@@ -160,7 +163,8 @@ class PrefixIndex:
             return
         if sent > -math.inf:
             cache.learn(hashes, cached_blocks, sent)
-        cache.leave_behind(min(tail, cache.room), now)
+        if tail:
+            cache.leave_behind(min(tail, cache.room), now)
         self._keep(cache, slot, hashes, now)
         self._evict(cache, slot)
 
@@ -292,12 +296,12 @@ class PrefixIndex:
         """It has them all for certain."""
         blocks, unsure = cache.blocks, cache.unsure
         for block in reversed(hashes):
-            if block in blocks:
-                blocks.move_to_end(block)
-                unsure.pop(block, None)
-            else:
+            if block not in blocks:
                 self._holders.add(block, slot)
+            elif block in unsure:
+                del unsure[block]
             blocks[block] = now
+            blocks.move_to_end(block)
 
     def _watch(self, cache: Cache, slot: int) -> None:
         if cache.unsure and slot not in self._watched:

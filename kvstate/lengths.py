@@ -99,8 +99,11 @@ class Lengths:
 
 
 def _ring(rings: OrderedDict[K, _Ring], key: K, most: int) -> _Ring:
-    ring = rings.setdefault(key, _Ring())
-    rings.move_to_end(key)
-    if len(rings) > most:
-        rings.popitem(last=False)
+    ring = rings.get(key)
+    if ring is None:
+        ring = rings[key] = _Ring()
+        if len(rings) > most:
+            rings.popitem(last=False)
+    else:
+        rings.move_to_end(key)
     return ring

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import re
 import socket
 import socketserver
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from broker import client
 from broker.config import BrokerConfig
@@ -17,6 +21,48 @@ from broker.server import NatsServer
 from workers.config import SimConfig, WorkerConfig
 from workers.engines import sim
 from workers.runner import Worker
+
+# The same examples each time, however busy the machine: what new ones find is for who looks for it, with
+# --hypothesis-profile=default, not for who changes something else.
+settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
+
+ENGINE = re.compile(r"tests/(acceptance|contract/test_(adapter_engines|continuing|engines|vllm_engine))\b")
+"""Files with tests of the real engine."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes one runs a whole file, whose servers are then started once, and one runs all files
+    with the real engine, which take longest and come first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "engine" if ENGINE.match(path) else path
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("chaos") is not None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Faults have the machine to themselves: they come by the clock, whether the last one is over or not."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    here = Path(__file__).parent
+    with (here / "conftest.py").open() as door, (here / "chaos/test_chaos.py").open() as machine:
+        fcntl.flock(door, fcntl.LOCK_EX)  # who waits for the machine lets nobody pass
+        fcntl.flock(machine, fcntl.LOCK_EX if item.get_closest_marker("chaos") else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from broker import base, bodies, replies, subjects
 from broker.messages import TERMINAL, Frame, FrameKind, ModelCard, Request, ServiceClass, UsageEvent
 from kvstate import prefix
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 from workers.config import SimConfig, WorkerConfig
 from workers.engines.base import (
     ASGIApp,
@@ -31,9 +31,6 @@ from workers.engines.base import (
 )
 from workers.engines.sim import expected_tokens, tokenize
 from workers.runner import Worker
-
-LIMIT = 10.0
-"""Seconds for anything to happen, on a busy machine."""
 
 PATH = "/v1/completions"
 

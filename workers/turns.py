@@ -80,16 +80,14 @@ class Turns:
         model = job.request.subject.model
         entered = time.monotonic()
         had, fault = False, None
-        self.adapters.wait(model, +1)
         try:
             entering = asyncio.create_task(self._enter(model))
             await asyncio.sleep(0)  # one whose adapter is loaded and has its slot is in by now
             if not entering.done():
                 if self.full(model):
                     job.stop(HandBack("too many wait for adapters here", FULL))
-                self._waiting[job] = model
-                self._tell()
-                self.on_wait()
+                else:
+                    self._wait(job, model)
             if await before_stop(job, entering, "for its adapter"):
                 had = not (failed := entering.exception())
                 if failed is None or isinstance(failed, errors.HeadraceError):
@@ -100,8 +98,8 @@ class Turns:
             elif not job.stopped.is_set():
                 fault = HandBack("drained")  # the adapters were closed under it
         finally:
-            self._waiting.pop(job, None)
-            self.adapters.wait(model, -1)
+            if self._waiting.pop(job, None) is not None:
+                self.adapters.wait(model, -1)
             metrics.ADAPTER_WAIT.observe(time.monotonic() - entered)
             self._tell()
         try:
@@ -110,6 +108,12 @@ class Turns:
             if had:
                 self.adapters.release(model)
                 self._leave(model)
+
+    def _wait(self, job: Job, model: str) -> None:
+        self._waiting[job] = model
+        self.adapters.wait(model, +1)
+        self._tell()
+        self.on_wait()
 
     def hand_back(self) -> None:
         """Those that wait go to another worker at once."""

@@ -37,7 +37,7 @@ class Deadlines:
 
     def wait(self, waiting: Waiting, view: View) -> float:
         """Until its first token, if it came now: `waiting` has no place."""
-        return float(self._scorer.ttft(view)[view.eligible].min()) if view.best >= 0 else waiting.least
+        return float(self._scorer.ttft(view).min()) if view.best >= 0 else waiting.least
 
     def watch(self, waiting: Waiting, now: float) -> None:
         if waiting.item.deadline == math.inf:
@@ -79,7 +79,7 @@ class Deadlines:
             self.watch(waiting, now)
 
     def _least(self, view: View) -> float:
-        return float(self._scorer.after_send(view)[view.eligible].min())
+        return float(self._scorer.after_send(view).min())
 
     def _hurry_at(self, waiting: Waiting) -> float:
         return waiting.item.deadline - waiting.least * (1.0 + 2.0 / STEPS)

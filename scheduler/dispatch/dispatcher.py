@@ -184,8 +184,10 @@ class Dispatcher:
     def decide(self, now: float) -> list[Decision]:
         """All that is to be done now."""
         out: list[Decision] = []
-        self._ring(now)
-        self._dirty |= dict.fromkeys(self._places.put_stranded(now))
+        if self._deadlines.due() <= now:
+            self._ring(now)
+        if self._places.stranded():
+            self._dirty |= dict.fromkeys(self._places.put_stranded(now))
         again: dict[int, None] = {}
         while self._dirty:
             slot = next(iter(self._dirty))
@@ -239,7 +241,7 @@ class Dispatcher:
         """Send the worker what it takes. False: there is more to do for it."""
         skipped: set[int] = set()  # rows of the lanes
         left = MOVES
-        while self._fleet.open(slot, now):
+        while len(self._lanes) and self._fleet.open(slot, now):
             if not left:
                 return False
             waiting = self._lanes.next(slot, skipped, now) or self._places.steal(slot, skipped, now)
@@ -274,7 +276,7 @@ class Dispatcher:
         take it piece by piece, for ever; unless it is its class that has enough."""
         rank, slot = waiting.rank, waiting.slot
         below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
-        self._fleet.full[rank:below, slot] = True
+        self._fleet.cram(slot, slice(rank, below))
 
     def _send(self, waiting: Waiting, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot

@@ -45,9 +45,5 @@ def explanation(
         queue_s=queue_s,
         predicted_ttft_s=predicted,
         why=why,
-        candidates=tuple(sorted((Candidate(*each) for each in waiting.figures), key=_best_first)),
+        candidates=tuple(Candidate(*each) for each in waiting.figures),
     )
-
-
-def _best_first(candidate: Candidate) -> tuple[float, str]:
-    return candidate.score, candidate.worker

@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 OVER = 1.5
@@ -22,22 +22,26 @@ OVER = 1.5
 
 @dataclass(slots=True)
 class _Tenant:
-    """`used`: the counter. `seen`: when it last sent a request."""
+    """`seen`: when it last sent a request."""
 
     weight: float
-    used: float
     seen: float
     queued: int = 0
     waiting: float = 0.0  # tokens of those
 
 
 class Shares:
-    """The tenants of one class. Those that have nothing queued and were silent for `memory` are forgotten."""
+    """The tenants of one class. Those that have nothing queued and were silent for `memory` are forgotten.
+
+    Attributes:
+        counters: of each tenant; the lower, the less it was served.
+    """
 
     def __init__(self, memory: float, burst: float) -> None:
         self._memory = memory
         self._burst = burst
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()  # the longest silent first
+        self.counters: dict[str, float] = {}
         self._order: list[tuple[float, str]] = []  # heap; counters may have grown since
         self._weights = 0.0
         self._total = -math.inf
@@ -51,13 +55,14 @@ class Shares:
         self._forget(now)
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._tenants[name] = _Tenant(weight, self._least(), now)
-            heapq.heappush(self._order, (tenant.used, name))
+            tenant = self._tenants[name] = _Tenant(weight, now)
+            used = self.counters[name] = self._least()
+            heapq.heappush(self._order, (used, name))
             if len(self._order) > 2 * len(self._tenants) + 64:
-                self._order = [(each.used, of) for of, each in self._tenants.items()]
+                self._order = [(used, of) for of, used in self.counters.items()]
                 heapq.heapify(self._order)
             self._weights += weight
-            self._total = _add(self._total, tenant.used + math.log(weight))
+            self._total = _add(self._total, used + math.log(weight))
         elif tenant.weight != weight:
             self._weights += weight - tenant.weight
             tenant.weight = weight
@@ -80,28 +85,39 @@ class Shares:
         if tenant is None or tokens <= 0:
             return
         grown = math.log(tokens) + now / self._memory
-        tenant.used = _add(tenant.used, grown - math.log(tenant.weight))
+        self.counters[name] = _add(self.counters[name], grown - math.log(tenant.weight))
         self._total = _add(self._total, grown)
 
-    def counter(self, name: str) -> float:
-        return self._tenants[name].used
+    def least(self, names: Iterable[str]) -> str:
+        """Who of these was served least."""
+        return min(zip(map(self.counters.__getitem__, names), names, strict=True))[1]
+
+    def by_service(self, names: Iterable[str]) -> list[str]:
+        """These, who was served least first."""
+        return [name for _, name in sorted(zip(map(self.counters.__getitem__, names), names, strict=True))]
 
     def over(self, name: str, now: float) -> bool:
         """Whether it was served and asks for more than its share, beyond what chance and a burst explain."""
-        tenant = self._tenants[name]
+        return next(self.within((name,), now), None) is None
+
+    def within(self, names: Iterable[str], now: float) -> Iterator[str]:
+        """Those of these tenants, of which there is one at least, of which that is not so."""
         fade = now / self._memory
-        used = math.exp(tenant.used - fade) + tenant.waiting / tenant.weight
         share = (math.exp(self._total - fade) + self._waiting) / self._weights
-        return used > OVER * share and (used - share) * tenant.weight > self._burst
+        for name in names:
+            tenant = self._tenants[name]
+            used = math.exp(self.counters[name] - fade) + tenant.waiting / tenant.weight
+            if used <= OVER * share or (used - share) * tenant.weight <= self._burst:
+                yield name
 
     def _least(self) -> float:
         while self._order:
-            used, name = self._order[0]
-            tenant = self._tenants.get(name)
-            if tenant is None:
+            before, name = self._order[0]
+            used = self.counters.get(name)
+            if used is None:
                 heapq.heappop(self._order)
-            elif tenant.used > used:
-                heapq.heapreplace(self._order, (tenant.used, name))
+            elif used > before:
+                heapq.heapreplace(self._order, (used, name))
             else:
                 return used
         return -math.inf
@@ -116,7 +132,7 @@ class Shares:
                 self._tenants.move_to_end(name)
                 continue
             self._weights -= tenant.weight
-            del self._tenants[name]
+            del self._tenants[name], self.counters[name]
 
 
 def _add(a: float, b: float) -> float:
@@ -132,6 +148,10 @@ class Rounds:
         self._quanta = quanta
         self._deficits = [float(quantum) for quantum in quanta]
 
+    def goes_on(self, rank: int, cost: float) -> bool:
+        """Whether the class may be served this in the round that is under way."""
+        return cost <= self._deficits[rank]
+
     def turn(self, costs: Sequence[float | None]) -> int | None:
         """The class to serve next: an index. `costs`: of the first request of each; None = it has none."""
         waiting = [(rank, cost) for rank, cost in enumerate(costs) if cost is not None]
@@ -139,7 +159,7 @@ class Rounds:
             return None
         while True:
             for rank, cost in waiting:
-                if cost <= self._deficits[rank]:
+                if self.goes_on(rank, cost):
                     return rank
             # As many rounds at once as the first of them lacks.
             lacks = ((cost - self._deficits[rank]) / self._quanta[rank] for rank, cost in waiting)

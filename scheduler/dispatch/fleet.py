@@ -16,7 +16,7 @@ from scheduler.dispatch.types import WorkerState
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-_NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "kv_used")
+_NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "short", "kv_used")
 _FLAGS = ("lives", "serving", "room")
 
 
@@ -29,14 +29,24 @@ class Fleet:
         homes: grows with every change of who may run what.
         pending: prompt tokens that the worker holds and has not computed, those sent since included.
         load: requests that it holds, those sent since included.
+        short: slots that must fall free before it runs one more; negative where more than one is free.
         kv_used: share of its KV room that is taken.
         full: by class: its KV room had none for the first request, or is kept for a more urgent one.
+        crammed: slots of those that are full for any class.
     """
 
     def __init__(self, base: str, config: DispatchConfig) -> None:
         self.base = base
         self._config = config
         self._widest = max(config.theta.values())
+        # By class and whether its tenant is above its share: steps and share of the slots that it may fill.
+        self._limits = {
+            each: (
+                (config.theta[each], config.slots[each]),
+                (min(config.theta[each], config.theta_over), min(config.slots[each], config.slots_over)),
+            )
+            for each in ServiceClass
+        }
         self.version = 0
         self.homes = 0
         self.seen: Vector = np.zeros(0)
@@ -44,10 +54,12 @@ class Fleet:
         self.slots: Vector = np.zeros(0)
         self.pending: Vector = np.zeros(0)
         self.load: Vector = np.zeros(0)
+        self.short: Vector = np.zeros(0)
         self.kv_used: Vector = np.zeros(0)
         self.lives: Mask = np.zeros(0, bool)
         self.serving: Mask = np.zeros(0, bool)
         self.room: Mask = np.zeros(0, bool)
+        self.crammed: set[int] = set()
         self.full: Mask = np.zeros((ROWS // 2, 0), bool)
         self._said: dict[int, WorkerState] = {}
         self._sends: dict[int, int] = {}
@@ -57,8 +69,9 @@ class Fleet:
         self._holders: dict[str, Mask] = {}  # of an adapter that anybody has
         self._nobody: Mask = np.zeros(0, bool)
         self._pools: dict[ServiceClass, Mask] = {}  # workers of a class; made when asked for
+        self._barred: dict[ServiceClass, Vector] = {}  # from the base, by class; made when asked for
         self._has_room: dict[ServiceClass, bool] = {}  # for an adapter; made when asked for
-        self._came = [-math.inf for _ in ServiceClass]
+        self._came = [-math.inf for _ in ServiceClass]  # by class: when one came that is more urgent
 
     def __getitem__(self, slot: int) -> WorkerState:
         return self._said[slot]
@@ -87,8 +100,8 @@ class Fleet:
         self.lives[slot] = self.serving[slot] = False
         for model in list(self._holders):
             self._hold(slot, model, False)
-        self._pools.clear()
-        self._moved()
+        self._uncram(slot)
+        self._regroup()
         self.version += 1
 
     def state(self, slot: int, state: WorkerState) -> None:
@@ -96,8 +109,7 @@ class Fleet:
         before = self._said.get(slot)
         self._said[slot] = state
         if before is None or (before.step_tokens, before.serving) != (state.step_tokens, state.serving):
-            self._pools.clear()
-            self._moved()
+            self._regroup()
         if before is None or before.adapters != state.adapters:
             for model in (before.adapters if before else frozenset()) | state.adapters:
                 self._hold(slot, model, model in state.adapters)
@@ -108,19 +120,24 @@ class Fleet:
                 self._hold(slot, loads, False)
         self.seen[slot], self.step_tokens[slot] = state.seen, state.step_tokens
         self.slots[slot], self.serving[slot] = state.slots_total, state.serving
-        self.pending[slot] = state.prefill_held + sum(tokens for _, tokens, _ in since)
-        self.load[slot] = state.running + len(since)
+        pending, room = float(state.prefill_held), state.adapter_room
+        for _, tokens, loads in since:
+            pending += tokens
+            room = room and not loads
+        self.pending[slot] = pending
+        self.load[slot] = load = state.running + len(since)
+        self.short[slot] = load + 1 - state.slots_total
         self.kv_used[slot] = 1.0 - state.kv_free / state.kv_total if state.kv_total else 0.0
-        room = state.adapter_room and not any(loads for _, _, loads in since)
         if room != self.room[slot]:
             self.room[slot] = room
             self._moved()
-        self.full[:, slot] = False
+        self._uncram(slot)
         self.version += 1
 
     def note_arrival(self, service_class: ServiceClass, now: float) -> None:
         """A request of the class joined the queue."""
-        self._came[RANKS[service_class]] = now
+        for rank in range(RANKS[service_class] + 1, len(RANKS)):
+            self._came[rank] = now
 
     def distrust(self, slot: int) -> None:
         """What the worker in `slot` said was not so: it is given nothing until it says anew."""
@@ -134,11 +151,17 @@ class Fleet:
         self._since[slot].append((self._sends[slot], tokens, model if loads else ""))
         self.pending[slot] += tokens
         self.load[slot] += 1
+        self.short[slot] += 1
         if loads:
             self._hold(slot, model, True)
             self.room[slot] = False  # until it says that one more could run
             self._moved()
         self.version += 1
+
+    def cram(self, slot: int, ranks: slice) -> None:
+        """Its KV room has none for these classes, until it says anew."""
+        self.full[ranks, slot] = True
+        self.crammed.add(slot)
 
     # Questions
 
@@ -150,7 +173,7 @@ class Fleet:
         """Whether it could take anything at all."""
         return bool(
             self.serving[slot]
-            and self.seen[slot] >= now - self._config.stale_after
+            and self.is_fresh(slot, now)
             and self.load[slot] < self.slots[slot]
             and self.pending[slot] < self._widest * self.step_tokens[slot]
         )
@@ -159,6 +182,15 @@ class Fleet:
         """Who may run it at all, now or later."""
         mask = self._pool(service_class)
         return mask if model == self.base else mask & (self._held(model) | self.room)
+
+    def barred(self, service_class: ServiceClass, model: str) -> Vector:
+        """What to add to figures of which the lowest counts: inf for who may not run it, else 0."""
+        if model != self.base:
+            return np.where(self.eligible(service_class, model), 0.0, np.inf)
+        barred = self._barred.get(service_class)
+        if barred is None:
+            barred = self._barred[service_class] = np.where(self._pool(service_class), 0.0, np.inf)
+        return barred
 
     def runs(self, service_class: ServiceClass, model: str) -> bool:
         """Whether anybody may run it at all."""
@@ -179,12 +211,16 @@ class Fleet:
         mask: Mask = self.seen >= now - self._config.stale_after
         return mask
 
+    def is_fresh(self, slot: int, now: float) -> bool:
+        """Whether its figures are not."""
+        return bool(self.seen[slot] >= now - self._config.stale_after)
+
     def takes(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
         """Whether it takes one more request of the class now. `over`: of a tenant above its share."""
-        theta, share = self._limits(self.fills_as(service_class, now), over)
+        theta, share = self._limits[self.fills_as(service_class, now)][over]
         return bool(
             self.serving[slot]
-            and self.seen[slot] >= now - self._config.stale_after
+            and self.is_fresh(slot, now)
             and self.pending[slot] < theta * self.step_tokens[slot]
             and self.load[slot] < share * self.slots[slot]
             and not self.full[RANKS[service_class], slot]
@@ -192,9 +228,9 @@ class Fleet:
 
     def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
         """Whether nobody knows when it will take one of the class: it tells nothing, or has no room."""
-        _, share = self._limits(self.fills_as(service_class, now), over)
+        _, share = self._limits[self.fills_as(service_class, now)][over]
         return bool(
-            self.seen[slot] < now - self._config.stale_after
+            not self.is_fresh(slot, now)
             or self.load[slot] >= share * self.slots[slot]
             or self.full[RANKS[service_class], slot]
         )
@@ -202,14 +238,8 @@ class Fleet:
     def fills_as(self, service_class: ServiceClass, now: float) -> ServiceClass:
         """The class as which it may fill workers: the most urgent, while none above its own has come lately.
         Room that is kept for others and that nobody wants would lie idle."""
-        lately = now - self._config.memory
-        kept = any(at >= lately for at in self._came[: RANKS[service_class]])
+        kept = self._came[RANKS[service_class]] >= now - self._config.memory
         return service_class if kept else ServiceClass.INTERACTIVE
-
-    def _limits(self, service_class: ServiceClass, over: bool) -> tuple[float, float]:
-        config = self._config
-        theta, share = config.theta[service_class], config.slots[service_class]
-        return (min(theta, config.theta_over), min(share, config.slots_over)) if over else (theta, share)
 
     def _pool(self, service_class: ServiceClass) -> Mask:
         mask = self._pools.get(service_class)
@@ -240,6 +270,16 @@ class Fleet:
             self._moved()
         if not mask.any():
             del self._holders[model]
+
+    def _uncram(self, slot: int) -> None:
+        if slot in self.crammed:
+            self.full[:, slot] = False
+            self.crammed.remove(slot)
+
+    def _regroup(self) -> None:
+        self._pools.clear()
+        self._barred.clear()
+        self._moved()
 
     def _moved(self) -> None:
         self.homes += 1

@@ -61,67 +61,58 @@ class Waiting:
 
 
 @dataclass(slots=True)
+class _Line:
+    """Those of one tenant. The heap holds what has left too, until it comes up or is most of it."""
+
+    heap: list[tuple[float, int]] = field(default_factory=list)  # of (arrived, key)
+    count: int = 0
+
+
+@dataclass(slots=True)
 class _Queue:
-    """Those of one class that wait for one worker. Heaps hold what has left too, until it comes up."""
+    """Those of one class that wait for one worker."""
 
     members: dict[int, Waiting] = field(default_factory=dict)  # in order of placing
-    tenants: dict[str, list[tuple[float, int]]] = field(default_factory=dict)  # heaps of (arrived, key)
-    order: list[tuple[float, str]] = field(default_factory=list)  # heap of (counter, tenant)
-    entries: int = 0  # in those of `tenants`
+    lines: dict[str, _Line] = field(default_factory=dict)  # by tenant
 
-    def add(self, waiting: Waiting, shares: Shares) -> None:
-        self.members[waiting.item.key] = waiting
-        if self.entries >= 2 * len(self.members) + 64:
-            self._renew(shares)
-        else:
-            self._enter(waiting.item, shares)
+    def add(self, waiting: Waiting) -> None:
+        item = waiting.item
+        self.members[item.key] = waiting
+        line = self.lines.get(item.tenant)
+        if line is None:
+            line = self.lines[item.tenant] = _Line()
+        heapq.heappush(line.heap, (item.arrived, item.key))
+        line.count += 1
 
-    def _renew(self, shares: Shares) -> None:
-        """Without what has left."""
-        self.tenants, self.order, self.entries = {}, [], 0
-        for each in self.members.values():
-            self._enter(each.item, shares)
-
-    def _enter(self, item: Item, shares: Shares) -> None:
-        heap = self.tenants.get(item.tenant)
-        if heap is None:
-            heap = self.tenants[item.tenant] = []
-            heapq.heappush(self.order, (shares.counter(item.tenant), item.tenant))
-        heapq.heappush(heap, (item.arrived, item.key))
-        self.entries += 1
+    def remove(self, waiting: Waiting) -> None:
+        item = waiting.item
+        del self.members[item.key]
+        line = self.lines[item.tenant]
+        line.count -= 1
+        if not line.count:
+            del self.lines[item.tenant]
+        elif len(line.heap) >= 2 * line.count + 64:
+            line.heap = sorted({entry for entry in line.heap if entry[1] in self.members})
 
     def first(self, shares: Shares) -> Waiting | None:
-        """The oldest of the tenant that was served least; counters only grow."""
-        while self.order:
-            counter, tenant = self.order[0]
-            heap = self.tenants[tenant]
-            while heap and heap[0][1] not in self.members:
-                heapq.heappop(heap)
-                self.entries -= 1
-            if not heap:
-                heapq.heappop(self.order)
-                del self.tenants[tenant]
-                continue
-            now = shares.counter(tenant)
-            if now > counter:
-                heapq.heapreplace(self.order, (now, tenant))
-                continue
-            return self.members[heap[0][1]]
-        return None
+        """The oldest of the tenant that was served least."""
+        if not self.lines:
+            return None
+        return self._oldest(shares.least(self.lines) if len(self.lines) > 1 else next(iter(self.lines)))
 
     def first_within(self, shares: Shares, now: float) -> Waiting | None:
         """The same of those tenants that are not above their share."""
-        passed: list[tuple[float, str]] = []
-        waiting = self.first(shares)
-        while waiting is not None and shares.over(waiting.item.tenant, now):
-            if len(passed) == PASSED:
-                waiting = None
-                break
-            passed.append(heapq.heappop(self.order))
-            waiting = self.first(shares)
-        for each in passed:
-            heapq.heappush(self.order, each)
-        return waiting
+        if not self.lines:
+            return None
+        least = shares.by_service(self.lines)[: PASSED + 1]
+        tenant = next(shares.within(least, now), None)
+        return self._oldest(tenant) if tenant is not None else None
+
+    def _oldest(self, tenant: str) -> Waiting:
+        heap = self.lines[tenant].heap
+        while heap[0][1] not in self.members:
+            heapq.heappop(heap)
+        return self.members[heap[0][1]]
 
 
 class Lane:
@@ -160,19 +151,15 @@ class Lanes:
     def add(self, waiting: Waiting, slot: int) -> None:
         waiting.slot = slot
         lane = self._lanes[slot]
-        lane.queues[waiting.rank].add(waiting, self._shares[waiting.rank])
+        lane.queues[waiting.rank].add(waiting)
         if waiting.urgent:
             self.hurry(waiting)
-        self.tokens[waiting.row :, slot] += waiting.cost
-        self.counts[waiting.row :, slot] += 1
-        self._count += 1
+        self._note(waiting.row, slot, waiting.cost, 1)
 
     def remove(self, waiting: Waiting) -> None:
         slot = waiting.slot
-        del self._lanes[slot].queues[waiting.rank].members[waiting.item.key]
-        self.tokens[waiting.row :, slot] -= waiting.cost
-        self.counts[waiting.row :, slot] -= 1
-        self._count -= 1
+        self._lanes[slot].queues[waiting.rank].remove(waiting)
+        self._note(waiting.row, slot, -waiting.cost, -1)
         if not self.counts[-1, slot]:
             self.tokens[:, slot] = 0.0  # sums of floats leave a rest
         waiting.slot = -1
@@ -199,7 +186,12 @@ class Lanes:
                 break
             else:
                 return waiting
-        firsts = [self._first(lane, rank, skipped, now) for rank in range(len(lane.queues))]
+        firsts: list[Waiting | None] = []
+        for rank in range(len(lane.queues)):
+            waiting = self._first(lane, rank, skipped, now)
+            if waiting is not None and lane.rounds.goes_on(rank, waiting.cost):
+                return waiting
+            firsts.append(waiting)
         rank_next = lane.rounds.turn([None if each is None else each.cost for each in firsts])
         return None if rank_next is None else firsts[rank_next]
 
@@ -227,13 +219,25 @@ class Lanes:
                 count += self.counts[row] - self.counts[row - 1] if row else self.counts[row]
         return count
 
-    def walk(self, slot: int, ranks: Sequence[int], most: int) -> Iterator[tuple[Waiting, float]]:
-        """Up to `most` of each of these classes, in order of placing, each with the tokens before it."""
-        for rank in ranks:
-            ahead = float(self.tokens[2 * rank - 1, slot]) if rank else 0.0
-            for waiting in islice(self._lanes[slot].queues[rank].members.values(), most):
-                yield waiting, ahead
-                ahead += waiting.cost
+    def tenants(self, slot: int, rank: int, now: float) -> tuple[set[str], set[str]]:
+        """Those of the class who wait there: who is within its share, and who is above it."""
+        tenants = self._lanes[slot].queues[rank].lines.keys()
+        within = set(self._shares[rank].within(tenants, now)) if tenants else set()
+        return within, tenants - within
+
+    def walk(self, slot: int, rank: int, most: int) -> Iterator[tuple[Waiting, float]]:
+        """Up to `most` of the class, in order of placing, each with the tokens before it."""
+        ahead = float(self.tokens[2 * rank - 1, slot]) if rank else 0.0
+        for waiting in islice(self._lanes[slot].queues[rank].members.values(), most):
+            yield waiting, ahead
+            ahead += waiting.cost
+
+    def _note(self, row: int, slot: int, tokens: float, count: int) -> None:
+        sums = self.tokens[row:, slot]
+        sums += tokens
+        sums = self.counts[row:, slot]
+        sums += count
+        self._count += count
 
     def __len__(self) -> int:
         return self._count

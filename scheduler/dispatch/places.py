@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress, islice
 
 import numpy as np
 
@@ -25,6 +25,8 @@ WALKED = 64
 COMPARED = 3
 """Workers that an explanation compares."""
 
+
+CLASSES = tuple(ServiceClass)
 
 _Group = tuple[ServiceClass, str]
 """Class and model."""
@@ -82,8 +84,8 @@ class Places:
 
     def put_stranded(self, now: float) -> Iterator[int]:
         """Give some of them their places. Yields the slots of workers that could take one now."""
-        left = PLACED if self.stranded() else 0
-        for group in list(islice(self._placeable, left)):
+        left = PLACED
+        for group in list(islice(self._placeable, PLACED)):
             for waiting in list(islice(self._nowhere[group].values(), left)):
                 self.lift(waiting)
                 if self.put(waiting, self._scorer.view(waiting, now), now):
@@ -101,16 +103,27 @@ class Places:
         Nobody knows when a worker will take any that tells nothing, or has no room: anywhere else is sooner.
         """
         fleet, lanes = self._fleet, self._lanes
+        if not len(lanes):
+            return None
         ranks = [
             rank
-            for rank, service_class in enumerate(ServiceClass)
+            for rank, service_class in enumerate(CLASSES)
             if 2 * rank not in skipped and fleet.eligible(service_class, fleet.base)[slot]
         ]
         rows = [row for rank in ranks for row in (2 * rank, 2 * rank + 1) if row not in skipped]
-        if not rows or not len(lanes):
+        takes = {
+            rank: tuple(
+                2 * rank + over not in skipped and fleet.takes(slot, CLASSES[rank], over, now)
+                for over in (False, True)
+            )
+            for rank in ranks
+        }
+        if not any(map(any, takes.values())):
             return None
         longest = (fleet.pending + lanes.tokens[-1]) * (fleet.load + 1.0)
-        longest[~fleet.fresh(now) | fleet.full.any(axis=0)] = np.inf
+        longest[~fleet.fresh(now)] = np.inf
+        if fleet.crammed:
+            longest[list(fleet.crammed)] = np.inf
         longest[lanes.waiting(rows) <= 0] = -1.0
         longest[slot] = -1.0
         for _ in range(1 if lanes.counts[-1, slot] else LOOKED):
@@ -118,30 +131,36 @@ class Places:
             # What begins sooner here is sooner than the end of that lane.
             if longest[lane] <= (fleet.pending[slot] + 1.0) * (fleet.load[slot] + 1.0):
                 return None
-            for waiting, ahead in lanes.walk(lane, ranks, WALKED):
-                if self._is_sooner(waiting, slot, ahead, now) and self._may(waiting, slot, skipped, now):
+            for waiting in self._sooner(slot, lane, takes, now):
+                if fleet.eligible(waiting.item.service_class, waiting.item.model)[slot]:
                     self._move(waiting, slot, now)
                     return waiting
             longest[lane] = -1.0
         return None
 
-    def _is_sooner(self, waiting: Waiting, slot: int, ahead: float, now: float) -> bool:
-        """Whether it would begin on `slot` before it does where it waits behind `ahead` tokens."""
-        fleet, item = self._fleet, waiting.item
-        if fleet.hopeless(waiting.slot, item.service_class, waiting.over, now):
-            return True
-        here, there = float(fleet.load[slot]) + 1.0, float(fleet.load[waiting.slot]) + 1.0
-        before = float(fleet.pending[waiting.slot]) + ahead + waiting.cost
-        return (float(fleet.pending[slot]) + item.context) * here < before * there
+    def _sooner(
+        self, slot: int, lane: int, takes: Mapping[int, Sequence[bool]], now: float
+    ) -> Iterator[Waiting]:
+        """Those of `lane` that would begin on `slot` before they do where they wait.
 
-    def _may(self, waiting: Waiting, slot: int, skipped: set[int], now: float) -> bool:
-        """Whether `slot` takes it now."""
-        item, over = waiting.item, self._lanes.over(waiting, now)
-        return (
-            2 * waiting.rank + over not in skipped
-            and self._fleet.takes(slot, item.service_class, over, now)
-            and bool(self._fleet.eligible(item.service_class, item.model)[slot])
-        )
+        Args:
+            takes: which it takes now: by class, and whether their tenants are above their share.
+        """
+        fleet, lanes = self._fleet, self._lanes
+        mine, here = fleet.pending.item(slot), fleet.load.item(slot) + 1.0
+        others, there = fleet.pending.item(lane), fleet.load.item(lane) + 1.0
+        for rank, taken in takes.items():
+            tenants = lanes.tenants(lane, rank, now) if any(taken) else ()
+            may: set[str] = set().union(*compress(tenants, taken))
+            if not may:
+                continue
+            hopeless = [fleet.hopeless(lane, CLASSES[rank], over, now) for over in (False, True)]
+            for waiting, ahead in lanes.walk(lane, rank, WALKED):
+                if waiting.item.tenant not in may:
+                    continue
+                before = (others + ahead + waiting.cost) * there
+                if hopeless[waiting.over] or (mine + waiting.item.context) * here < before:
+                    yield waiting
 
     def _move(self, waiting: Waiting, slot: int, now: float) -> None:
         view = self._scorer.view(waiting, now)

@@ -28,7 +28,7 @@ class Preemption:
         return self._due if self._running.with_batch and len(self._lanes) else math.inf
 
     def take_back(self, now: float) -> list[Preempt]:
-        if now < self.due():
+        if now < self._due or now < self.due():
             return []
         self._due = now + self._interval
         found = []

@@ -11,6 +11,7 @@ requests stick to their prefixes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from kvstate.index import PrefixIndex
 from kvstate.prefix import BLOCK_TOKENS
 from scheduler.dispatch.config import DispatchConfig
-from scheduler.dispatch.fleet import Fleet, Mask
+from scheduler.dispatch.fleet import Fleet
 from scheduler.dispatch.lanes import Lanes, Waiting
 from scheduler.dispatch.ttft import Predictor
-from scheduler.dispatch.types import Figures
+from scheduler.dispatch.types import Figures, Item
 
 Vector = NDArray[np.float64]
 
@@ -31,15 +32,15 @@ MOST_DELAYED = 1000.0
 """Also stands for no limit where no worker is eligible."""
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """Vectors over worker slots.
+class View(NamedTuple):
+    """Vectors over worker slots, as of now: some are the fleet's and the lanes' own.
 
     Attributes:
         best: the slot with the lowest score among those whose figures are fresh, or else among all; -1 = none
             is eligible.
         ahead: tokens that go before it there.
         delay: seconds until a slot or KV room falls free for it, and to load its adapter.
+        barred: inf where it can't run, else 0.
     """
 
     best: int
@@ -48,7 +49,7 @@ class View:
     backlog: Vector
     ahead: Vector
     delay: Vector
-    eligible: Mask
+    barred: Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +65,27 @@ class Scorer:
     def view(self, waiting: Waiting, now: float) -> View:
         """`waiting` counts as the first in the lane where it is."""
         item, fleet, predictor = waiting.item, self.fleet, self.predictor
-        eligible = fleet.eligible(item.service_class, item.model)
-        uncached = self._uncached(waiting)
+        barred = fleet.barred(item.service_class, item.model)
+        uncached = self._uncached(item)
         ahead, count = self._ahead(waiting)
-        backlog, delayed = ahead, 0.0
+        backlog, work = ahead, uncached
         if len(self.lanes):
-            common = np.minimum.reduce(ahead, where=eligible, initial=np.inf)
-            backlog = np.maximum(ahead - common, 0.0)
+            backlog = np.maximum(ahead - _lowest(ahead + barred), 0.0)
             # Its miss would delay as many as wait in every lane.
-            delayed = min(float(np.minimum.reduce(count, where=eligible, initial=np.inf)), MOST_DELAYED)
+            delayed = min(_lowest(count + barred), MOST_DELAYED)
+            work = uncached * (1.0 + delayed)
         delay = self._delay(waiting, count)
         if delay is not _NONE:
-            backlog = backlog + delay * predictor.rate(fleet.step_tokens)
-        score = (fleet.pending + backlog + uncached * (1.0 + delayed)) * (fleet.load + 1.0)
-        score[~eligible] = np.inf
-        best = _least(np.where(fleet.fresh(now), score, np.inf))
-        if best < 0:
-            best = _least(score)
-        return View(best, score, uncached, backlog, ahead, delay, eligible)
+            backlog = backlog + delay * predictor.rate
+        score = (fleet.pending + backlog + work) * (fleet.load + 1.0) + barred
+        best = _least(score)
+        if best >= 0 and not fleet.is_fresh(best, now):
+            fresh = _least(np.where(fleet.fresh(now), score, np.inf))
+            best = fresh if fresh >= 0 else best
+        return View(best, score, uncached, backlog, ahead, delay, barred)
 
     def ttft(self, view: View) -> Vector:
-        """Seconds from now to the first token."""
+        """Seconds from now to the first token; inf where it can't run."""
         return self.wait(view) + self.after_send(view)
 
     def wait(self, view: View) -> Vector:
@@ -93,52 +94,51 @@ class Scorer:
         return seconds
 
     def after_send(self, view: View) -> Vector:
-        """Seconds from then to the first token, if the worker held as much as now."""
-        return self.predictor.after_send(self.fleet.pending + view.uncached)
+        """Seconds from then to the first token, if the worker held as much as now; inf where it can't run."""
+        return self.predictor.after_send(self.fleet.pending + view.uncached) + view.barred
 
     def figures(self, view: View, most: int) -> Figures:
-        """Of the best few; made into `Candidate`s when somebody asks."""
-        score = view.score
-        few = np.argpartition(score, most)[:most] if most < len(score) else np.arange(len(score))
-        few = few[np.isfinite(score[few])]
-        return tuple(
-            zip(
-                [self.fleet[slot].worker for slot in few.tolist()],
-                score[few].tolist(),
-                self.fleet.pending[few].tolist(),
-                view.backlog[few].tolist(),
-                view.uncached[few].tolist(),
-                self.fleet.load[few].tolist(),
-                strict=True,
-            )
-        )
+        """Of the best few, best first; made into `Candidate`s when somebody asks."""
+        fleet, score = self.fleet, view.score.copy()
+        found: list[tuple[str, float, float, float, float, float]] = []
+        while len(found) < most and (slot := _least(score)) >= 0:
+            figures = score.item(slot), fleet.pending.item(slot), view.backlog.item(slot)
+            found.append((fleet[slot].worker, *figures, view.uncached.item(slot), fleet.load.item(slot)))
+            score[slot] = np.inf
+        return tuple(found)
 
-    def _uncached(self, waiting: Waiting) -> Vector:
-        item = waiting.item
+    def _uncached(self, item: Item) -> Vector:
         # An engine computes the last token even where it has it.
-        uncached: Vector = np.maximum(item.context - float(BLOCK_TOKENS) * self.index.hits(item.hashes), 1.0)
-        return uncached
+        tokens: Vector = item.context - self.index.hits(item.hashes) * BLOCK_TOKENS
+        return np.maximum(tokens, 1.0, out=tokens)
 
     def _delay(self, waiting: Waiting, count: Vector) -> Vector:
-        fleet, full = self.fleet, self.fleet.full[waiting.rank]
-        short = count + (fleet.load + (1.0 - fleet.slots))
-        if full.any():
+        fleet = self.fleet
+        short = count + fleet.short
+        if fleet.crammed:
+            full = fleet.full[waiting.rank]
             short = np.where(full, np.maximum(short, count + 1.0), short)  # somebody must end first
-        missing = len(short) > 0 and short.max() > 0.0
+        missing = len(short) > 0 and short[short.argmax()] > 0.0
         delay = self.predictor.for_slots(np.maximum(short, 0.0)) if missing else _NONE
         loaded = fleet.loaded(waiting.item.model)
         return delay if loaded is None else delay + ~loaded * self.config.load
 
     def _ahead(self, waiting: Waiting) -> tuple[Vector, Vector]:
         """Tokens and requests that go before it, by lane; where it waits itself it is first."""
-        ahead, count = self.lanes.tokens[waiting.row].copy(), self.lanes.counts[waiting.row].copy()
+        ahead, count = self.lanes.tokens[waiting.row], self.lanes.counts[waiting.row]
         if waiting.slot >= 0:
+            ahead, count = ahead.copy(), count.copy()
             ahead[waiting.slot] = count[waiting.slot] = 0.0
         return ahead, count
 
 
+def _lowest(values: Vector) -> float:
+    """Of at least one."""
+    return values.item(values.argmin())
+
+
 def _least(values: Vector) -> int:
-    """-1 where all are infinite."""
+    """Where the lowest is; -1 where all are infinite."""
     if not len(values):
         return -1
     at = int(values.argmin())

@@ -8,6 +8,7 @@ time for each token, and where all slots are taken, for each request: both are l
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +27,50 @@ ERRORS = 512
 STEPS = 1.5
 """Steps to the first token of a short request on an idle worker: half of the one under way, and its own."""
 
-_FIELDS = ("count", "x", "y", "xx", "xy", "intercept", "slope", "waited", "ahead", "held", "ended")
+_VECTORS = ("rate", "_intercept", "_slope", "_per_token", "_per_request")
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was seen of a worker: sums in which the newest count most.
+
+    Attributes:
+        count, x, y, xx, xy: of times `y` to the first token with `x` tokens uncomputed.
+        waited, ahead: seconds that requests waited, and the tokens that were to go before them.
+        held, ended: seconds by which requests that ended had taken the share of the worker that a slot is,
+            and how many those were.
+    """
+
+    step_tokens: int
+    count: float
+    x: float
+    y: float
+    xx: float
+    xy: float
+    waited: float
+    ahead: float
+    held: float = 0.0
+    ended: float = 0.0
 
 
 class Predictor:
-    """By worker slot. `step`: seconds of a step where nothing is known."""
+    """By worker slot. `step`: seconds of a step where nothing is known.
+
+    Attributes:
+        rate: prompt tokens that each worker computes in a second.
+    """
 
     def __init__(self, step: float) -> None:
         self._step = step
         self._errors: deque[float] = deque(maxlen=ERRORS)
-        self._of: dict[str, Vector] = {name: np.zeros(0) for name in _FIELDS}
+        self._seen: dict[int, _Seen] = {}
+        self.rate: Vector = np.zeros(0)
+        self._intercept: Vector = np.zeros(0)
+        self._slope: Vector = np.zeros(0)
+        self._per_token: Vector = np.zeros(
+            0
+        )  # seconds until one that goes first has been sent, by its tokens
+        self._per_request: Vector = np.zeros(0)  # seconds between two that end
 
     def join(self, slot: int, step_tokens: int) -> None:
         """A worker is new in `slot`, or its steps have changed: it is taken to compute a full one in `step`.
@@ -44,62 +79,67 @@ class Predictor:
             step_tokens: token budget of a step; one with none computes nothing, and is taken to have 1.
         """
         step_tokens = max(1, step_tokens)
-        of = self._of
-        if slot >= len(of["count"]):
-            for name in _FIELDS:
-                of[name] = np.concatenate([of[name], np.zeros(slot + 1 - len(of[name]))])
+        more = slot + 1 - len(self.rate)
+        if more > 0:
+            for name in _VECTORS:
+                setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more)]))
         most, base, slope = float(step_tokens), STEPS * self._step, self._step / step_tokens
         half = PRIOR / 2
-        of["count"][slot], of["x"][slot], of["xx"][slot] = PRIOR, half * most, half * most * most
-        of["y"][slot] = PRIOR * base + half * most * slope
-        of["xy"][slot] = half * most * (base + most * slope)
-        of["waited"][slot], of["ahead"][slot] = PRIOR * most * slope, PRIOR * most
-        of["held"][slot], of["ended"][slot] = 0.0, 0.0
-        self._fit(slot)
+        self._seen[slot] = seen = _Seen(
+            step_tokens=step_tokens,
+            count=PRIOR,
+            x=half * most,
+            y=PRIOR * base + half * most * slope,
+            xx=half * most * most,
+            xy=half * most * (base + most * slope),
+            waited=PRIOR * most * slope,
+            ahead=PRIOR * most,
+        )
+        self._per_token[slot], self._per_request[slot] = seen.waited / seen.ahead, 0.0
+        self._fit(slot, seen)
 
     def after_send(self, tokens: Vector) -> Vector:
         """Seconds from sending to the first token, with `tokens` uncomputed, its own included."""
-        seconds: Vector = self._of["intercept"] + self._of["slope"] * tokens
+        seconds: Vector = self._intercept + self._slope * tokens
         return seconds
 
     def after(self, slot: int, tokens: float) -> float:
         """`after_send` of one worker."""
-        return float(self._of["intercept"][slot] + self._of["slope"][slot] * tokens)
+        return self._intercept.item(slot) + self._slope.item(slot) * tokens
 
     def behind(self, ahead: Vector) -> Vector:
         """Seconds until those with `ahead` tokens have been sent."""
-        seconds: Vector = ahead * (self._of["waited"] / self._of["ahead"])
+        seconds: Vector = ahead * self._per_token
         return seconds
 
     def for_slots(self, short: Vector) -> Vector:
         """Seconds until `short` slots have fallen free."""
-        seconds: Vector = short * (self._of["held"] / np.maximum(self._of["ended"], 1.0))
+        seconds: Vector = short * self._per_request
         return seconds
-
-    def rate(self, step_tokens: Vector) -> Vector:
-        """Prompt tokens that a worker computes in a second."""
-        tokens: Vector = step_tokens * STEPS / self._of["intercept"]
-        return tokens
 
     def first(self, slot: int, tokens: float, elapsed: float) -> None:
         """The first token came `elapsed` after sending; `tokens` were uncomputed then, its own included."""
-        of = self._of
-        for name, value in (("x", tokens), ("y", elapsed), ("xx", tokens * tokens), ("xy", tokens * elapsed)):
-            of[name][slot] = KEEP * of[name][slot] + value
-        of["count"][slot] = KEEP * of["count"][slot] + 1.0
-        self._fit(slot)
+        seen = self._seen[slot]
+        seen.count = KEEP * seen.count + 1.0
+        seen.x = KEEP * seen.x + tokens
+        seen.y = KEEP * seen.y + elapsed
+        seen.xx = KEEP * seen.xx + tokens * tokens
+        seen.xy = KEEP * seen.xy + tokens * elapsed
+        self._fit(slot, seen)
 
     def sent(self, slot: int, ahead: float, waited: float) -> None:
         """A request waited `waited` behind `ahead` tokens that were to go first."""
-        of = self._of
-        of["ahead"][slot] = KEEP * of["ahead"][slot] + ahead
-        of["waited"][slot] = KEEP * of["waited"][slot] + waited
+        seen = self._seen[slot]
+        seen.ahead = KEEP * seen.ahead + ahead
+        seen.waited = KEEP * seen.waited + waited
+        self._per_token[slot] = seen.waited / seen.ahead
 
     def ended(self, slot: int, held: float, slots: int) -> None:
         """A request was held for `held` on one of `slots` slots."""
-        of = self._of
-        of["held"][slot] = KEEP * of["held"][slot] + held / max(1, slots)
-        of["ended"][slot] = KEEP * of["ended"][slot] + 1.0
+        seen = self._seen[slot]
+        seen.held = KEEP * seen.held + held / max(1, slots)
+        seen.ended = KEEP * seen.ended + 1.0
+        self._per_request[slot] = seen.held / max(seen.ended, 1.0)
 
     def erred(self, error: float) -> None:
         self._errors.append(abs(error))
@@ -108,11 +148,11 @@ class Predictor:
         """Seconds by which the last predictions were off, nine of ten at most; 0 where none were made."""
         return float(np.quantile(self._errors, 0.9)) if self._errors else 0.0
 
-    def _fit(self, slot: int) -> None:
+    def _fit(self, slot: int, seen: _Seen) -> None:
         """Least squares; neither part may be negative: waiting is never rewarded."""
-        of = self._of
-        n, x, y = of["count"][slot], of["x"][slot], of["y"][slot]
-        spread = of["xx"][slot] - x * x / n
-        slope = max(0.0, (of["xy"][slot] - x * y / n) / spread) if spread > 1.0 else 0.0
-        of["intercept"][slot] = max(1e-4, (y - slope * x) / n)
-        of["slope"][slot] = slope
+        n, x, y = seen.count, seen.x, seen.y
+        spread = seen.xx - x * x / n
+        slope = max(0.0, (seen.xy - x * y / n) / spread) if spread > 1.0 else 0.0
+        intercept = max(1e-4, (y - slope * x) / n)
+        self._intercept[slot], self._slope[slot] = intercept, slope
+        self.rate[slot] = seen.step_tokens * STEPS / intercept

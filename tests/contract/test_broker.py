@@ -22,11 +22,10 @@ from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import ServiceClass
 from broker.server import NatsServer
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 
 T = TypeVar("T")
 
-LIMIT = 10.0  # seconds for anything to arrive, on a busy machine
 SUBJECT = "req.llama.standard.acme.llama"
 REPLY = "out.acme.box.r1"
 
@@ -101,7 +100,7 @@ class NatsFleet(Fleet):
 
     async def connect(self, **settings: Any) -> Broker:
         if self.config is None:
-            self.config = BrokerConfig(**{"url": self.server.url, "timeout": 1.0, **settings})
+            self.config = BrokerConfig(**{"url": self.server.url, "timeout": 10.0, **settings})
         broker = await client.connect(self.config, f"client-{len(self.clients)}")
         self.clients.append(broker)
         return broker
@@ -305,6 +304,11 @@ async def test_an_id_is_free_again_after_the_dedup_window(fleet: Fleet) -> None:
             fleet.pass_time(0.1)
             later = await (await broker.enqueue(SUBJECT, b"a", head))
     assert not later.duplicate
+
+
+async def test_the_journal_acknowledges_a_frame_of_which_its_writer_wants_to_know(broker: Broker) -> None:
+    await (await broker.enqueue(REPLY, b"the last"))
+    assert [record.data for record in await broker.read(subjects.REPLIES, REPLY)] == [b"the last"]
 
 
 async def test_enqueue_where_no_stream_listens_is_unavailable(broker: Broker) -> None:
@@ -601,6 +605,7 @@ async def test_what_comes_to_the_pulls_of_a_client_that_hangs_is_handed_on(fleet
     puller, swallowed = await pull(hung)
     await puller.ask(2)
     bounced = await third.bounce(hung.inbox)
+    await third.counts(subjects.REQUESTS, SUBJECT)  # answered after the server has heard of that
     await enqueue(hung, b"a", b"b")
     taking, taken = await pull(other)
     await taking.ask(2)
@@ -841,7 +846,7 @@ async def test_an_object_goes_by_its_age(fleet: Fleet) -> None:
 
 
 async def test_objects_are_unavailable_without_the_broker(fleet: Fleet) -> None:
-    broker = await fleet.connect()
+    broker = await fleet.connect(timeout=0.5)
     await fleet.stop()
     await until(lambda: not broker.connected)
     with pytest.raises(errors.Unavailable):
@@ -1128,7 +1133,7 @@ async def test_nothing_hangs_while_the_broker_is_away(fleet: Fleet) -> None:
 
 
 async def test_everything_goes_on_when_the_broker_is_back(fleet: Fleet) -> None:
-    broker, other = await fleet.connect(ack_wait=3600), await fleet.connect()
+    broker, other = await fleet.connect(ack_wait=3600, timeout=1.0), await fleet.connect()
     heard: Box[Message] = Box()
     taken: Box[Delivery] = Box()
     state: dict[str, bytes | None] = {}

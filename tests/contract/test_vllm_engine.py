@@ -19,7 +19,7 @@ from ingress import prompt
 from kvstate import prefix
 from tests import asgi
 from tests.contract.conftest import ROOT
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 from workers.config import VllmConfig
 from workers.engines import base, vllm
 
@@ -175,7 +175,7 @@ async def test_a_whole_answer_tells_of_its_first_token_while_it_is_made(engine: 
     body = body_for(CHAT, ASK, 500, ignore_eos=True, n=2, temperature=1)  # greedy allows no second choice
     async with asgi.request(engine.app, CHAT, body) as call:
         call.tap.on_first_token = first.set
-        await asyncio.wait_for(first.wait(), 20)
+        await asyncio.wait_for(first.wait(), LIMIT)
         assert call.tap.output_tokens == 0
         assert engine.stats().running
         assert call.tap.scheduled_at is not None
@@ -338,7 +338,7 @@ def ended(process: psutil.Process) -> bool:
 async def test_close_leaves_no_process_and_no_noise(process: asyncio.subprocess.Process) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     assert core_of(process.pid) in children
-    _, noise = await asyncio.wait_for(process.communicate(b"\n"), 30)
+    _, noise = await asyncio.wait_for(process.communicate(b"\n"), LIMIT)
     assert process.returncode == 0
     assert noise == b""
     await until(lambda: all(ended(child) for child in children), 2.0)  # multiprocessing's tracker goes last
@@ -382,7 +382,7 @@ async def test_a_killed_core_is_noticed_at_once(vllm_engine: base.Engine) -> Non
             core.kill()
             with pytest.raises(errors.EngineFailed, match="exit code -9"):
                 await asyncio.wait_for(asyncio.shield(engine.died), 0.5)
-            await asyncio.wait_for(call.ended(), 5)
+            await asyncio.wait_for(call.ended(), LIMIT)
     finally:
         await engine.close()
     assert ended(core)

@@ -14,8 +14,7 @@ import orjson
 from broker import processes
 from broker.server import NatsServer
 from tests.integration.cluster import NatsCluster
-
-LIMIT = 30.0
+from tests.waiting import LIMIT
 
 
 class Part:

@@ -46,13 +46,15 @@ async def staged(path: Path) -> AsyncIterator[Stage]:
 async def test_a_killed_workers_stream_of_an_adapter_goes_on_in_its_version(tmp_path: Path) -> None:
     async with staged(tmp_path) as stage:
         caller = stage.caller
-        await stage.fleet.start("scheduler", broker__ack_wait=300.0)
+        # Only a dead worker is silent for so long, even where the machine is busy.
+        await stage.fleet.start("scheduler", broker__ack_wait=300.0, scheduler__lost_after=1.0)
         await push(caller.broker, "ada")
-        settings = {"broker__ack_wait": 300.0, "sim__ttft_ms": 20, "sim__itl_ms": 20, "sim__load_ms": 50}
-        first = await stage.fleet.start("worker", worker__name="w1", **settings)
+        settings = {"broker__ack_wait": 300.0, "sim__ttft_ms": 20, "sim__load_ms": 50}
+        # So slow that it is killed before it has answered.
+        first = await stage.fleet.start("worker", worker__name="w1", sim__itl_ms=500, **settings)
         call = await caller.submit(250, model="ada@1")
         await call.reach(FrameKind.DATA)
-        await stage.fleet.start("worker", worker__name="w2", **settings)
+        await stage.fleet.start("worker", worker__name="w2", sim__itl_ms=5, **settings)
         await push(caller.broker, "ada", files(seed=7))  # a version that must not get into the answer
         newer = await caller.submit(10, model="ada@2")
         await newer.finishes()

@@ -27,11 +27,10 @@ from broker.config import BrokerConfig
 from broker.messages import LAST_EPOCH, TERMINAL, Frame, FrameKind
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 from workers.job import Touch
 from workers.runner import Worker
 
-LIMIT = 20.0
 DOCUMENT: dict[str, Any] = yaml.safe_load(
     (Path(__file__).parents[2] / "docs" / "asyncapi.yaml").read_text(encoding="utf-8")
 )

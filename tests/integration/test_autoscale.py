@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,17 +43,32 @@ def log(data: Path) -> Iterator[dict[str, object]]:
     return (json.loads(line) for line in (data / "stderr").read_text().splitlines() if line[:1] == "{")
 
 
+def grow(up: Up, clients: int, most: int) -> None:
+    """So many ask at once, again and again until there are `most` workers, and are all answered."""
+    grown = threading.Event()
+
+    def ask() -> None:
+        while True:
+            assert complete(up.urls[0], up.model, 25)["usage"]["completion_tokens"] == 25
+            if grown.is_set():
+                return
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(ask) for _ in range(clients)]
+        try:
+            wait(lambda: workers(up) == most)
+        finally:
+            grown.set()
+        for each in asking:
+            each.result()
+
+
 def test_a_spike_is_served_by_more_workers_which_then_go(tmp_path: Path) -> None:
     """Two at once on one worker, and sixty come together."""
     data = tmp_path / "data"
     with running(data, "--autoscale", "1:3", *SETTINGS) as up:
         assert workers(up) == 1
-        with ThreadPoolExecutor(60) as clients:
-            asked = [clients.submit(complete, up.urls[0], up.model, 25) for _ in range(60)]
-            wait(lambda: workers(up) == 3)
-            assert not all(each.done() for each in asked)  # it grew while they waited
-            answers = [each.result() for each in asked]
-        assert all(answer["usage"]["completion_tokens"] == 25 for answer in answers)
+        grow(up, 60, 3)
         wait(lambda: workers(up) == 1)
         wait(lambda: parts(data) == ["ingress", "scheduler", "worker"])
         up.process.kill()
@@ -65,11 +81,8 @@ def test_a_spike_is_served_by_more_workers_which_then_go(tmp_path: Path) -> None
 def test_what_the_last_run_was_asked_for_counts_for_nothing(tmp_path: Path) -> None:
     """It was killed at its largest, with the queue full."""
     data = tmp_path / "data"
-    with running(data, "--autoscale", "1:2", *SETTINGS) as up, ThreadPoolExecutor(40) as clients:
-        asked = [clients.submit(complete, up.urls[0], up.model, 25) for _ in range(40)]
-        wait(lambda: workers(up) == 2)
-        for each in asked:
-            each.result()
+    with running(data, "--autoscale", "1:2", *SETTINGS) as up:
+        grow(up, 40, 2)
         up.process.kill()
     slow = ["--set", "scheduler.dwell=600"]  # whatever it had, it would keep
     with running(data, "--autoscale", "1:2", *SETTINGS, *slow) as up:

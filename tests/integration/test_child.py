@@ -13,7 +13,7 @@ import pytest
 
 from ops.child import Child
 from ops.errors import StartFailed
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 
 
 def sim(log: Path) -> Child:
@@ -23,7 +23,7 @@ def sim(log: Path) -> Child:
 async def test_is_started_again_when_it_dies_and_ends_when_stopped(tmp_path: Path) -> None:
     child = sim(tmp_path / "log")
     keeper = asyncio.create_task(child.keep_alive())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(LIMIT):
         assert (await child.ready)["url"].startswith("http://127.0.0.1:")
         child.settled = True
         first = child.pid
@@ -40,7 +40,7 @@ async def test_is_started_again_when_it_dies_and_ends_when_stopped(tmp_path: Pat
 
 async def test_one_that_never_gets_ready_is_given_up_with_the_end_of_its_log(tmp_path: Path) -> None:
     child = Child("worker", ["worker", "--set", "worker.colour=red"], tmp_path / "log")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(LIMIT):
         with pytest.raises(
             StartFailed, match=r"worker ended 3 times.*status 2(.|\n)*worker\.colour = \"red\""
         ):
@@ -65,7 +65,7 @@ async def test_one_that_is_stopped_while_it_starts_has_its_grace_and_no_more(
         return process
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(LIMIT):
         await child.keep_alive()
     assert child.pid is not None
     assert not psutil.pid_exists(child.pid)
@@ -74,7 +74,7 @@ async def test_one_that_is_stopped_while_it_starts_has_its_grace_and_no_more(
 async def test_leaves_no_process_when_cancelled(tmp_path: Path) -> None:
     child = sim(tmp_path / "log")
     keeper = asyncio.create_task(child.keep_alive())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(LIMIT):
         await child.ready
         process = psutil.Process(child.pid)
         keeper.cancel()

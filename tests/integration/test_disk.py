@@ -19,8 +19,8 @@ from broker import base, client, errors, subjects
 from broker.config import BrokerConfig
 from broker.server import NatsServer
 from tests.integration.serving import ingress, ready, worker
-from tests.integration.test_up import LIMIT, complete, running, wait
-from tests.waiting import until
+from tests.integration.test_up import complete, running, wait
+from tests.waiting import LIMIT, until
 
 CHAT = "/v1/chat/completions"
 SMALL = {
@@ -100,7 +100,7 @@ async def test_storage_that_others_use_up_is_503_until_there_is_room(tmp_path: P
             await until(lambda: ready(asking))
             await keep(broker, b"kept")
             neighbour = await nats.connect(server.url)
-            stream = neighbour.jetstream()
+            stream = neighbour.jetstream(timeout=LIMIT)
             await stream.add_stream(name="OTHERS", subjects=["others"])
             with suppress(nats.js.errors.APIError):
                 for _ in range(20):

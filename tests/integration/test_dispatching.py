@@ -28,8 +28,8 @@ from scheduler.service import Scheduler
 from tests.integration import command
 from tests.integration.fleet import Fleet
 from tests.pushing import push
-from tests.waiting import until
-from tests.workbench import FAST, LIMIT, STUCK, Caller, Serving, calling, metric, serving
+from tests.waiting import LIMIT, until
+from tests.workbench import FAST, STUCK, Caller, Serving, calling, metric, serving
 from workers.engines import sim
 
 CONFIG = BrokerConfig(ack_wait=300.0)

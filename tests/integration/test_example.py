@@ -16,7 +16,7 @@ import pytest
 from broker import base, client, codec
 from broker.config import BrokerConfig
 from broker.messages import Frame, FrameKind
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 from workers.runner import Worker
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "publish_nats.py"
@@ -34,7 +34,7 @@ async def run(nats_url: str, *arguments: str, model: str = "sim") -> tuple[int, 
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(), 40)
+    out, err = await asyncio.wait_for(process.communicate(), LIMIT)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 

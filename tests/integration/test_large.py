@@ -156,7 +156,7 @@ async def test_a_request_that_ends_in_the_queue_takes_its_body_along(
     async with ingress(config, keepalive=0.05) as url, connected(url) as http:
         await until(partial(lists, http, "lone"))
         body = chat(prompt(), model="lone", stream=True)
-        timeout = {"X-Headrace-Timeout": "60" if ends == "the client goes" else "0.5"}
+        timeout = {"X-Headrace-Timeout": "60" if ends == "the client goes" else "2"}
         async with streaming(http, body, timeout) as (_, parts):
             if ends == "the client goes":
                 assert await waits(broker)

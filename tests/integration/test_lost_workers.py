@@ -24,6 +24,8 @@ from tests.waiting import LIMIT, until
 
 CHAT = "/v1/chat/completions"
 CALLS = 6
+LOST_AFTER = 1.0
+"""Seconds of silence: a process that waits for its share of a busy machine is not to be taken for dead."""
 TOKENS = 40
 
 
@@ -40,6 +42,8 @@ class Under:
         self.beats[beat.worker] = beat
 
     async def start(self, part: str, **settings: object) -> Part:
+        if part == "scheduler":
+            settings["scheduler__lost_after"] = LOST_AFTER
         return await self.fleet.start(part, broker__ack_wait=self.ack_wait, **settings)
 
     async def worker(self, name: str, itl_ms: int) -> Part:
@@ -159,7 +163,7 @@ async def test_without_a_scheduler_the_ack_wait_hands_on(tmp_path: Path) -> None
 
 
 async def test_a_hung_workers_requests_are_answered_once_though_it_wakes_up(tmp_path: Path) -> None:
-    async with under(tmp_path, itl_ms=100) as (fleet, slow):
+    async with under(tmp_path, itl_ms=250) as (fleet, slow):
         scheduler = await fleet.leader()
         calls = await fleet.running("w1")
         quick = await fleet.worker("w2", 5)

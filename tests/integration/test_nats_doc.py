@@ -25,11 +25,11 @@ from nats.aio.msg import Msg
 from broker import client, codec, server
 from broker.config import BrokerConfig
 from broker.messages import TERMINAL, FrameKind
+from tests.waiting import LIMIT
 from workers.config import SimConfig, WorkerConfig
 from workers.engines import sim
 from workers.runner import Worker
 
-LIMIT = 20.0
 TEXT = (Path(__file__).parents[2] / "docs" / "nats.md").read_text(encoding="utf-8")
 MODEL = "SmolLM2-135M-Instruct"
 

@@ -78,9 +78,11 @@ async def test_an_answer_in_one_piece_is_waited_for(
     assert again.content == (await asking).content
 
 
-async def test_a_refusal_is_fetched_again(https: list[httpx.AsyncClient]) -> None:
+async def test_a_refusal_is_fetched_again(https: list[httpx.AsyncClient], broker: base.Broker) -> None:
     head = {"X-Request-Id": "refused"}
     response = await https[0].post(CHAT, json=chat("refused", -1, stream=False), headers=head)
+    # The answer is here as soon as it is said, which the journal may hear of later.
+    await until(lambda: broker.last(subjects.REPLIES, subjects.replies_to("anonymous", "refused")))
     again = await https[1].get(where("refused"))
     assert again.status_code == response.status_code == 400
     assert again.json() == response.json()

@@ -15,8 +15,8 @@ from broker.messages import FrameKind, ModelCard
 from broker.server import NatsServer
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
-from tests.waiting import until
-from tests.workbench import FAST, LIMIT, PATH, STUCK, Caller, calling, metric, serving
+from tests.waiting import LIMIT, until
+from tests.workbench import FAST, PATH, STUCK, Caller, calling, metric, serving
 from workers.engines import sim
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from broker import errors
 from broker.server import NatsServer
+from tests.waiting import LIMIT
 
 
 async def test_keeps_its_stream_over_a_restart_on_the_same_directory(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ async def test_wait_ends_with_the_process(tmp_path: Path) -> None:
     async with NatsServer(tmp_path) as server:
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LIMIT):
             assert await server.wait() == -signal.SIGKILL
 
 
@@ -98,5 +99,5 @@ def test_dies_with_its_parent(tmp_path: Path) -> None:
         assert parent.stdout is not None
         server = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-    psutil.wait_procs([server], timeout=10)
+    psutil.wait_procs([server], timeout=LIMIT)
     assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE

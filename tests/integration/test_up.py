@@ -22,8 +22,9 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.waiting import LIMIT
+
 READY = re.compile(r"ready  (\S+)  (nats://\S+:\d+)  model (\S+)\n")
-LIMIT = 60.0
 
 
 @dataclass

@@ -404,6 +404,4 @@ TestFleet = Fleet.TestCase
 # The same runs each time: what a new one finds is for who looks for it, with MODEL_RUNS=2000, not for who
 # changes something else.
 _runs = int(os.environ.get("MODEL_RUNS", "0"))
-TestFleet.settings = settings(
-    max_examples=_runs or 100, stateful_step_count=30, deadline=None, derandomize=not _runs
-)
+TestFleet.settings = settings(max_examples=_runs or 100, stateful_step_count=30, derandomize=not _runs)

@@ -10,6 +10,7 @@ import pytest
 
 from broker import client, errors
 from broker.base import Message
+from tests.waiting import LIMIT
 
 
 async def test_a_pull_that_ended_is_asked_for_anew_once_the_consumer_is_there(
@@ -28,6 +29,6 @@ async def test_a_pull_that_ended_is_asked_for_anew_once_the_consumer_is_there(
     )
     puller.outstanding = 3
     puller.on_message(Message("inbox", b"", {"Status": "409", "Description": "Leadership Change"}))
-    await asyncio.wait_for(lapsed.wait(), 5)
+    await asyncio.wait_for(lapsed.wait(), LIMIT)
     assert puller.outstanding == 0
     assert next(tries, "none left") == "none left"

@@ -18,7 +18,7 @@ from broker.memory import MemoryBroker
 from broker.messages import Frame, FrameKind
 from broker.replies import Mailbox, Stream, Writer
 from tests.unit.broker.frames import SSE, tokens_of
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 
 SUBJECT = "out.acme.box.r1"
 
@@ -91,7 +91,7 @@ async def write(broker: MemoryBroker, count: int = 4, epoch: int = 1, end: bool 
 
 async def read(stream: Stream, silence: float = 5.0) -> list[Frame]:
     frames: list[Frame] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT):
         while not stream.finished:
             frames += await stream.next(silence)
     return frames
@@ -345,7 +345,7 @@ async def test_what_came_while_the_connection_was_broken_is_looked_for_at_once(b
         await asyncio.sleep(0)
         await broker.publish(SUBJECT, codec.encode(Frame(1, 3, FrameKind.END)))
         broker.reconnected()
-        assert [f.kind for f in await asyncio.wait_for(waiting, 5)] == [FrameKind.END]
+        assert [f.kind for f in await asyncio.wait_for(waiting, LIMIT)] == [FrameKind.END]
 
 
 async def test_a_reply_whose_repetition_broke_off_has_not_begun_anew(
@@ -462,7 +462,7 @@ async def test_wake_ends_the_wait(stream: Stream) -> None:
     waiting = asyncio.create_task(stream.next(60.0))
     await asyncio.sleep(0)
     stream.wake()
-    assert await asyncio.wait_for(waiting, 5) == []
+    assert await asyncio.wait_for(waiting, LIMIT) == []
 
 
 async def test_what_is_no_frame_is_told_to_the_reader(broker: Deafening, stream: Stream) -> None:

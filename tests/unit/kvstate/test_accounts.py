@@ -149,7 +149,7 @@ class Books(RuleBasedStateMachine):
         assert all(foreign + real_use(requests, step) <= peak for step in range(longest + 1))
 
 
-Books.TestCase.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
+Books.TestCase.settings = settings(max_examples=100, stateful_step_count=25)
 TestAgainstTheNaiveBooks = Books.TestCase
 
 arrivals = st.lists(st.tuples(classes, prompts, rests, chains), max_size=25)

@@ -216,7 +216,7 @@ class Fleet(RuleBasedStateMachine):
         assert self.index.hits(hashes).tolist() == vector
 
 
-Fleet.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Fleet.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestAgainstTheNaiveFleet = Fleet.TestCase
 
 

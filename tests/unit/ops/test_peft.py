@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from broker import artifacts, errors
@@ -178,7 +178,6 @@ KEYS = st.sampled_from(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(KEYS, json_values, max_size=3))
 def test_any_config_is_read_or_refused_and_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]

@@ -19,7 +19,7 @@ from broker.messages import Credit, Heartbeat, ModelCard, ServiceClass
 from scheduler.config import SchedulerConfig
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.service import Scheduler
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 from tests.workbench import PATH, Caller, calling, metric, serving
 from workers.config import SimConfig
 from workers.engines import sim
@@ -89,7 +89,7 @@ async def scheduling(broker: MemoryBroker, leads: bool = True, **settings: Any) 
         yield scheduler
     finally:
         stop.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, LIMIT)
 
 
 @pytest.fixture

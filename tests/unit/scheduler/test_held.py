@@ -236,7 +236,7 @@ class Telling(RuleBasedStateMachine):
 
 
 TestTelling = Telling.TestCase
-TestTelling.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestTelling.settings = settings(max_examples=200, stateful_step_count=40)
 
 
 def test_one_that_was_only_slow_is_given_more_time() -> None:

@@ -120,7 +120,7 @@ def demands(draw: st.DrawFn) -> dict[str, Wanted]:
 
 
 @given(st.lists(st.tuples(snapshots(), demands(), st.integers(0, 100_000)), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_plan_exceeds_slots_or_ranks_however_the_fleet_changes(
     history: list[tuple[Snapshot, dict[str, Wanted], int]],
 ) -> None:
@@ -132,7 +132,7 @@ def test_no_plan_exceeds_slots_or_ranks_however_the_fleet_changes(
 
 
 @given(snapshots(), demands())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_it_comes_to_rest(snapshot: Snapshot, demand: dict[str, Wanted]) -> None:
     """Whatever is asked for: the same fleet and demand make the same plan again, in the end."""
     placed = settle(snapshot, demand)
@@ -142,7 +142,7 @@ def test_it_comes_to_rest(snapshot: Snapshot, demand: dict[str, Wanted]) -> None
 
 
 @given(snapshots(), demands())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_slot_is_free_only_if_nobody_misses_it(snapshot: Snapshot, demand: dict[str, Wanted]) -> None:
     placed = settle(snapshot, demand)
     held = Counter(name for each in placed.assignments for name in each.workers)
@@ -155,7 +155,7 @@ def test_a_slot_is_free_only_if_nobody_misses_it(snapshot: Snapshot, demand: dic
 
 
 @given(st.integers(2, 12), st.integers(1, 20), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_worker_that_leaves_moves_only_what_it_held(count: int, models: int, data: st.DataObject) -> None:
     workers = fleet(count, slots=20)
     known = adapters(models)
@@ -174,7 +174,7 @@ def test_a_worker_that_leaves_moves_only_what_it_held(count: int, models: int, d
 
 
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 8))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_worker_that_joins_takes_its_share_from_the_fullest_and_no_more(
     count: int, models: int, slots: int
 ) -> None:
@@ -195,7 +195,7 @@ def test_a_worker_that_joins_takes_its_share_from_the_fullest_and_no_more(
 
 
 @given(st.integers(0, 2**32), st.sampled_from((0.3, 2.0, 6.9, 7.1, 14.0, 20.0, 33.0)))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_noise_moves_nothing(seed: int, concurrency: float) -> None:
     """Eight per cent to and fro about any load: what rises with the first peaks stays."""
     dice = random.Random(seed)
@@ -210,7 +210,7 @@ def test_noise_moves_nothing(seed: int, concurrency: float) -> None:
 
 
 @given(st.integers(0, 2**32))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_noise_among_rivals_for_a_slot_moves_nothing(seed: int) -> None:
     """More adapters than slots, all asked for about as much."""
     dice = random.Random(seed)

@@ -29,7 +29,7 @@ from broker.messages import (
 from scheduler.config import SchedulerConfig
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.service import Scheduler
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 from tests.workbench import PATH, STUCK, Caller, calling, metric, serving, soon
 from workers.engines import sim
 from workers.held import Held
@@ -71,7 +71,7 @@ async def scheduling(broker: MemoryBroker, **settings: Any) -> AsyncIterator[Sch
         yield scheduler
     finally:
         stop.set()
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, LIMIT)
 
 
 async def beat(broker: Broker, worker: str = "w1", **more: Any) -> None:

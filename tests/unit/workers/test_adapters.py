@@ -20,8 +20,8 @@ from broker.memory import MemoryBroker
 from broker.messages import AdapterState, Answer, Command, FrameKind, Heartbeat
 from tests import asgi
 from tests.pushing import drop, files, push
-from tests.waiting import until
-from tests.workbench import FAST, LIMIT, Caller, calling, idle, metric, serving, soon
+from tests.waiting import LIMIT, until
+from tests.workbench import FAST, Caller, calling, idle, metric, serving, soon
 from workers import loading
 from workers.adapters import Adapters
 from workers.config import SimConfig

@@ -122,7 +122,7 @@ async def test_damaged_files_are_found_out(tmp_path: Path) -> None:
         max_size=25,
     )
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_bound_holds_and_nothing_that_is_kept_goes(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, set[str]]]
 ) -> None:

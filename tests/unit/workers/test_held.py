@@ -12,7 +12,7 @@ from broker.base import Message
 from broker.memory import MemoryBroker
 from broker.messages import Heartbeat, ServiceClass
 from broker.messages import Held as Told
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 from tests.workbench import WaxEngine, calling, gone, serving, start_response
 from workers.engines.base import Receive, Scope, Send
 from workers.held import Held
@@ -156,4 +156,4 @@ async def test_a_message_that_came_again_is_held_by_its_new_name(broker: MemoryB
         await until(lambda: [attempt for told in ear.told[1:] for _, attempt, _ in told.take] == [2])
         await call.cancel()
         await until(lambda: (call.stored.seq, 2) in _drops(ear))
-        await asyncio.wait_for(call.end(), 5)
+        await asyncio.wait_for(call.end(), LIMIT)

@@ -9,7 +9,7 @@ import pytest
 
 from broker import errors
 from tests import asgi
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 from workers.config import HttpConfig, SimConfig
 from workers.engines import http, sim
 from workers.engines.base import Refused, Tap
@@ -93,7 +93,7 @@ async def test_a_server_that_refuses_a_connection_gets_no_more_until_it_is_well(
         assert (made.stats().running, made.stats().max_running) == (0, 0)
         changed = asyncio.Event()
         made.on_change = changed.set
-        async with server(well, port=port), asyncio.timeout(10):
+        async with server(well, port=port), asyncio.timeout(LIMIT):
             await changed.wait()
         assert made.stats().max_running == made.config.concurrency
     finally:
@@ -158,7 +158,7 @@ async def test_a_disconnect_closes_the_connection_so_that_the_server_stops_too()
             await anext(call.chunks())
             call.disconnect()
             await call.ended()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LIMIT):
             await closed.wait()
 
 
@@ -168,7 +168,7 @@ async def test_too_many_failed_health_checks_in_a_row_end_the_engine() -> None:
         writer.write(b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n")
 
     async with server(sick) as url, engine(url, health_interval=0.01, health_failures=3) as made:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LIMIT):
             with pytest.raises(errors.EngineFailed, match=r"3 health checks in a row.*answers 500"):
                 await made.died
 

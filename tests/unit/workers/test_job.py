@@ -13,7 +13,7 @@ import pytest
 from broker import codec, errors, replies, subjects
 from broker.memory import MemoryBroker
 from broker.messages import Frame, FrameKind, Request, UsageEvent
-from tests.waiting import until
+from tests.waiting import LIMIT, until
 from tests.workbench import PATH, WaxEngine, gone, metric, soon, start_response
 from workers import job as jobs
 from workers import recovery
@@ -69,8 +69,8 @@ class Bench:
         )
 
     async def run(self) -> list[Frame]:
-        await asyncio.wait_for(self.job.run(), 5)
-        await asyncio.wait_for(self.job.settle(), 5)
+        await asyncio.wait_for(self.job.run(), LIMIT)
+        await asyncio.wait_for(self.job.settle(), LIMIT)
         assert self.engine.running == 0
         return await self.frames()
 

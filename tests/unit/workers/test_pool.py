@@ -280,7 +280,7 @@ def hosts(draw: st.DrawFn) -> Host:
     return Host(bases, policy)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(hosts())
 def test_memory_is_never_exceeded_and_everybody_is_served_in_bounded_time(host: Host) -> None:
     for _ in range(200):
@@ -292,7 +292,7 @@ def test_memory_is_never_exceeded_and_everybody_is_served_in_bounded_time(host: 
         assert host.served[name] or not (base.flood or base.arrivals), f"{name} was never served"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(hosts())
 def test_a_quiet_host_scales_to_zero_with_its_queues_empty(host: Host) -> None:
     for _ in range(101):

@@ -348,7 +348,7 @@ async def test_cancels_that_name_nobody_are_nothing(broker: MemoryBroker, caller
 
 async def test_the_deadline_of_a_running_request(broker: MemoryBroker, caller: Caller) -> None:
     async with simulated(STUCK) as engine, serving(broker, engine):
-        call = await caller.submit(deadline_ms=soon(0.1))
+        call = await caller.submit(deadline_ms=soon(0.5))
         await until(lambda: engine.stats().running)
         await call.fails("deadline_exceeded")
         await until(lambda: idle(engine))
@@ -735,7 +735,7 @@ async def test_a_suspect_that_waits_for_its_turn_keeps_its_deadline(
 ) -> None:
     gate = Gate()
     engine = WaxEngine(gate)
-    first, second = await suspects(broker, caller, 0, soon(0.3))
+    first, second = await suspects(broker, caller, 0, soon(1.0))
     async with serving(broker, engine, max_deaths=3):
         await second.fails("deadline_exceeded")
         assert engine.running == 1

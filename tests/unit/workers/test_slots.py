@@ -149,7 +149,7 @@ EVENTS = st.lists(
 
 
 @given(count=st.integers(1, 5), events=EVENTS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_never_more_adapters_than_slots_and_each_in_its_order(
     count: int, events: list[tuple[str, object]]
 ) -> None:
@@ -179,7 +179,7 @@ def test_never_more_adapters_than_slots_and_each_in_its_order(
 
 @example(count=4, adapters=12, life=5)  # one slot falls free: the others stay closed
 @given(count=st.integers(1, 4), adapters=st.integers(2, 12), life=st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_under_endless_traffic_nobody_waits_for_more_turns_than_there_are_adapters(
     count: int, adapters: int, life: int
 ) -> None:

@@ -173,7 +173,7 @@ def test_the_check_finds_a_lost_block(damage: str) -> None:
         model.check()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**32),
     kv_blocks=st.integers(4, 14),

@@ -131,14 +131,14 @@ ASKS = st.lists(
 
 
 @given(asks=ASKS, seqs=st.integers(1, 8), blocks=st.sampled_from([24, 26, 40, 400]), slots=st.integers(1, 3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_leaps_change_nothing(asks: list[Ask], seqs: int, blocks: int, slots: int) -> None:
     conf = config(max_num_seqs=seqs, kv_blocks=blocks, adapter_slots=slots, kappa=0.1)
     by_leaps(asks, conf).check(by_steps(asks, conf))
 
 
 @given(asks=ASKS, leaves=st.lists(st.integers(1, 40_000).map(lambda n: n * 0.0000517), max_size=14))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_nor_where_requests_are_aborted(asks: list[Ask], leaves: list[float]) -> None:
     gone = [
         Ask(a.at, a.prompt, a.output, a.family, a.adapter, a.at + leave)

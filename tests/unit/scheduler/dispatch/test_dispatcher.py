@@ -297,6 +297,17 @@ def test_kv_room_that_falls_free_is_kept_for_the_most_urgent_that_needs_it() -> 
     assert 100 in world.running["w0"]
 
 
+def test_the_next_worker_is_not_taken_to_lack_the_room_that_the_last_one_lacked() -> None:
+    world = World(workers=1, kv=10_000)
+    world.arrive(item(1, prompt=7000), item(2, prompt=7000))
+    world.compute("w0")
+    assert list(world.running["w0"]) == [1]
+    world.lose("w0")
+    world.join("w1")
+    world.decide()
+    assert list(world.running["w1"]) == [2]
+
+
 def test_a_class_that_has_its_share_of_the_kv_room_leaves_the_rest_to_the_others() -> None:
     world = World(workers=1, slots=64, kv=10_000)
     someone_urgent(world)
