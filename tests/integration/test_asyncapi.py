@@ -25,6 +25,8 @@ from referencing.jsonschema import DRAFT7
 from broker import client, codec, errors, messages, subjects
 from broker.config import BrokerConfig
 from broker.messages import LAST_EPOCH, TERMINAL, Frame, FrameKind
+from kvstate import prefix
+from kvstate.blocks import Blocks
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
 from tests.waiting import LIMIT, until
@@ -320,6 +322,7 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
             "dead",
             "run",
             "credit",
+            "cached",
         ):
             await connection.subscribe(f"{root}.>", cb=wire.on_message)
         await connection.subscribe("dispatch", cb=wire.on_message)
@@ -357,6 +360,7 @@ def _name_of(message: Msg) -> str:
         "dispatch": "Dispatch",
         "run": "Run",
         "credit": "News",
+        "cached": "Cached",
         "usage": "Usage",
         "dead": "DeadLetter",
     }
@@ -406,7 +410,10 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
         await until(lambda: sim_worker._dispatched.active and not sim_worker._pullers)
         acks.append(await wire.publish(_chat(), _headers("handed-out", Budget="8")))
         assert (await wire.ended("handed-out")).kind is FrameKind.END
-        await wire.until_said("dispatch", "run.w1", "credit.w1")
+        sim_worker._caching._blocks = told = Blocks()  # as of an engine that tells
+        told.stored([1], None, [1], 1, [()])
+        told.ran([1], [1], prefix.BLOCK)
+        await wire.until_said("dispatch", "run.w1", "credit.w1", "cached.w1")
 
     requests = [msg for msg in wire.heard if msg.subject.startswith("req.")]
     await wire.publish(b"garbage", {"Reply-To": "out.acme.box.malformed"})
