@@ -143,7 +143,7 @@ class Dispatcher:
         if sent is None:
             return
         item = sent.item
-        self._running.learn(sent, output_tokens, now)
+        self._running.learn(sent, output_tokens, now, prompt_tokens)
         self._shares[RANKS[item.service_class]].charge(item.tenant, 2.0 * output_tokens, now)
         self._predictor.ended(sent.slot, now - sent.at, self._fleet[sent.slot].slots_total)
         if cached_tokens is not None and prompt_tokens:

@@ -20,7 +20,7 @@ async def test_a_small_cache_is_kept_full_and_seldom_overrun() -> None:
     async with hostile.engine() as engine:
         found = await hostile.measured(engine, asks, dispatched=True)
     assert found["requests"] == len(asks)  # each with all its tokens, or it would have raised
-    assert found["queued_steps"] > found["steps"] / 4  # else it says nothing
+    assert found["queued_steps"] > 30  # else it says nothing
     assert found["preemptions"] <= len(asks) / 8
-    assert found["kv_use"] > 0.6
+    assert found["kv_use"] > 0.4
     assert found["waiting"] < 3
