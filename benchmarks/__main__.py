@@ -26,6 +26,7 @@ NAMES = (
     "gpu_adapters",
     "planner",
     "dispatch_policies",
+    "fidelity",
     "dispatcher",
     "handing",
     "routing",

@@ -76,13 +76,15 @@ def sim_engine(**settings: object) -> Iterator[Running]:
         yield Running(facts["url"], "", psutil.Process(process.pid))
 
 
-def up(engine: str, **settings: object) -> contextlib.AbstractContextManager[Running]:
+def up(engine: str, workers: int = 1, **settings: object) -> contextlib.AbstractContextManager[Running]:
     """`headrace up` on free ports, with a data directory of its own."""
-    return up_by(["ops"], engine, settings)
+    return up_by(["ops"], engine, settings, workers)
 
 
 @contextlib.contextmanager
-def up_by(program: Sequence[str], engine: str, settings: Mapping[str, object]) -> Iterator[Running]:
+def up_by(
+    program: Sequence[str], engine: str, settings: Mapping[str, object], workers: int = 1
+) -> Iterator[Running]:
     """`up` as another `program` makes it: a module that takes headrace's arguments after its own."""
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         command = [
@@ -90,6 +92,8 @@ def up_by(program: Sequence[str], engine: str, settings: Mapping[str, object]) -
             "--with-parent",
             "--engine",
             engine,
+            "--workers",
+            str(workers),
             "--port",
             "0",
             "--nats-port",

@@ -91,7 +91,7 @@ class Result:
 
 
 @dataclass(slots=True)
-class _Stream:
+class Stream:
     """One request and the reads that answered it."""
 
     number: int
@@ -100,13 +100,13 @@ class _Stream:
     broken: str = ""
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """A keep-alive connection that carries one stream at a time."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._done: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -118,12 +118,13 @@ class _Connection(asyncio.Protocol):
             return
         reads = stream.reads
         reads.append((now(), data))
+        if len(reads) == 1 and not data.startswith(b"HTTP/1.1 200"):
+            self._finish("status: " + data[:400].decode("latin-1"))
+            return
         if len(data) < len(LAST_CHUNK):  # the last chunk itself, cut between two reads
             data = b"".join(part for _, part in reads[-len(LAST_CHUNK) :])
         if data.endswith(LAST_CHUNK):
             self._finish("")
-        elif len(reads) == 1 and not data.startswith(b"HTTP/1.1 200"):
-            self._finish("status: " + data[:400].decode("latin-1"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -142,7 +143,7 @@ class _Connection(asyncio.Protocol):
     def open(self) -> bool:
         return self._transport is not None
 
-    async def run(self, stream: _Stream, request: bytes, timeout: float) -> None:
+    async def run(self, stream: Stream, request: bytes, timeout: float) -> None:
         assert self._transport is not None
         self._stream = stream
         self._done = done = self._loop.create_future()
@@ -188,27 +189,27 @@ def request_bytes(load: Load, number: int) -> bytes:
     return head.encode() + body
 
 
-async def _drive(load: Load) -> tuple[list[_Stream], float, float]:
+async def _drive(load: Load) -> tuple[list[Stream], float, float]:
     """Run the load; returns the streams, wall time and own CPU time."""
     loop = asyncio.get_running_loop()
     target = urlsplit(load.url)
     host, port = target.hostname or "127.0.0.1", target.port or 80
     requests = [request_bytes(load, number) for number in range(load.requests)]
-    streams = [_Stream(number) for number in range(load.requests)]
+    streams = [Stream(number) for number in range(load.requests)]
     numbers = iter(range(load.requests))
     dice = random.Random(load.seed)
 
-    async def slot(connection: _Connection, delay: float) -> None:
+    async def slot(connection: Connection, delay: float) -> None:
         await asyncio.sleep(delay)
         for number in numbers:
             if not connection.open:
-                _, connection = await loop.create_connection(_Connection, host, port)
+                _, connection = await loop.create_connection(Connection, host, port)
             await connection.run(streams[number], requests[number], load.timeout)
             if load.think:
                 await asyncio.sleep(dice.expovariate(1 / load.think))
         connection.close()
 
-    connections = [(await loop.create_connection(_Connection, host, port))[1] for _ in range(load.streams)]
+    connections = [(await loop.create_connection(Connection, host, port))[1] for _ in range(load.streams)]
     gc.collect()
     gc.disable()
     started, cpu = now(), time.process_time()
@@ -221,7 +222,7 @@ async def _drive(load: Load) -> tuple[list[_Stream], float, float]:
     return streams, ended - started, cpu
 
 
-def _events(reads: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+def events(reads: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
     """The `data:` events of a chunked HTTP answer, each with the time of the read that completed it."""
     raw, body, in_head = bytearray(), bytearray(), True
     for at, data in reads:
@@ -252,14 +253,14 @@ def _text(event: dict[str, Any]) -> str:
     )
 
 
-def _judge(stream: _Stream, load: Load, result: Result) -> str:
+def _judge(stream: Stream, load: Load, result: Result) -> str:
     """Add a good stream to `result`; returns its text. Raises ValueError when it is not good."""
     if stream.broken:
         raise ValueError(stream.broken)
     times: list[float] = []
     words: list[str] = []
     tokens, done, asked = -1, False, _own(load, stream.number).get("max_tokens", load.max_tokens)
-    for at, data in _events(stream.reads):
+    for at, data in events(stream.reads):
         if data == b"[DONE]":
             done = True
             continue

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import batching, forward, journal, overhead, quiet, results
+from benchmarks import batching, fidelity, forward, journal, overhead, quiet, results
 from broker import client
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -35,6 +35,7 @@ def write() -> Path:
             ("gpu_adapters", "Adapters and sleep on a GPU", _gpu_adapters),
             ("planner", "Planner", _planner),
             ("dispatch_policies", "Dispatch policies", _policies),
+            ("fidelity", "The simulator against a fleet", _fidelity),
             ("dispatcher", "Dispatcher", _dispatcher),
             ("handing", "Handing out", _handing),
             ("routing", "Intent routing", _routing),
@@ -317,6 +318,21 @@ requests: {workers} workers with {step_tokens} tokens a step and {kv_tokens:,} t
 too: lanes refuse what can't meet it, the others never refuse.
 """
 
+_FIDELITY = """\
+## The simulator against a fleet
+
+One workload on {workers} sim workers as processes, with nats-server, scheduler and ingress, asked over HTTP
+("measured"), and in the simulator ("simulated"): {requests:,} requests counted, of
+`benchmarks/fidelity.toml`. "Error p90": by how much the time to the first token was off what the dispatcher
+foretold at the send, nine of ten at most. Other processes used {cores_used_by_others:.2f} cores at
+most, in this run or the next.
+"""
+
+_REFUSALS = """\
+Bursts of more than that fleet can serve at once (`benchmarks/refusals.toml`). Who is refused asks again at
+once, without a deadline, and waits: "right" are those who were told so within {right:.0%}.
+"""
+
 _DISPATCHER = """\
 ## Dispatcher
 
@@ -367,6 +383,46 @@ def _dispatcher(record: Record) -> str:
     head = ["workers", "", "decisions/s", "target", "p50, ms", "p99, ms", "target"]
     head += ["a decision, us", "growth", "a heartbeat, us", "growth"]
     return _section(_DISPATCHER.format_map(record), head, rows, record)
+
+
+def _fidelity(record: Record) -> str:
+    sides = record["simulated"], record["measured"]
+    rows = [
+        [
+            name,
+            *(f"{side[key]:,.{digits}f}" for side in sides),
+            f"{sides[1][key] / sides[0][key]:.2f}",
+            _near(sides[1][key] / sides[0][key]) if key in record["ratios"] else "",
+        ]
+        for name, key, digits in (
+            ("TTFT p50, ms", "p50_ms", 1),
+            ("TTFT p90, ms", "p90_ms", 1),
+            ("TTFT p99, ms", "p99_ms", 1),
+            ("prefix hits", "hit_rate", 3),
+            ("error p90, ms", "error_p90_ms", 1),
+        )
+    ]
+    head = ["", "simulated", "measured", "ratio", "target"]
+    values = {**record, "requests": sides[0]["requests"]}
+    text = _section(_FIDELITY.format_map(values), head, rows, record)
+    told = [
+        [
+            name,
+            str(of["requests"]),
+            str(of["refused"]),
+            f"{of['told_p50_s']:.1f}",
+            f"{of['waited_p50_s']:.1f}",
+            f"{of['right']:.0%}",
+            _against(of["right"], 0.5, least=True),
+        ]
+        for name, of in record["refusals"].items()
+    ]
+    head = ["", "requests", "refused", "told p50, s", "waited p50, s", "right", "target"]
+    return "\n".join([text, _REFUSALS.format(right=fidelity.RIGHT), _table(head, told)])
+
+
+def _near(ratio: float) -> str:
+    return f"within 10 %: {'met' if abs(ratio - 1) <= 0.1 else '**missed**'}"
 
 
 def _handing(record: Record) -> str:

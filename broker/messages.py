@@ -253,7 +253,9 @@ class Credit(_Wire):
     running: int = 0
     waiting: int = 0
     held: int = Field(0, description="requests that the worker has, in its engine or not")
-    prefill_tokens_held: int = Field(0, description="their tokens that are not prefilled")
+    prefill_tokens_held: int = Field(
+        0, description="prompt tokens of theirs that no step, nor the one under way, has computed"
+    )
 
 
 class ModelCard(_Wire):

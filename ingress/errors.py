@@ -21,10 +21,14 @@ def headers(exc: HeadraceError, request_id: str) -> list[tuple[bytes, bytes]]:
 
 
 def retry_after(status: int, seconds: float | None) -> list[tuple[bytes, bytes]]:
-    """`Retry-After` in whole seconds: where they are known, and where the status promises one."""
-    if seconds is None and status not in (408, 429, 503):
-        return []
-    return [(b"retry-after", b"%d" % max(1, math.ceil(seconds or 0)))]
+    """`Retry-After` in whole seconds: where they are known, and where the status promises one. Where they are
+    known, in ms too, as OpenAI's clients read it."""
+    if seconds is None:
+        return [(b"retry-after", b"1")] if status in (408, 429, 503) else []
+    return [
+        (b"retry-after", b"%d" % max(1, math.ceil(seconds))),
+        (b"retry-after-ms", b"%d" % math.ceil(1000 * seconds)),
+    ]
 
 
 def body(exc_body: bytes, path: str) -> bytes:

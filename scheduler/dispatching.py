@@ -221,6 +221,7 @@ class Dispatching:
                 continue
             await self._fill(base_model, queue)
             self._soon(base_model)
+            metrics.TTFT_ERROR.labels(base_model).set(queue.dispatcher.error_p90())
         await self._reclaim(now)
         if now - self._prolonged > self._broker.ack_wait / 3:
             self._prolonged = now
@@ -647,7 +648,7 @@ def _state(beat: Heartbeat, credit: Credit, sends: int, adapter_room: bool) -> W
         step_tokens=step,
         slots_total=held + _within(credit.slots_free),
         running=held,
-        prefill_held=max(0, _within(credit.prefill_tokens_held) - step),  # the step under way computes these
+        prefill_held=_within(credit.prefill_tokens_held),
         kv_total=kv_total,
         kv_free=min(kv_total, _within(credit.kv_tokens_free)),
         sends=sends,

@@ -176,6 +176,11 @@ class Job:
         return max(1, bodies.size(self._broker, self.request) // 4)
 
     @property
+    def uncached_estimate(self) -> int:
+        """Of the prompt: less what who sent it expects to be cached here."""
+        return max(1, self.prompt_estimate - (self._sent.hit_tokens if self._sent is not None else 0))
+
+    @property
     def prompt_tokens(self) -> int:
         """Counted by the engine once it has; guessed from the body's length before."""
         return self.tap.prompt_tokens or self.prompt_estimate

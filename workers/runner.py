@@ -22,6 +22,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 from broker import addresses, base, bodies, errors, replies, subjects
 from broker.messages import Credit, Heartbeat, News, Request, Sent, ServiceClass, parse_request
 from kvstate import budget
+from kvstate.uncomputed import Uncomputed
 from workers import held, intake, metrics, screening
 from workers.cached import Caching
 from workers.config import WorkerConfig
@@ -54,6 +55,8 @@ class Worker:
         self._jobs: dict[str, Job] = {}
         self._prefilling: dict[Job, int] = {}  # those without a token yet, and their prompts' estimates
         self._prefill_held = 0
+        self._uncomputed: Uncomputed[Job] = Uncomputed()
+        self._steps = 0  # of the engine, as far as `_uncomputed` follows
         self._settling = 0  # jobs that have ended and are to be acked
         self._tasks: set[asyncio.Task[Any]] = set()
         self._queues = [intake.Queue() for _ in ServiceClass]
@@ -278,8 +281,13 @@ class Worker:
         self._spawn(self._run(job))
 
     def _prefills(self, job: Job) -> None:
+        stats = self._engine.stats()
+        idle = not self._prefilling and not stats.running and not stats.waiting
         self._prefilling[job] = job.prompt_estimate
         self._prefill_held += job.prompt_estimate
+        self._uncomputed.add(job, job.uncached_estimate)
+        if idle and stats.steps:
+            self._uncomputed.step(stats.step_tokens)  # an idle engine begins it at once
 
     def _began(self, job: Job) -> None:
         """Its first token came."""
@@ -288,6 +296,7 @@ class Worker:
 
     def _prefilled(self, job: Job) -> None:
         self._prefill_held -= self._prefilling.pop(job, 0)
+        self._uncomputed.drop(job)
         self._top_up()
 
     @property
@@ -339,6 +348,20 @@ class Worker:
         if skipped := self._engine.stats().skipped:
             metrics.SKIPPED.inc(skipped)
         if self._starved:  # else what ends a request or its prefill has asked already
+            self._top_up()
+        if self._uncomputed.tokens:
+            asyncio.get_running_loop().call_soon(self._follow_steps)  # after those that got a first token
+
+    def _follow_steps(self) -> None:
+        """The next step has begun, or is about to: it computes some of what waits."""
+        stats = self._engine.stats()
+        if stats.steps == self._steps:
+            return
+        self._steps = stats.steps
+        before = self._uncomputed.tokens
+        decodes = max(0, stats.running + stats.waiting - len(self._prefilling))
+        self._uncomputed.step(stats.step_tokens - decodes)
+        if self._uncomputed.tokens != before:
             self._top_up()
 
     def _top_up(self) -> None:
@@ -507,6 +530,7 @@ class Worker:
         # Only now its length is known; until now it counted as the shortest that no message holds.
         self._prefill_held += job.prompt_estimate - self._prefilling[job]
         self._prefilling[job] = job.prompt_estimate
+        self._uncomputed.add(job, job.uncached_estimate)
         return None
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -625,6 +649,8 @@ class Worker:
     def _credit_told(self) -> Credit:
         stats, load = self._engine.stats(), self._load()
         kv = budget.kv_free(load) if load.kv_total else 0
+        # An engine that tells of no steps is taken to compute one at any time.
+        under_way = 0 if stats.steps else stats.step_tokens
         return Credit(
             requests=self._credit() if self._state == "serving" else 0,
             slots_free=max(0, self._room()),
@@ -636,5 +662,5 @@ class Worker:
             running=stats.running,
             waiting=stats.waiting,
             held=self._running,
-            prefill_tokens_held=int(self._prefill_held),
+            prefill_tokens_held=max(0, self._uncomputed.tokens - under_way),
         )

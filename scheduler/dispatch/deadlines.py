@@ -28,7 +28,8 @@ class Deadlines:
         self._alarms: list[tuple[float, int]] = []  # heap; of keys that may have left the queue
 
     def refuses(self, waiting: Waiting, view: View, now: float) -> float | None:
-        """The wait until its first token where that is too long on every worker; None = it may be in time."""
+        """The wait until its first token where that is too long on the worker that is the best for it; None =
+        it may be in time. Others may have shorter lanes, but it would not stay in them."""
         if waiting.item.deadline == math.inf or view.best < 0:
             return None
         waiting.least = self._least(view)
@@ -37,7 +38,7 @@ class Deadlines:
 
     def wait(self, waiting: Waiting, view: View) -> float:
         """Until its first token, if it came now: `waiting` has no place."""
-        return float(self._scorer.ttft(view).min()) if view.best >= 0 else waiting.least
+        return float(self._scorer.ttft(view)[view.best]) if view.best >= 0 else waiting.least
 
     def watch(self, waiting: Waiting, now: float) -> None:
         if waiting.item.deadline == math.inf:

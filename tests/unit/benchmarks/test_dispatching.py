@@ -52,3 +52,22 @@ def test_the_benchmark_of_the_dispatcher_runs() -> None:
     found = dispatcher.measure(workers=4, deep=False, decisions=500)
     assert found["a_second"] > 0
     assert found["queued"] == 0
+
+
+def test_the_simulator_is_held_against_a_fleet() -> None:
+    side = {"requests": 1000, "p50_ms": 100.0, "p90_ms": 200.0, "p99_ms": 400.0, "hit_rate": 0.9}
+    simulated = {**side, "error_p90_ms": 10.0}
+    told = {"requests": 500, "refused": 80, "told_p50_s": 4.2, "waited_p50_s": 4.0, "right": 0.8}
+    record = {
+        "workers": 4,
+        "simulated": simulated,
+        "measured": {**simulated, "p50_ms": 105.0, "p99_ms": 480.0},
+        "ratios": {"p50_ms": 1.05, "p99_ms": 1.2, "hit_rate": 1.0},
+        "refusals": {"simulated": told, "measured": {**told, "right": 0.4}},
+        "cores_used_by_others": 0.1,
+    }
+    text = report._fidelity({**record, **ORIGIN})
+    assert "| TTFT p50, ms | 100.0 | 105.0 | 1.05 | within 10 %: met |" in text
+    assert "| TTFT p99, ms | 400.0 | 480.0 | 1.20 | within 10 %: **missed** |" in text
+    assert "| simulated | 500 | 80 | 4.2 | 4.0 | 80% | ≥ 0.5: met |" in text
+    assert "| measured | 500 | 80 | 4.2 | 4.0 | 40% | ≥ 0.5: **missed** |" in text
