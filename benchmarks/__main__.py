@@ -29,6 +29,7 @@ NAMES = (
     "fidelity",
     "dispatcher",
     "handing",
+    "takeover",
     "routing",
 )
 

@@ -59,7 +59,7 @@ def rss_mib(process: psutil.Process) -> float:
 
 
 @contextlib.contextmanager
-def part(name: str, nats: str, **settings: object) -> Iterator[str]:
+def joined(name: str, nats: str, **settings: object) -> Iterator[str]:
     """`headrace <name>` on a queue that is there, once it is ready; its URL where it has one."""
     own = ["--port", "0"] if name == "ingress" else []
     settings = {"broker__url": nats, **settings}
@@ -110,6 +110,14 @@ def up_by(
 def worker(nats: str, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
     """`headrace worker` on a queue that is there, from the moment it is started: it serves later."""
     with _process(["worker", "--nats", nats, *_flags(settings)]) as (process, _):
+        yield process
+
+
+@contextlib.contextmanager
+def part(name: str, nats: str, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
+    """`headrace <part>`, once it is ready."""
+    with _process([name, "--nats", nats, "--ready-fd", "1", *_flags(settings)]) as (process, out):
+        _line(out, lambda line: line.startswith(b'{"part"'))
         yield process
 
 

@@ -77,7 +77,7 @@ def load(url: str, model: str, requests: int, seed: int, side: str) -> Load:
 def worker(nats: str, name: str, model: Path) -> Iterator[None]:
     settings = {"model": model, "max_model_len": 1024, "kv_cache_bytes": CACHE_BYTES}
     of_engine = {f"vllm__{key}": value for key, value in settings.items()}
-    with fleet.part("worker", nats, worker__name=name, worker__engine="vllm", **of_engine):
+    with fleet.joined("worker", nats, worker__name=name, worker__engine="vllm", **of_engine):
         yield
 
 
@@ -90,7 +90,7 @@ async def measured(quick: bool) -> dict[str, Any]:
             stack.enter_context(stages.single_threaded())
             for name in ("one", "two"):  # one after the other: two that load at once take longer
                 stack.enter_context(worker(server.url, name, model))
-            url = stack.enter_context(fleet.part("ingress", server.url))
+            url = stack.enter_context(fleet.joined("ingress", server.url))
             for number in range(rounds):
                 for side in sorted(SIDES, reverse=bool(number % 2)):
                     async with stages.scheduler(server.url, dispatches=SIDES[side]):

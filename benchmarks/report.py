@@ -38,6 +38,7 @@ def write() -> Path:
             ("fidelity", "The simulator against a fleet", _fidelity),
             ("dispatcher", "Dispatcher", _dispatcher),
             ("handing", "Handing out", _handing),
+            ("takeover", "Takeover", _takeover),
             ("routing", "Intent routing", _routing),
         )
     ]
@@ -349,6 +350,16 @@ What the way through the scheduler adds: a fleet that dispatches ("on") against 
 {tokens} tokens, {rounds} rounds. Other processes used {cores_used_by_others:.2f} cores at most.
 """
 
+_TAKEOVER = """\
+## Takeover
+
+How long nobody leads when a scheduler is struck, of two, on one nats-server, with one sim worker and {rate:g}
+requests a second; seconds from the strike, the median over all such strikes with the range. "Word": the next
+leader's first. "Hands out": the first request that it sends a worker. "Longest wait": of a request that comes
+within the next 3 s, for its first frame: workers pull by themselves meanwhile. Where both are killed, their
+processes' own start lies between. Other processes used {cores_used_by_others:.2f} cores at most.
+"""
+
 _SIMULATED = """\
 {workers:,} workers with {rate:,.0f} requests a second, in proportion, under lanes: {requests:,} requests in
 {wall_s:.0f} s (CPU time {cpu_s:.0f} s, target ≤ 600), with {peak_mib:,} MiB of memory at most (target ≤
@@ -440,6 +451,20 @@ def _handing(record: Record) -> str:
     ]
     head = ["streams", "", "on", "off", "added", "target"]
     return _section(_HANDING.format_map(record), head, rows, record)
+
+
+def _takeover(record: Record) -> str:
+    rows = [
+        [
+            kind,
+            str(record["strikes"][kind]),
+            *(_range(found[name]) if name in found else "" for name in ("word", "sent", "wait")),
+            _against(found["sent"]["high"], 1.0) if kind.startswith("leader") else "",
+        ]
+        for kind, found in record["struck"].items()
+    ]
+    head = ["struck", "times", "word, s", "hands out, s", "longest wait, s", "target"]
+    return _section(_TAKEOVER.format_map(record), head, rows, record)
 
 
 def _policies(record: Record) -> str:

@@ -154,7 +154,7 @@ def single_threaded() -> Iterator[None]:
 @contextlib.asynccontextmanager
 async def scheduler(nats: str, *, dispatches: bool) -> AsyncIterator[None]:
     """One that has begun. Workers on a machine that is all used up may be late to say that they live."""
-    with fleet.part("scheduler", nats, dispatch__enabled=dispatches, scheduler__lost_after=1.0):
+    with fleet.joined("scheduler", nats, dispatch__enabled=dispatches, scheduler__lost_after=1.0):
         async with await client.connect(BrokerConfig(url=nats), "bench") as broker:
             heard: list[base.Message] = []
             await broker.subscribe(subjects.DISPATCH, heard.append)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
@@ -123,6 +124,8 @@ class Broker(abc.ABC):
 
     def __init__(self) -> None:
         self._reconnect_handlers: list[Callable[[], None]] = []
+        self.disturbed = -math.inf
+        """Loop time at which messages were last lost on their way, as far as is known."""
 
     @property
     @abc.abstractmethod
@@ -302,6 +305,7 @@ class Broker(abc.ABC):
 
     def reconnected(self) -> None:
         """For who implements a broker: tell those that want to know."""
+        self.disturbed = asyncio.get_running_loop().time()
         for handler in list(self._reconnect_handlers):
             handler()
 

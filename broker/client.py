@@ -200,7 +200,7 @@ class NatsBroker(base.Broker):
     def _on_journal_elected(self, _: base.Message) -> None:
         """What was published since the journal's last leader went is in no journal: ours, and what we heard
         of workers that may have gone since."""
-        now = asyncio.get_running_loop().time()
+        self.disturbed = now = asyncio.get_running_loop().time()
         keys = dict.fromkeys([*self._tail.keys(now), *self._heard.keys(now)])
         self._repeat(list(keys), self._tail, self._heard)
 

@@ -284,6 +284,7 @@ class MemoryBroker(base.Broker):
         self, subject: str, data: bytes, headers: dict[str, str] | None = None
     ) -> asyncio.Future[Stored]:
         self.check()
+        self._fits(subject, data, headers)
         loop = asyncio.get_running_loop()
         ack: asyncio.Future[Stored] = loop.create_future()
         name = f"{self.inbox}.{next(self._ack_numbers)}"

@@ -335,13 +335,27 @@ class Cached(_Wire):
     evicted: str = Field("", description="likewise")
 
 
+class Steps(_Wire):
+    """How long one that comes waits for an engine's step under way, at most: of the workers of one pool."""
+
+    base: str
+    classes: tuple[ServiceClass, ...] = Field(description="whose workers they are")
+    workers: int
+    tokens: int = Field(description="prompt tokens in a step, at most")
+    ms: float = Field(description="for a full step of the slowest, as the dispatcher learned")
+
+
 class Dispatch(_Wire):
-    """`dispatch`, every 100 ms: a scheduler hands out the requests of `bases`; their workers pull none."""
+    """`dispatch`, every 100 ms: a scheduler hands out the requests of `bases`; their workers pull none.
+
+    One that stops says it once more, with no bases: then nothing is delivered to its inbox any more.
+    """
 
     scheduler: Name
     epoch: int = Field(description="grows with each scheduler that leads")
     bases: tuple[str, ...]
     inbox: str = Field("", description="where what it pulls is delivered")
+    steps: tuple[Steps, ...] = Field((), description="of each pool; as of the last second")
 
 
 class Sent(_Wire):

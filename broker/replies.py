@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -56,7 +57,8 @@ class Writer:
         self._request = request
         self.epoch = epoch
         self._offs: dict[int, int] = {}
-        self._stored: asyncio.Future[base.Stored] | None = None  # the journal's word on the last frame
+        self._began = math.inf  # loop time of the first frame
+        self._stored: asyncio.Future[base.Stored] | None = None  # the journal's word on the last one
         self.frames = 0
         self.head_sent = False
 
@@ -102,27 +104,35 @@ class Writer:
 
     async def kept(self, since_ms: float) -> None:
         """Return once the journal has the whole reply, which has ended: until then it may be known to this
-        process alone. Where its leader is gone, it has the frames that were said meanwhile from who said or
-        heard them, as soon as there is another.
+        process alone. What was said while it had no leader, or was not there, it has from who said or heard
+        it, as soon as it is.
 
         Args:
             since_ms: unix time in ms at which the request was queued.
 
-        Raises errors.Unavailable when it lacks some for longer than an election takes.
+        Raises errors.Unavailable when it lacks the end for longer than an election takes.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + _KEPT_WITHIN
         if self._stored is not None:
             with contextlib.suppress(errors.Unavailable):
                 await self._stored
-                return
+                if self._broker.disturbed < self._began:
+                    return  # else it says nothing of the frames before
+        last, asked = self.frames - 1, False
         while True:
+            kept: set[int] = set()
             with contextlib.suppress(errors.Unavailable):
                 frames = await journal(self._broker, self._reply_to, since_ms)
-                if {frame.seq for frame in frames if frame.epoch == self.epoch} >= set(range(self.frames)):
-                    return
+                kept = {frame.seq for frame in frames if frame.epoch == self.epoch}
+            # What is not there after it was said again is older than what is remembered.
+            if kept.issuperset(range(self.frames)) or (asked and last in kept):
+                return
             if loop.time() > end:
                 raise errors.Unavailable("the journal of replies does not keep what is written to it")
+            asked = last in kept
+            with contextlib.suppress(errors.Unavailable):
+                await self._broker.publish(subjects.again(self._reply_to), b"{}")
             await asyncio.sleep(_LOOK_AGAIN)
 
     async def _send(
@@ -137,6 +147,8 @@ class Writer:
             self._number(frame, tokens)
         if extra is not None:
             frame.extra = extra
+        if not self.frames:
+            self._began = asyncio.get_running_loop().time()
         if self._request and not self.frames:
             frame.extra = {**frame.extra, "request": self._request}
         data = codec.encode(frame)

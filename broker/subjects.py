@@ -65,11 +65,14 @@ ALL_POOLS = "pool.*"
 ALL_WANTS = "want.*.*"
 ALL_CREDITS = "credit.*"
 ALL_CACHED = "cached.*"
+ALL_COMMANDS = "ctl.*"
 DISPATCH = "dispatch"
 EXPLAIN = "explain"
 
 LEADER = "leader"
 """Key in `KV_LEASES`: the scheduler that leads."""
+SHARES = "shares"
+"""And of the keys `<SHARES>-<base>`: what its tenants were served lately, for who leads next."""
 ALL_AGAIN = "again.*.*"
 
 # Header names of a request message.
@@ -237,6 +240,11 @@ def inventory(worker: str) -> str:
 
 def run(worker: str) -> str:
     return f"run.{token(worker)}"
+
+
+def shares(base: str) -> str:
+    """Key in `KV_LEASES`."""
+    return f"{SHARES}-{token(base)}"
 
 
 def credit(worker: str) -> str:

@@ -54,6 +54,10 @@ def shown(request: str, told: dict[str, Any]) -> str:
         f"its first token expected in {1000 * told['predicted_ttft_s']:.1f} ms",
         f"because {plain(told['why'])}",
     ]
+    lines += [f"taken back from {plain(worker)}: {plain(why)}" for worker, why in told["taken_back"]]
+    if told["step_tokens"]:
+        steps = f"at most {told['step_tokens']} prompt tokens and {1000 * told['step_s']:.1f} ms"
+        lines.append(f"a step of its class's workers takes {steps}")
     if told["candidates"]:
         head = ("WORKER", "SCORE", "PENDING", "BACKLOG", "UNCACHED", "LOAD")
         rows = [

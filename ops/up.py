@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from broker import addresses, replies
+from broker.config import BrokerConfig
 from broker.server import NatsServer
-from ops import autoscale, logs, parts, pool_file, ports, service, targets
+from ops import autoscale, logs, notices, parts, pool_file, ports, service, targets
 from ops.child import BACKOFF, Child, Facts
 from ops.errors import StartFailed
 from ops.settings import Settings
@@ -34,8 +35,9 @@ _LOOK = 1.0
 """Seconds from one look at the disk to the next."""
 _ROOM = 64 * 2**20
 """Bytes free on a disk that was full, from which on the server is given another try."""
-_GRACE = 5.0
-"""Seconds beyond the drain limit before a part that does not end is killed."""
+_GRACE = 20.0
+"""Seconds beyond the drain limit before a part that does not end is killed: where the journal elects its
+leader, a worker waits until it has what was said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,8 @@ class _Fleet:
         await _first(stop.wait(), self._announce(ingresses, workers, nats))
         for child in (*workers, *ingresses, scheduler):
             child.settled = True
-        await _first(stop.wait(), *self._scaling(workers, group, nats.url))
+        broker = config.broker.model_copy(update={"url": nats.url})
+        await _first(stop.wait(), notices.follow(broker), *self._scaling(workers, group, broker))
         for children, drain in (
             (ingresses, config.ingress.drain_timeout),
             (
@@ -140,15 +143,14 @@ class _Fleet:
             keeper.cancel()
 
     def _scaling(
-        self, workers: list[Child], group: asyncio.TaskGroup, nats: str
+        self, workers: list[Child], group: asyncio.TaskGroup, broker: BrokerConfig
     ) -> list[Coroutine[Any, Any, None]]:
         """What keeps the number of workers, where it follows the load."""
         if self._options.autoscale is None:
             return []
         grace = self._settings.worker.drain_timeout + _GRACE
-        scaled = autoscale.Workers(workers, lambda n: self._worker(n, nats), group, grace, self._untell)
-        config = self._settings.broker.model_copy(update={"url": nats})
-        return [autoscale.follow(scaled, self._options.autoscale, config, self._began_ms)]
+        scaled = autoscale.Workers(workers, lambda n: self._worker(n, broker.url), group, grace, self._untell)
+        return [autoscale.follow(scaled, self._options.autoscale, broker, self._began_ms)]
 
     def _bounds(self) -> dict[str, str]:
         """The scheduler asks for no more workers than may be."""

@@ -15,7 +15,7 @@ class SchedulerConfig(BaseModel):
     name: str = Field("", description="unique in the fleet; made up when empty")
     lost_after: float = Field(0.3, gt=0, description="a worker without heartbeat for so long is lost")
     lease: float = Field(
-        1.0, gt=0, description="a leader silent for so long loses its lead to another scheduler"
+        0.7, gt=0, description="a leader silent for so long loses its lead to another scheduler"
     )
     sweep: float = Field(1.0, gt=0, description="interval of the look for requests that nobody serves")
     orphan_after: float = Field(

@@ -11,11 +11,13 @@ nobody tells of is handed on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Container, Coroutine, Iterable
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec
 
@@ -34,10 +36,11 @@ from broker.messages import (
     Request,
     Sent,
     ServiceClass,
+    Steps,
     parse_request,
 )
 from kvstate import prefix
-from scheduler import held, metrics
+from scheduler import held, ledger, metrics, progress
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.dispatcher import Dispatcher
 from scheduler.dispatch.types import Item, Preempt, Send, Shed, WorkerState
@@ -69,6 +72,11 @@ _UNSERVED = 10.0
 _TURN = 2.0
 """Seconds for which a worker's adapters may all be busy before another one's request is sent there."""
 
+_ASKS = 64
+_ASKED = 0.5
+"""Requests of which the journal is asked at the same time how far they have come, and seconds that it is
+given, and then left alone for: it may be without a leader."""
+
 _EXPLAINED = 10_000
 """Requests whose names are remembered for `headrace explain`."""
 
@@ -90,11 +98,12 @@ def _careful(act: Callable[Concatenate[Dispatching, P], None]) -> Callable[Conca
 
 @dataclass(slots=True)
 class _Queued:
-    """A delivery in our hands."""
+    """A delivery in our hands. `done`: output tokens that earlier attempts made."""
 
     request: Request
     parcel: base.Parcel
     seq: int
+    done: int = 0
 
 
 @dataclass(slots=True)
@@ -150,7 +159,7 @@ class Dispatching:
         self._epoch = 0
         self._queues: dict[str, _Queue] = {}
         self._out: dict[int, _Out] = {}
-        self._opening: set[str] = set()
+        self._opening: set[tuple[str, int]] = set()  # bases, and in which epoch
         self._numbers = itertools.count(1)
         self._roomless: dict[str, float] = {}  # workers whose adapters are all busy, and since when
         self._before: tuple[float, Dispatch] | None = None  # another one that dispatched, and when it said so
@@ -158,6 +167,11 @@ class Dispatching:
         self._keys: dict[str, int] = {}  # of waiting requests
         self._names: dict[str, tuple[str, int]] = {}  # request -> base and sequence, for `explain`
         self._prolonged = 0.0
+        self._steps: tuple[Steps, ...] = ()
+        self._noted = 0.0  # when the shares were; inf = they are being noted
+        self._asking = asyncio.Semaphore(_ASKS)
+        self._bounced = asyncio.Event()  # what still comes to who dispatched before is handed on
+        self._journal_from = 0.0  # when it is asked again, after it did not answer
         self._paused_until = -math.inf
 
     def holds(self, seq: int) -> bool:
@@ -188,7 +202,7 @@ class Dispatching:
                     _log.warning("dispatching was put off: %s", exc.message)
                 except Exception:
                     self._failed()
-                await asyncio.sleep(_TICK)
+                await asyncio.sleep(_TICK if self._epoch else _TICK / 5)  # a new leader begins at once
         finally:
             await self._stop(give_back=self._leader.leads)
 
@@ -196,23 +210,31 @@ class Dispatching:
         paused = time.monotonic() < self._paused_until
         if paused or not (self._config.enabled and self._leader.leads):
             self._beats = {beat.worker: beat for beat in self._workers()}
-            if self._epoch:
+            if self._leader.holds and self._config.enabled and not paused:
+                await self._rest()  # if nobody takes it, we go on with what we know
+            elif self._epoch:
                 await self._stop(give_back=False)  # whoever leads has them, or will
             return
         now = time.monotonic()
         if not self._epoch:
             self._epoch = self._leader.revision
             _log.info("dispatching", extra={"epoch": self._epoch})
+            self._bounced.clear()
             self._spawn(self._bounce())
         told = Dispatch(
-            scheduler=self._name, epoch=self._epoch, bases=tuple(self._queues), inbox=self._broker.inbox
+            scheduler=self._name,
+            epoch=self._epoch,
+            bases=tuple(self._queues),
+            inbox=self._broker.inbox,
+            steps=self._steps,
         )
         await self._broker.publish(subjects.DISPATCH, told.model_dump_json().encode())
         live = {beat.base: beat for beat in self._workers()}
         for beat in live.values():
-            if beat.base not in self._queues and beat.base not in self._opening:
-                self._opening.add(beat.base)
-                self._spawn(self._open(beat.base, self._epoch))
+            known = self._queues.get(beat.base)
+            if not (known and known.pullers) and (beat.base, self._epoch) not in self._opening:
+                self._opening.add((beat.base, self._epoch))
+                self._spawn(self._open(beat.base, self._epoch, known))
         for base_model, queue in list(self._queues.items()):
             queue.unserved_since = math.inf if base_model in live else min(queue.unserved_since, now)
             if now - queue.unserved_since > _UNSERVED:
@@ -223,36 +245,88 @@ class Dispatching:
             self._soon(base_model)
             metrics.TTFT_ERROR.labels(base_model).set(queue.dispatcher.error_p90())
         await self._reclaim(now)
+        if now - self._noted > ledger.INTERVAL:
+            self._noted = math.inf
+            self._steps = tuple(self._measured())
+            self._spawn(self._note_shares())
         if now - self._prolonged > self._broker.ack_wait / 3:
             self._prolonged = now
             for queue in self._queues.values():
                 for queued in list(queue.waiting.values()):
                     await self._broker.prolong(queued.parcel.receipt)
 
+    def _measured(self) -> Iterator[Steps]:
+        """How long the steps of each pool take."""
+        metrics.STEP.clear()
+        for base_model, queue in self._queues.items():
+            for pool in queue.dispatcher.pools():
+                for each in pool.classes:
+                    metrics.STEP.labels(base_model, each).set(pool.step_s)
+                yield Steps(
+                    base=base_model,
+                    classes=pool.classes,
+                    workers=pool.workers,
+                    tokens=min(pool.step_tokens, _MOST),
+                    ms=round(1000 * pool.step_s, 3),
+                )
+
+    async def _note_shares(self) -> None:
+        """For who leads next. Beside the ticks, as `_open`."""
+        try:
+            for base_model, queue in list(self._queues.items()):
+                await ledger.write(self._broker, base_model, queue.dispatcher.served(time.monotonic()))
+        finally:
+            self._noted = time.monotonic()
+
     # Taking what is queued
 
-    async def _open(self, base_model: str, epoch: int) -> None:
-        """Beside the ticks: a cluster that elects a leader may keep us waiting for long."""
-        queue = _Queue(Dispatcher(base_model, self._config))
+    async def _open(self, base_model: str, epoch: int, known: _Queue | None) -> None:
+        """Beside the ticks: a cluster that elects a leader may keep us waiting. `known`: it rests."""
+        queue = known or _Queue(Dispatcher(base_model, self._config))
+        pullers: dict[ServiceClass, base.Puller] = {}
         try:
+            if known is None:
+                await self._resume(base_model, queue.dispatcher)
             for service_class in ServiceClass:
-                queue.pullers[service_class] = await self._broker.pull(
+                pullers[service_class] = await self._broker.pull(
                     base_model,
                     service_class,
                     lambda delivery: self._on_delivery(base_model, queue, delivery),
                     lambda: self._spawn(self._fill(base_model, queue)),
                 )
-            if self._epoch == epoch:
-                self._queues[base_model] = queue
+            if self._epoch == epoch and self._queues.get(base_model) is known:
+                self._queues[base_model], queue.pullers = queue, pullers
         finally:
-            self._opening.discard(base_model)
-            if self._queues.get(base_model) is not queue:
-                await self._close(queue, give_back=False)
+            self._opening.discard((base_model, epoch))
+            if queue.pullers is not pullers:
+                for puller in pullers.values():
+                    await puller.close()
         if self._queues.get(base_model) is queue:
             for beat in self._workers():
                 if beat.base == base_model:
                     self._observe(beat, beat.credit, beat.dispatched)
-            await self._guard.hand_on_unclaimed(base_model)  # what another dispatcher had and left
+            await self._fill(base_model, queue)
+            # What another dispatcher had and left, and has got until now. What it sent is told of at once, by
+            # who lives.
+            await self._bounced.wait()
+            await self._guard.hand_on_unclaimed(base_model, _TICK)
+
+    async def _resume(self, base_model: str, dispatcher: Dispatcher) -> None:
+        """Begin with what tenants were served by who led before, where the broker tells."""
+        try:
+            async with asyncio.timeout(_ASKED):
+                entry = await ledger.read(self._broker, base_model)
+        except (errors.Unavailable, TimeoutError):
+            return
+        now = time.monotonic()
+        dispatcher.resume(entry.served, now - entry.age(), now)
+
+    async def _rest(self) -> None:
+        """Take nothing more: what comes once another leads it would not find."""
+        for queue in list(self._queues.values()):
+            pullers, queue.pullers = queue.pullers, {}
+            for puller in pullers.values():
+                await puller.close()
 
     async def _close(self, queue: _Queue, give_back: bool) -> None:
         """`give_back`: nobody else can have what waits here."""
@@ -271,16 +345,22 @@ class Dispatching:
             told = Dispatch.model_validate_json(message.data)
         except ValidationError:
             return
-        if told.scheduler != self._name:
+        if told.scheduler == self._name:
+            return
+        if told.bases:
             self._before = time.monotonic(), told
+        else:
+            self._guard.is_awake(told.inbox)
 
     async def _bounce(self) -> None:
         """Hand on what is still delivered to the one that dispatched before, if it hangs."""
-        if self._before is None or time.monotonic() - self._before[0] > PULLS_STAND:
-            return
-        before = self._before[1]
-        if before.inbox:
-            await self._guard.bounce(before.scheduler, before.inbox)
+        try:
+            if self._before is not None and time.monotonic() - self._before[0] <= PULLS_STAND:
+                before = self._before[1]
+                if before.inbox:
+                    await self._guard.bounce(before.scheduler, before.inbox)
+        finally:
+            self._bounced.set()
 
     async def _fill(self, base_model: str, queue: _Queue) -> None:
         """Have the broker hand us what is queued, up to the window."""
@@ -293,7 +373,7 @@ class Dispatching:
 
     @_careful
     def _on_delivery(self, base_model: str, queue: _Queue, delivery: base.Delivery) -> None:
-        if self._queues.get(base_model) is not queue or not self._leader.leads:
+        if self._queues.get(base_model) is not queue:
             return  # stopped meanwhile: its ack wait, or who leads now, hands it on
         now, now_ms = time.monotonic(), replies.now_ms()
         try:
@@ -316,27 +396,54 @@ class Dispatching:
         while len(self._names) > _EXPLAINED:
             del self._names[next(iter(self._names))]
         age = max(0.0, (now_ms - delivery.enqueued_ms) / 1000)
-        # Its first token may have come before, and then its answer is worth finishing: its worker judges.
-        begun = delivery.attempt > 1 or not request.deadline_ms
-        left = math.inf if begun else (request.deadline_ms - now_ms) / 1000
+        left = (request.deadline_ms - now_ms) / 1000 if request.deadline_ms else math.inf
         prompt_tokens = max(1, bodies.size(self._broker, request) // 4)
-        queue.dispatcher.arrive(
-            Item(
-                key=delivery.seq,
-                tenant=request.subject.tenant,
-                model=self._model(request),
-                service_class=service_class,
-                arrived=now - age,
-                deadline=now + left,
-                prompt_tokens=prompt_tokens,
-                max_tokens=request.budget,
-                # No more than the prompt has: what is cached counts for less.
-                hashes=prefix.read(request.prefix)[: prompt_tokens // prefix.BLOCK_TOKENS],
-                weight=self._config.weights.get(request.subject.tenant, 1.0),
-            ),
-            now,
+        item = Item(
+            key=delivery.seq,
+            tenant=request.subject.tenant,
+            model=self._model(request),
+            service_class=service_class,
+            arrived=now - age,
+            deadline=now + left,
+            prompt_tokens=prompt_tokens,
+            max_tokens=request.budget,
+            # No more than the prompt has: what is cached counts for less.
+            hashes=prefix.read(request.prefix)[: prompt_tokens // prefix.BLOCK_TOKENS],
+            weight=self._config.weights.get(request.subject.tenant, 1.0),
         )
-        self._soon(base_model)
+        if delivery.attempt > 1:
+            self._spawn(self._arrives_again(base_model, queue, queued, item, delivery.enqueued_ms))
+            return
+        self._arrive(base_model, queue, queued, item)
+
+    async def _arrives_again(
+        self, base_model: str, queue: _Queue, queued: _Queued, item: Item, enqueued_ms: float
+    ) -> None:
+        """One that a worker may have had. What it said extends the prompt and is off the budget. An answer
+        that has begun is worth finishing, whatever its deadline; where nobody knows, its worker judges."""
+        come = progress.Progress(begun=True, tokens=0)
+        async with self._asking:
+            if time.monotonic() >= self._journal_from:
+                try:
+                    async with asyncio.timeout(_ASKED):
+                        come = await progress.of(self._broker, queued.request.reply_to, enqueued_ms)
+                except errors.MalformedMessage:
+                    pass  # someone else wrote there
+                except (errors.Unavailable, TimeoutError) as exc:
+                    if time.monotonic() >= self._journal_from:  # not once for each of those asked
+                        why = str(exc) or "no answer in time"
+                        _log.warning("how far requests have come is not known: %s", why)
+                    self._journal_from = time.monotonic() + _ASKED
+        if come.begun:
+            queued.done = come.tokens
+            item = dataclasses.replace(item, deadline=math.inf, done_tokens=come.tokens)
+        self._arrive(base_model, queue, queued, item)
+
+    @_careful
+    def _arrive(self, base_model: str, queue: _Queue, queued: _Queued, item: Item) -> None:
+        if queue.waiting.get(queued.seq) is queued:  # else cancelled meanwhile, or not ours any more
+            queue.dispatcher.arrive(item, time.monotonic())
+            self._soon(base_model)
 
     def _model(self, request: Request) -> str:
         """An adapter, where workers take any; whatever else is named any worker answers, or refuses."""
@@ -454,11 +561,11 @@ class Dispatching:
                 queue.dispatcher.first(seq, now, _tokens(cached))
         for seq, prompt_tokens, cached, output in news.done:
             if self._has(news.worker, seq):
-                del self._out[seq]
+                before = self._out.pop(seq).queued.done
                 figures = (
                     _tokens(prompt_tokens),
                     min(_tokens(cached), _tokens(prompt_tokens)),
-                    _tokens(output),
+                    _tokens(output - before),
                 )
                 queue.dispatcher.finish(seq, now, *figures)
         self._observe(beat, news.credit, news.dispatched)
@@ -571,15 +678,18 @@ class Dispatching:
     def _preempt(self, queue: _Queue, preempt: Preempt) -> None:
         out = self._out.get(preempt.key)
         if out is not None:
-            metrics.PREEMPTED.inc()
             self._spawn(self._take_back(queue, out, preempt))
 
     async def _take_back(self, queue: _Queue, out: _Out, preempt: Preempt) -> None:
         command = Command(do="preempt", request=out.queued.request.key, reason=preempt.why)
         said = await self._broker.ask(subjects.ctl(preempt.worker), command.model_dump_json().encode())
         answer = Answer.model_validate_json(said)
-        if not answer.ok:
-            _log.info("not preempted: %s", answer.message, extra={"worker": preempt.worker})
+        told = {"request": out.queued.request.key, "worker": preempt.worker}
+        if answer.ok:
+            metrics.PREEMPTED.inc()
+            _log.info("a batch request is taken back: %s", preempt.why, extra=told)
+        else:
+            _log.info("not preempted: %s", answer.message, extra=told)
             queue.dispatcher.stays(preempt.key)
 
     # What goes wrong
@@ -604,10 +714,17 @@ class Dispatching:
     async def _stop(self, give_back: bool) -> None:
         """Take and send nothing more. `give_back`: nobody else can have what waits here."""
         queues, self._queues = self._queues, {}
-        self._epoch = 0
+        epoch, self._epoch, self._steps = self._epoch, 0, ()
+        metrics.STEP.clear()
         self._out.clear()
         for queue in queues.values():
             await self._close(queue, give_back)
+        if epoch and self._broker.connected:
+            # Nothing is delivered to us any more: whoever hands that on must listen no longer, else its
+            # listening would keep our pulls standing when it hangs itself.
+            told = Dispatch(scheduler=self._name, epoch=epoch, bases=(), inbox=self._broker.inbox)
+            with contextlib.suppress(errors.HeadraceError):
+                await self._broker.publish(subjects.DISPATCH, told.model_dump_json().encode())
 
     # Callers
 

@@ -65,8 +65,7 @@ class Guard:
 
     def on_heartbeat(self, beat: Heartbeat, now: float) -> bool:
         """Whether the worker must be asked for its roster."""
-        if beat.inbox in self._bounced:
-            self._heard.add(beat.inbox)
+        self.is_awake(beat.inbox)
         return self._held.beat(beat, now)
 
     def on_held(self, message: base.Message) -> None:
@@ -127,14 +126,20 @@ class Guard:
         if await self._broker.listens(subjects.roster(name)):
             self._bounced[inbox] = time.monotonic() + PULLS_STAND, await self._broker.bounce(inbox)
 
-    async def hand_on_unclaimed(self, base_model: str) -> None:
+    def is_awake(self, inbox: str) -> None:
+        """Whose pulls had to be bounced has ended them."""
+        if inbox in self._bounced:
+            self._heard.add(inbox)
+
+    async def hand_on_unclaimed(self, base_model: str, patience: float | None = None) -> None:
         """What a worker was delivered and had no time to tell of, or a dispatcher to hand out, before it was
-        lost. Told of by nobody for as long as a worker may be silent, it is held by nobody that lives."""
+        lost. Told of by nobody for `patience` seconds (None = for as long as a worker may be silent), it is
+        held by nobody that lives."""
         unclaimed: dict[int, str] = {}
         for service_class in ServiceClass:
             unclaimed |= await self._broker.delivered(base_model, service_class)
         unclaimed = {seq: receipt for seq, receipt in unclaimed.items() if seq not in self._held}
-        await asyncio.sleep(self._lost_after)
+        await asyncio.sleep(self._lost_after if patience is None else patience)
         if self._leader.leads:
             for seq, receipt in unclaimed.items():
                 if seq not in self._held and not self.in_other_hands(

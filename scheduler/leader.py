@@ -1,12 +1,14 @@
 """Which of several schedulers leads: a lease in the bucket `leases`, moved by compare-and-set.
 
 The holder renews its lease four times in its `ttl`, and each renewal is a new revision. No two clocks are
-ever compared: a standby takes the lease once it has seen one revision stand for a whole `ttl` by its own
-clock, and the holder stops leading before that can be, since it counts from before it asked for the renewal.
+ever compared: a standby, which looks more often, takes the lease once it has seen one revision stand for a
+whole `ttl` by its own clock, and the holder stops leading before that can be, since it counts from before it
+asked for the renewal.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -21,6 +23,9 @@ _log = logging.getLogger(__name__)
 
 _RENEWALS = 4
 """In one `ttl`. Two may fail in a row, and the lease is still held."""
+
+_LOOKS = 16
+"""Of a standby, in one `ttl`."""
 
 _KEPT = 0.8
 """Part of the `ttl` for which a renewal makes its holder lead: the rest is for clocks of different speed,
@@ -83,14 +88,18 @@ class Leader:
         return self._broker.connected and self._lease.leads(time.monotonic())
 
     @property
+    def holds(self) -> bool:
+        """Whether, as far as we know, nobody else has led since we did: one who leads no more may, again."""
+        return self._lease.held
+
+    @property
     def revision(self) -> int:
         """Of the lease, as of its last renewal: more than any that a leader before had."""
         return self._lease.revision
 
     async def keep(self) -> None:
-        """Renew the lease, or look whether it is free: when it is time to, a quarter of the `ttl` after
-        the last one."""
-        if time.monotonic() - self._asked >= self._lease.ttl / _RENEWALS:
+        """Renew the lease, or look whether it is free, if it is time to."""
+        if time.monotonic() - self._asked >= self._lease.ttl / (_RENEWALS if self._lease.held else _LOOKS):
             await self.confirm()
 
     async def confirm(self) -> bool:
@@ -102,9 +111,11 @@ class Leader:
         self._asked = time.monotonic()
         if self._broker.connected:
             try:
-                await self._confirm()
-            except errors.Unavailable as exc:
-                _log.warning("the lease is out of reach: %s", exc.message)
+                # An answer that is later is worth nothing, and a lost one must not hold up the next look.
+                async with asyncio.timeout(self._lease.ttl):
+                    await self._confirm()
+            except (errors.Unavailable, TimeoutError) as exc:
+                _log.warning("the lease is out of reach: %s", str(exc) or "no answer in time")
         self._tell()
         return self.leads
 

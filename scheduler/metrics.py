@@ -22,6 +22,11 @@ DISPATCHED = Counter("headrace_dispatched_total", "Requests that the scheduler h
 SHED = Counter(
     "headrace_shed_total", "Queued requests refused since they could not be served in time", ["class"]
 )
+STEP = Gauge(
+    "headrace_step_seconds",
+    "A full step of the slowest worker of a class, as the dispatcher learned",
+    ["base", "class"],
+)
 TTFT_ERROR = Gauge(
     "headrace_ttft_error_p90_seconds",
     "By what the time from a send to the first token was off the foretold, nine of the last ten at most",

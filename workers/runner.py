@@ -57,7 +57,7 @@ class Worker:
         self._prefill_held = 0
         self._uncomputed: Uncomputed[Job] = Uncomputed()
         self._steps = 0  # of the engine, as far as `_uncomputed` follows
-        self._settling = 0  # jobs that have ended and are to be acked
+        self._settling: set[Job] = set()  # they have ended, and are to be acked
         self._tasks: set[asyncio.Task[Any]] = set()
         self._queues = [intake.Queue() for _ in ServiceClass]
         self._pullers: list[base.Puller] = []
@@ -301,7 +301,7 @@ class Worker:
 
     @property
     def _running(self) -> int:
-        return len(self._jobs) - self._settling
+        return len(self._jobs) - len(self._settling)
 
     def _load(self) -> budget.Load:
         """In constant time, since every take, first token and end asks for it."""
@@ -446,6 +446,7 @@ class Worker:
             _log.warning("a request was left to the broker: %s", exc.message, extra=job.log_extra())
         finally:
             del self._jobs[job.request.key]
+            self._settling.discard(job)
             self._held.drop(job.delivery)
             for delivery in job.behind:
                 self._spawn(delivery.nak())
@@ -504,22 +505,19 @@ class Worker:
         if job.ended:
             tap = job.tap
             self._done.append((job.delivery.seq, tap.prompt_tokens, tap.cached_tokens, tap.output_tokens))
-        await self._settle(job)
-        # Not before the ack: a redelivery must find it. A dead letter needs it still.
-        if job.acked and not isinstance(verdict, errors.Poisoned):
-            await bodies.discard(self._broker, job.request)
         if job.tap.output_tokens:
             self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
             self._mean_output += _SMOOTHING * (job.tap.output_tokens - self._mean_output)
+        await self._settle(job, verdict)
 
-    async def _settle(self, job: Job) -> None:
+    async def _settle(self, job: Job, verdict: errors.HeadraceError | None) -> None:
         """What has ended takes no room, however long the journal takes to have its reply."""
-        self._settling += 1
+        self._settling.add(job)
         self._prefilled(job)
-        try:
-            await job.settle()
-        finally:
-            self._settling -= 1
+        await job.settle()
+        # Not before the ack: a redelivery must find it. A dead letter needs it still.
+        if job.acked and not isinstance(verdict, errors.Poisoned):
+            await bodies.discard(self._broker, job.request)
 
     async def _fetch_body(self, job: Job) -> errors.HeadraceError | None:
         """Fetch a body that lies in the object store; returns why it can't be had, if so."""

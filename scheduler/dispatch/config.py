@@ -42,7 +42,7 @@ class DispatchConfig(BaseModel):
         description="a worker is given more while its uncomputed prompt tokens are below so many steps",
     )
     theta_over: float = Field(
-        0.25, gt=0, description="the same for tenants above their share, so that others find room at once"
+        0.05, gt=0, description="the same for tenants above their share, so that others find room at once"
     )
     slots: dict[ServiceClass, Share] = Field(
         {INTERACTIVE: 1.0, STANDARD: 0.95, BATCH: 0.9},
@@ -58,6 +58,12 @@ class DispatchConfig(BaseModel):
     memory: float = Field(10.0, gt=0, description="time constant with which a tenant's use is forgotten")
     burst: int = Field(
         8192, ge=0, description="tokens that a tenant may be above its share and count as within"
+    )
+    reserve: float = Field(
+        1.75,
+        ge=1,
+        description="so many times the workers that are filled by more urgent classes, or by tenants within "
+        "their share, are kept for them",
     )
     pools: dict[ServiceClass, Pool] = Field(
         {},

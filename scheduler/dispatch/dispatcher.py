@@ -11,7 +11,7 @@ than computing it anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,10 +30,13 @@ from scheduler.dispatch.preemption import Preemption
 from scheduler.dispatch.running import Running, Sent
 from scheduler.dispatch.score import Scorer, View
 from scheduler.dispatch.ttft import Predictor
-from scheduler.dispatch.types import Decision, Explanation, Item, Send, Shed, WorkerState
+from scheduler.dispatch.types import Decision, Explanation, Item, Pool, Send, Shed, WorkerState
 
 MOVES = 8
 """Requests that change lanes or are refused before a worker with credit is left for the next call."""
+
+KEPT_FOR = 0.05
+"""Seconds until it is looked again how many workers those who go first need."""
 
 TOO_LATE = "its first token would come after its deadline"
 
@@ -62,6 +65,7 @@ class Dispatcher:
         self._explained = Explanations(config.explained)
         self._dirty: dict[int, None] = {}  # slots to be served, in order
         self._refused: list[Decision] = []
+        self._kept_at = -math.inf
 
     # What happens
 
@@ -72,10 +76,11 @@ class Dispatcher:
         if item.done_tokens:
             item = replace(item, deadline=math.inf)  # its first token was in time, or late already
         shares = self._shares[RANKS[item.service_class]]
-        self._fleet.note_arrival(item.service_class, now)
         shares.enter(item.tenant, item.weight, item.context, now)
         waiting = Waiting(item, RANKS[item.service_class])
         waiting.over = shares.over(item.tenant, now)
+        if self._fleet.note_arrival(waiting.row, now):
+            self._kept_at = -math.inf
         self._queue[item.key] = waiting
         view = self._scorer.view(waiting, now)
         if self._is_shed(waiting, view, now):
@@ -163,6 +168,7 @@ class Dispatcher:
         sent = self._running.get(key)
         if sent is not None:
             sent.stays = True
+            self._explained.stays(key)
             self._preemption.back(sent.slot, key)
 
     def told(self, worker: str) -> int:
@@ -179,11 +185,22 @@ class Dispatcher:
         """These are all that its engine caches, as of that change. Number 0: it tells nothing any more."""
         self._index.reset(worker, number, blocks, now)
 
+    def served(self, now: float) -> dict[str, dict[str, float]]:
+        """Tokens that each tenant was served for its weight, by class: for a successor's `resume`."""
+        return {each.value: self._shares[rank].served(now) for each, rank in RANKS.items()}
+
+    def resume(self, served: Mapping[str, Mapping[str, float]], at: float, now: float) -> None:
+        """Go on from what another one had `served` at `at`; before any request has come here."""
+        for each, rank in RANKS.items():
+            self._shares[rank].resume(served.get(each.value, {}), self._config.weights, at, now)
+
     # What shall happen
 
     def decide(self, now: float) -> list[Decision]:
         """All that is to be done now."""
         out: list[Decision] = []
+        if now >= self._kept_at + KEPT_FOR:
+            self._keep(now)
         if self._deadlines.due() <= now:
             self._ring(now)
         if self._places.stranded():
@@ -195,7 +212,9 @@ class Dispatcher:
             if not self._serve(slot, now, out):
                 again[slot] = None
         self._dirty = again
-        out += self._preemption.take_back(now)
+        for preempt in self._preemption.take_back(now):
+            self._explained.take_back(preempt)
+            out.append(preempt)
         out += self._refused
         self._refused = []
         return out
@@ -225,17 +244,49 @@ class Dispatcher:
         kv_used = np.where(waiting > 0, self._fleet.kv_used[slots] / 0.8, 0.0)
         return float(np.maximum(waiting / 5, kv_used).mean())
 
+    def pools(self) -> list[Pool]:
+        """The workers of each class, those of several once. A class that has none is left out."""
+        tokens, seconds = self._fleet.step_tokens, self._predictor.step(self._fleet.step_tokens)
+        classes: dict[bytes, list[ServiceClass]] = {}
+        for each in ServiceClass:
+            classes.setdefault(self._fleet.eligible(each, self._fleet.base).tobytes(), []).append(each)
+        found = []
+        for of in classes.values():
+            mask = self._fleet.eligible(of[0], self._fleet.base)
+            if mask.any():
+                figures = int(mask.sum()), int(tokens[mask].max()), float(seconds[mask].max())
+                found.append(Pool(tuple(of), *figures))
+        return found
+
     def explain(self, key: int, now: float) -> Explanation | None:
         """Of one that waits, or was decided on lately; None = not known."""
         waiting = self._queue.get(key)
         if waiting is None:
-            return self._explained.get(key)
-        self._places.compare(waiting, self._scorer.view(waiting, now))
-        worker = self._fleet[waiting.slot].worker if waiting.slot >= 0 else ""
-        why = f"it waits for {worker}" if worker else "no worker is there that could run it"
-        return explanation(waiting, "queued", worker, now - waiting.item.arrived, waiting.least, why)
+            told = self._explained.get(key)
+        else:
+            self._places.compare(waiting, self._scorer.view(waiting, now))
+            worker = self._fleet[waiting.slot].worker if waiting.slot >= 0 else ""
+            why = f"it waits for {worker}" if worker else "no worker is there that could run it"
+            queued = now - waiting.item.arrived
+            told = explanation(waiting, "queued", worker, queued, waiting.least, why)
+        if told is None:
+            return None
+        told = replace(told, taken_back=self._explained.taken_back(key))
+        for pool in self.pools():
+            if told.service_class in pool.classes:
+                return replace(told, step_tokens=pool.step_tokens, step_s=pool.step_s)
+        return told
 
     # Serving
+
+    def _keep(self, now: float) -> None:
+        """Keep as many workers as those who go first need; the others are for whoever comes."""
+        fleet, slots = self._fleet, np.flatnonzero(self._fleet.serving)
+        if len(slots):
+            vectors = self._predictor.rate, fleet.slots, fleet.kv_total
+            rate, places, room = (float(each[slots].mean()) for each in vectors)
+            fleet.keep(self._running.reserve.needs(rate, places, room, now), now)
+        self._kept_at = now
 
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
         """Send the worker what it takes. False: there is more to do for it."""
@@ -249,7 +300,7 @@ class Dispatcher:
                 return True
             item = waiting.item
             over = self._lanes.over(waiting, now)
-            if not self._fleet.takes(slot, item.service_class, over, now):
+            if not self._fleet.takes(slot, item.service_class, over, now, item.model):
                 skipped.update(range(2 * waiting.rank + over, 2 * waiting.rank + 2))
                 continue
             if waiting.version != self._fleet.version:
@@ -264,10 +315,16 @@ class Dispatcher:
             if now + predicted > item.deadline:
                 self._give_up(waiting, now)
                 left -= 1
-            elif self._running.fits(slot, item, self._fleet.fills_as(item.service_class, now), now):
-                self._send(waiting, now, predicted, out)
+            elif self._running.fits(slot, item, self._fleet.fills_as(slot, item.service_class, over), now):
+                self._send(waiting, over, now, predicted, out)
             else:
                 self._no_room(waiting, now)
+                view = self._scorer.view(waiting, now)
+                if view.best != slot:
+                    self._places.lift(waiting)
+                    self._put(waiting, view, now)
+                    left -= 1
+                    continue
                 skipped |= {2 * waiting.rank, 2 * waiting.rank + 1}
         return True
 
@@ -278,7 +335,7 @@ class Dispatcher:
         below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
         self._fleet.cram(slot, slice(rank, below))
 
-    def _send(self, waiting: Waiting, now: float, predicted: float, out: list[Decision]) -> None:
+    def _send(self, waiting: Waiting, over: bool, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot
         worker = self._fleet[slot].worker
         tokens = float(self._fleet.pending[slot]) + waiting.cost
@@ -290,7 +347,8 @@ class Dispatcher:
         self._shares[waiting.rank].charge(item.tenant, waiting.cost, now)
         self._index.predict(worker, item.hashes, now)
         self._fleet.sent(slot, item.model, waiting.cost)
-        self._running.add(Sent(item, slot, now, tokens, predicted, hit))
+        row = 2 * waiting.rank + over
+        self._running.add(Sent(item, slot, now, tokens, predicted, hit, row))
         queue = now - item.arrived
         why = "the best of those that could take it" if waiting.ahead == 0.0 else "its turn in the lane"
         out.append(Send(item.key, worker, queue, predicted, hit, why))

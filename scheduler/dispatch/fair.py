@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 OVER = 1.5
@@ -87,6 +87,24 @@ class Shares:
         grown = math.log(tokens) + now / self._memory
         self.counters[name] = _add(self.counters[name], grown - math.log(tenant.weight))
         self._total = _add(self._total, grown)
+
+    def served(self, now: float) -> dict[str, float]:
+        """Tokens that each tenant was served for its weight, less what is forgotten."""
+        fade = now / self._memory
+        used = {name: math.exp(counter - fade) for name, counter in self.counters.items()}
+        return {name: tokens for name, tokens in used.items() if tokens >= 1.0}
+
+    def resume(
+        self, served: Mapping[str, float], weights: Mapping[str, float], at: float, now: float
+    ) -> None:
+        """Go on from what another one had `served` at `at`; before any request has come here."""
+        for name, tokens in served.items():
+            weight = weights.get(name, 1.0)
+            self._tenants[name] = _Tenant(weight, now)
+            used = self.counters[name] = math.log(tokens) + at / self._memory
+            heapq.heappush(self._order, (used, name))
+            self._weights += weight
+            self._total = _add(self._total, used + math.log(weight))
 
     def least(self, names: Iterable[str]) -> str:
         """Who of these was served least."""

@@ -16,8 +16,12 @@ from scheduler.dispatch.types import WorkerState
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-_NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "short", "kv_used")
+_NUMBERS = ("seen", "step_tokens", "slots", "pending", "load", "short", "kv_total", "kv_used")
 _FLAGS = ("lives", "serving", "room")
+
+
+LEAST = 1.25
+"""So many times the workers that others fill must be theirs, for any to be closed to who comes after."""
 
 
 class Fleet:
@@ -55,6 +59,7 @@ class Fleet:
         self.pending: Vector = np.zeros(0)
         self.load: Vector = np.zeros(0)
         self.short: Vector = np.zeros(0)
+        self.kv_total: Vector = np.zeros(0)
         self.kv_used: Vector = np.zeros(0)
         self.lives: Mask = np.zeros(0, bool)
         self.serving: Mask = np.zeros(0, bool)
@@ -71,7 +76,9 @@ class Fleet:
         self._pools: dict[ServiceClass, Mask] = {}  # workers of a class; made when asked for
         self._barred: dict[ServiceClass, Vector] = {}  # from the base, by class; made when asked for
         self._has_room: dict[ServiceClass, bool] = {}  # for an adapter; made when asked for
-        self._came = [-math.inf for _ in ServiceClass]  # by class: when one came that is more urgent
+        self._came = np.full(ROWS, -math.inf)  # by row of the lanes
+        self._kept = [0] * ROWS  # on workers in slots below this some room is kept for those before the row,
+        self._closed = [0] * ROWS  # and below this all, while they have anything to do
 
     def __getitem__(self, slot: int) -> WorkerState:
         return self._said[slot]
@@ -127,6 +134,7 @@ class Fleet:
         self.pending[slot] = pending
         self.load[slot] = load = state.running + len(since)
         self.short[slot] = load + 1 - state.slots_total
+        self.kv_total[slot] = state.kv_total
         self.kv_used[slot] = 1.0 - state.kv_free / state.kv_total if state.kv_total else 0.0
         if room != self.room[slot]:
             self.room[slot] = room
@@ -134,10 +142,35 @@ class Fleet:
         self._uncram(slot)
         self.version += 1
 
-    def note_arrival(self, service_class: ServiceClass, now: float) -> None:
-        """A request of the class joined the queue."""
-        for rank in range(RANKS[service_class] + 1, len(RANKS)):
-            self._came[rank] = now
+    def note_arrival(self, row: int, now: float) -> bool:
+        """A request of the row (`lanes.ROWS`) joined the queue; whether it is the first for long."""
+        first = bool(self._came[row] < now - self._config.memory)
+        self._came[row] = now
+        return first
+
+    def keep(self, needs: Vector, now: float) -> None:
+        """Of each class's workers the first are kept for those who go before a row, by what these fill.
+
+        `reserve` times as many are closed to the row, but not all, and on one more it has its limits. Where
+        hardly any would be left, it has its limits on each; where nobody of those came lately, on none.
+
+        Args:
+            needs: by row, how many workers they fill.
+        """
+        lately = np.maximum.accumulate(self._came) >= now - self._config.memory
+        for service_class, rank in RANKS.items():
+            slots = np.flatnonzero(self._pool(service_class)).tolist()
+            ends = [*slots, len(self.seen)]
+            for row in (2 * rank, 2 * rank + 1):
+                closed, last = round(self._config.reserve * needs[row]), len(slots) - 1
+                expected = row > 0 and bool(lately[row - 1])
+                if not expected:
+                    self._closed[row] = self._kept[row] = 0
+                elif closed > last < LEAST * needs[row]:
+                    self._closed[row], self._kept[row] = 0, len(self.seen)
+                else:
+                    closed = max(0, min(closed, last))
+                    self._closed[row], self._kept[row] = ends[closed], ends[min(closed + 1, len(slots))]
 
     def distrust(self, slot: int) -> None:
         """What the worker in `slot` said was not so: it is given nothing until it says anew."""
@@ -192,6 +225,11 @@ class Fleet:
             barred = self._barred[service_class] = np.where(self._pool(service_class), 0.0, np.inf)
         return barred
 
+    def closed(self, service_class: ServiceClass, over: bool, model: str | None = None) -> int:
+        """Workers in slots below this are kept for others: closed to it while they have anything to do. None
+        is to an adapter's, which may find no place elsewhere. `model`: None is the base."""
+        return self._closed[2 * RANKS[service_class] + over] if model in (None, self.base) else 0
+
     def runs(self, service_class: ServiceClass, model: str) -> bool:
         """Whether anybody may run it at all."""
         pool, held = self._pool(service_class), self._holders.get(model)
@@ -215,9 +253,15 @@ class Fleet:
         """Whether its figures are not."""
         return bool(self.seen[slot] >= now - self._config.stale_after)
 
-    def takes(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
-        """Whether it takes one more request of the class now. `over`: of a tenant above its share."""
-        theta, share = self._limits[self.fills_as(service_class, now)][over]
+    def takes(
+        self, slot: int, service_class: ServiceClass, over: bool, now: float, model: str | None = None
+    ) -> bool:
+        """Whether it takes one more request of the class now. `over`: of a tenant above its share.
+
+        Args:
+            model: None is the base.
+        """
+        theta, share = self._may_fill(slot, service_class, over, model)
         return bool(
             self.serving[slot]
             and self.is_fresh(slot, now)
@@ -228,18 +272,27 @@ class Fleet:
 
     def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
         """Whether nobody knows when it will take one of the class: it tells nothing, or has no room."""
-        _, share = self._limits[self.fills_as(service_class, now)][over]
+        _, share = self._may_fill(slot, service_class, over)
         return bool(
             not self.is_fresh(slot, now)
             or self.load[slot] >= share * self.slots[slot]
             or self.full[RANKS[service_class], slot]
         )
 
-    def fills_as(self, service_class: ServiceClass, now: float) -> ServiceClass:
-        """The class as which it may fill workers: the most urgent, while none above its own has come lately.
-        Room that is kept for others and that nobody wants would lie idle."""
-        kept = self._came[RANKS[service_class]] >= now - self._config.memory
+    def fills_as(self, slot: int, service_class: ServiceClass, over: bool) -> ServiceClass:
+        """The class as which it may fill the worker: the most urgent, where no room is kept for others. Such
+        room would lie idle where nobody wants it."""
+        kept = slot < self._kept[2 * RANKS[service_class] + over]
         return service_class if kept else ServiceClass.INTERACTIVE
+
+    def _may_fill(
+        self, slot: int, service_class: ServiceClass, over: bool, model: str | None = None
+    ) -> tuple[float, float]:
+        """In steps of uncomputed tokens, and as a share of the slots."""
+        if slot < self.closed(service_class, over, model) and self.load[slot]:
+            return 0.0, 0.0
+        above = over and slot < self._kept[2 * RANKS[service_class] + 1]
+        return self._limits[self.fills_as(slot, service_class, over)][above]
 
     def _pool(self, service_class: ServiceClass) -> Mask:
         mask = self._pools.get(service_class)
@@ -279,6 +332,7 @@ class Fleet:
     def _regroup(self) -> None:
         self._pools.clear()
         self._barred.clear()
+        self._closed = [0] * ROWS  # until it is known who is left
         self._moved()
 
     def _moved(self) -> None:

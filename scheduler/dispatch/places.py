@@ -50,7 +50,8 @@ class Places:
             self.strand([waiting])
             return False
         self._enter(waiting, view.best, view, float(view.ahead[view.best]), now)
-        if not self._fleet.takes(view.best, waiting.item.service_class, waiting.over, now):
+        item = waiting.item
+        if not self._fleet.takes(view.best, item.service_class, waiting.over, now, item.model):
             return False
         self.compare(waiting, view)
         return True

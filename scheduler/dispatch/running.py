@@ -10,6 +10,7 @@ from broker.messages import ServiceClass
 from kvstate.accounts import Account
 from kvstate.lengths import Lengths
 from scheduler.dispatch.config import DispatchConfig
+from scheduler.dispatch.reserve import Reserve
 from scheduler.dispatch.types import Item, WorkerState
 
 REFRESH = 4
@@ -37,6 +38,8 @@ class Sent:
         tokens: uncomputed on the worker when it was sent, its own included.
         predicted: seconds from then to its first token.
         hit: tokens of it that were thought to be cached.
+        row: of the lane that it came from.
+        room: KV tokens that it would add there, as was forecast then.
         first: when its first token came; None = not yet.
         stays: it can't be taken back.
     """
@@ -47,6 +50,8 @@ class Sent:
     tokens: float
     predicted: float
     hit: int
+    row: int = 0
+    room: float = 0.0
     first: float | None = None
     confirmed: bool = False
     stays: bool = False
@@ -80,6 +85,7 @@ class Running:
         self._paces: dict[int, _Pace] = {}
         self._batches: dict[int, int] = {}  # by slot: batch requests there
         self._scale, self._counted = 1.0, 0  # tokens as engines count them, for one that was estimated
+        self.reserve = Reserve()
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -97,8 +103,9 @@ class Running:
         self._paces[slot] = _Pace(PRIOR * self._config.step)
 
     def leave(self, slot: int) -> None:
-        for key in self._on.pop(slot):
+        for key, sent in self._on.pop(slot).items():
             del self._sent[key]
+            self.reserve.remove(sent.row, sent.room)
         self._batches.pop(slot, None)
         self._accounts.pop(slot, None)
 
@@ -131,6 +138,9 @@ class Running:
     def add(self, sent: Sent) -> None:
         key = sent.item.key
         self._sent[key] = self._on[sent.slot][key] = sent
+        cost = sent.item.context - sent.hit
+        sent.room = cost + self._remaining(sent.item, 0)
+        self.reserve.add(sent.row, cost, sent.room, sent.at)
         self._enter(self._accounts[sent.slot], key, sent)
         if sent.item.service_class is ServiceClass.BATCH:
             self._batches[sent.slot] = self._batches.get(sent.slot, 0) + 1
@@ -140,6 +150,7 @@ class Running:
         sent = self._sent.pop(key, None)
         if sent is not None:
             del self._on[sent.slot][key]
+            self.reserve.remove(sent.row, sent.room)
             self._accounts[sent.slot].finish(key)
             if sent.item.service_class is ServiceClass.BATCH:
                 self._batches[sent.slot] -= 1
@@ -210,5 +221,6 @@ class Running:
         for key, sent in self._on[slot].items():
             if sent.first is not None:
                 made = int((now - sent.first) / token)
-                made = min(made, sent.item.max_tokens or made)
+                if sent.item.max_tokens:
+                    made = min(made, max(0, sent.item.max_tokens - sent.item.done_tokens))
                 account.progress(key, self._tokens(sent.item) + made, self._remaining(sent.item, made))

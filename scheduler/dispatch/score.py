@@ -66,6 +66,9 @@ class Scorer:
         """`waiting` counts as the first in the lane where it is."""
         item, fleet, predictor = waiting.item, self.fleet, self.predictor
         barred = fleet.barred(item.service_class, item.model)
+        if closed := fleet.closed(item.service_class, waiting.over, item.model):
+            barred = barred.copy()
+            barred[:closed][fleet.load[:closed] > 0.0] = np.inf
         uncached = self._uncached(item)
         ahead, count = self._ahead(waiting)
         backlog, work = ahead, uncached

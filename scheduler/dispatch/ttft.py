@@ -117,6 +117,11 @@ class Predictor:
         seconds: Vector = short * self._per_request
         return seconds
 
+    def step(self, step_tokens: Vector) -> Vector:
+        """Seconds of a full step."""
+        seconds: Vector = np.maximum(self._intercept / STEPS, self._slope * step_tokens)
+        return seconds
+
     def first(self, slot: int, tokens: float, elapsed: float) -> None:
         """The first token came `elapsed` after sending; `tokens` were uncomputed then, its own included."""
         seen = self._seen[slot]
@@ -155,4 +160,6 @@ class Predictor:
         slope = max(0.0, (seen.xy - x * y / n) / spread) if spread > 1.0 else 0.0
         intercept = max(1e-4, (y - slope * x) / n)
         self._intercept[slot], self._slope[slot] = intercept, slope
-        self.rate[slot] = seen.step_tokens * STEPS / intercept
+        # A full step's tokens have half of the one under way to wait for, their own, and half of another that
+        # takes what did not fit: between no work and the budget alone, steps say little of a full one.
+        self.rate[slot] = 2.0 * seen.step_tokens / (intercept + slope * seen.step_tokens)

@@ -138,7 +138,14 @@ Figures = tuple[tuple[str, float, float, float, float, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why a request went where it went. `candidates`: the best few workers, best first."""
+    """Why a request went where it went.
+
+    Attributes:
+        candidates: the best few workers, best first.
+        step_tokens: prompt tokens in a step of its class's workers, at most.
+        step_s: seconds of a full one on the slowest of them.
+        taken_back: workers from which it was taken back, and why.
+    """
 
     key: int
     tenant: str
@@ -150,3 +157,22 @@ class Explanation:
     predicted_ttft_s: float
     why: str
     candidates: tuple[Candidate, ...] = ()
+    step_tokens: int = 0
+    step_s: float = 0.0
+    taken_back: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Workers that some classes have in common.
+
+    Attributes:
+        workers: how many there are.
+        step_tokens: prompt tokens in a step of theirs, at most.
+        step_s: seconds of a full step on the slowest.
+    """
+
+    classes: tuple[ServiceClass, ...]
+    workers: int
+    step_tokens: int
+    step_s: float

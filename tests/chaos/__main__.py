@@ -14,6 +14,7 @@ import orjson
 import uvloop
 
 from tests.chaos import driver, report
+from tests.chaos.stage import SIZES
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="decides the faults and what is asked")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=driver.CLIENTS)
+    parser.add_argument("--only", choices=SIZES, default="", help="the part that is struck")
     args = parser.parse_args()
     # What was started ends with this process; by an exception it is also waited for.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -31,7 +33,7 @@ def main() -> int:
     data.mkdir(parents=True)
     logging.basicConfig(filename=data / "driver.log")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        told, trouble = runner.run(driver.run(args.seed, args.minutes, data, args.clients))
+        told, trouble = runner.run(driver.run(args.seed, args.minutes, data, args.clients, only=args.only))
     (data / "figures.json").write_bytes(orjson.dumps(told, option=orjson.OPT_INDENT_2))
     print(report.table(told))
     if trouble:

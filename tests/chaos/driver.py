@@ -39,9 +39,11 @@ async def run(
     data: Path,
     clients: int = CLIENTS,
     faults: Sequence[Fault] | None = None,
+    only: str = "",
 ) -> Result:
-    """Of no `faults` the seed makes some. The logs of all processes stay under `data`, which must be free."""
-    faults = plan(seed, minutes * 60, SIZES) if faults is None else faults
+    """Of no `faults` the seed makes some, of the part `only` if it is named. The logs of all processes stay
+    under `data`, which must be free."""
+    faults = plan(seed, minutes * 60, SIZES, only=only) if faults is None else faults
     tally, failures = report.Tally(), list[str]()
     async with Stage(data) as stage:
         await _serving(stage)
@@ -75,7 +77,7 @@ async def run(
             "minutes": minutes,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
-            **report.figures(tally, stage.struck, stage.elections, stage.unled),
+            **report.figures(tally, stage.struck, stage.elections, stage.unled, stage.takeovers),
             "restarts": stage.restarts,
             "failures": failures,
         }

@@ -16,6 +16,9 @@ class Kind(StrEnum):
     STOP_WORKER = "stop worker"  # SIGSTOP, and SIGCONT in the end: it was hung
     STALL_WORKER = "stall worker"  # nothing gets through between it and the broker, and then all does
     CUT_WORKER = "cut worker"  # its connection breaks, and no new one is taken
+    MUTE_WORKER = "mute worker"  # its heartbeats are lost, and nothing else is
+    LIE_WORKER = "lie worker"  # in its name untrue figures are told, and garbage
+    SKEW_WORKER = "skew worker"  # it is killed, and its successor's clock is wrong
     DRAIN_WORKER = "drain worker"  # SIGTERM, once its successor serves
     KILL_INGRESS = "kill ingress"
     DRAIN_INGRESS = "drain ingress"
@@ -43,6 +46,9 @@ _WAYS = {
     Kind.STOP_WORKER: _Way(15, 0.5, 3.0, 2.0),
     Kind.STALL_WORKER: _Way(10, 0.5, 3.0, 2.0),
     Kind.CUT_WORKER: _Way(10, 0.5, 3.0, 2.0),
+    Kind.MUTE_WORKER: _Way(8, 0.5, 3.0, 2.0),
+    Kind.LIE_WORKER: _Way(8, 1.0, 5.0, 1.0),
+    Kind.SKEW_WORKER: _Way(8, 0.2, 1.5, 3.0),
     Kind.DRAIN_WORKER: _Way(10, 0.0, 0.0, 4.0),
     Kind.KILL_INGRESS: _Way(10, 0.2, 1.5, 4.0),
     Kind.DRAIN_INGRESS: _Way(5, 0.0, 0.0, 5.0),
@@ -72,12 +78,15 @@ class Fault:
     lasts: float
 
 
-def plan(seed: int, seconds: float, sizes: Mapping[str, int], every: float = 2.5) -> tuple[Fault, ...]:
+def plan(
+    seed: int, seconds: float, sizes: Mapping[str, int], every: float = 2.5, only: str = ""
+) -> tuple[Fault, ...]:
     """The faults of one run, in order, `every` so many seconds on average; the same for the same arguments.
 
     Args:
         seconds: length of the run; a fault's end may lie past it.
         sizes: how many there are of each part.
+        only: the part that is struck; "" = all are.
     """
     dice = random.Random(seed)
     busy_until: dict[tuple[str, int], float] = {}
@@ -88,7 +97,8 @@ def plan(seed: int, seconds: float, sizes: Mapping[str, int], every: float = 2.5
         at += dice.uniform(0.1 * every, 1.9 * every)
         if at >= seconds:
             return tuple(faults)
-        free = {part: _free(part, size, busy_until, at) for part, size in sizes.items()}
+        struck = {only: sizes[only]} if only else sizes
+        free = {part: _free(part, size, busy_until, at) for part, size in struck.items()}
         if at >= elects_until:
             spared = ""
         kinds = [kind for kind in _WAYS if free.get(kind.part) and kind.part != spared]

@@ -1,4 +1,4 @@
-"""A network between a worker and the broker's nodes that can be stalled, or cut."""
+"""A network between a worker and the broker's nodes that can be stalled, or cut, or lose some messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class Proxy:
     """One listening port for each target, all under one switch; an async context manager.
 
     Stalled, it takes connections and bytes and passes nothing on, until `mend`: a network that loses
-    all packets for a while. Cut, connections are reset and new ones too.
+    all packets for a while. Cut, connections are reset and new ones too. Of what is told to `lose`, a
+    beginning of subjects, nothing arrives that the worker publishes.
     """
 
     def __init__(self, targets: Sequence[tuple[str, int]]) -> None:
@@ -27,6 +28,7 @@ class Proxy:
         self._passing = asyncio.Event()
         self._passing.set()
         self._cut = False
+        self._lost = b""
 
     @property
     def ports(self) -> list[int]:
@@ -40,8 +42,11 @@ class Proxy:
         for writer in list(self._open):
             writer.transport.abort()
 
+    def lose(self, prefix: str) -> None:
+        self._lost = prefix.encode()
+
     def mend(self) -> None:
-        self._cut = False
+        self._cut, self._lost = False, b""
         self._passing.set()
 
     async def __aenter__(self) -> Self:
@@ -81,15 +86,45 @@ class Proxy:
         if writer.transport.is_closing():
             away.transport.abort()
         try:
-            await asyncio.gather(self._copy(reader, away), self._copy(there, writer))
+            await asyncio.gather(self._copy(reader, away, Messages()), self._copy(there, writer))
         finally:
             self._open -= {writer, away}
 
-    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _copy(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, messages: Messages | None = None
+    ) -> None:
         """One way; its end, or a broken connection, is passed on at once."""
         with contextlib.suppress(OSError, RuntimeError):  # uvloop raises the second for a closed one
             while data := await reader.read(_CHUNK):
                 await self._passing.wait()
+                if messages is not None:
+                    data = b"".join(whole for subject, whole in messages.feed(data) if self._arrives(subject))
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()
+
+    def _arrives(self, subject: bytes) -> bool:
+        return not self._lost or not subject.startswith(self._lost)
+
+
+class Messages:
+    """What a client writes in NATS' protocol, cut at the ends of its messages."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
+        """Subject and bytes of each that is complete now; the subject is empty where none is published."""
+        self._rest += data
+        found, at = [], 0
+        while (end := self._rest.find(b"\r\n", at)) >= 0:
+            words, end = self._rest[at:end].split(), end + 2
+            subject = b""
+            if words and words[0] in (b"PUB", b"HPUB"):
+                subject, end = words[1], end + int(words[-1]) + 2
+            if end > len(self._rest):
+                break
+            found.append((subject, self._rest[at:end]))
+            at = end
+        self._rest = self._rest[at:]
+        return found

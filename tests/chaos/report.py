@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from benchmarks.results import percentile
 from tests.chaos.check import End, Problem, Transcript, check, recovery_gap
 from tests.chaos.clients import Manner
-from tests.chaos.plan import Kind
+from tests.chaos.plan import ELECTION, Kind
 from tests.chaos.stage import PACE, Span, Struck
 
 GOAL = 1.0
@@ -20,6 +20,7 @@ _WITHIN = 0.5
 """Seconds after a fault in which the silence begins that is laid to it: buffers run empty first."""
 _NEAR = 15.0
 _LED, _ELECTING, _UNLED = "with leaders", "journal elects", "no scheduler leads"
+_LEASED, _NODE_LOST = "takeover", "and a node is lost"
 _SHOWN = 20
 
 
@@ -76,7 +77,11 @@ def hit(seen: Transcript, struck: Struck) -> bool:
 
 
 def figures(
-    tally: Tally, struck: Sequence[Struck], elections: Sequence[Span], unled: Sequence[Span]
+    tally: Tally,
+    struck: Sequence[Struck],
+    elections: Sequence[Span],
+    unled: Sequence[Span],
+    takeovers: Sequence[Span],
 ) -> dict[str, Any]:
     gaps: dict[str, list[float]] = {"all": [], _LED: [], _ELECTING: [], _UNLED: []}
     for gap in sorted(tally.gaps):
@@ -100,9 +105,20 @@ def figures(
         },
         "elections": len(elections),
         "changes_of_scheduler": len(unled),
+        "takeover_s": _takeovers(takeovers, struck),
         "recovery_gap_s": spread,
         "recovery_gap_goal": {"p99_s": GOAL, "met": spread[_LED]["p99"] <= GOAL if gaps[_LED] else None},
     }
+
+
+def _takeovers(spans: Sequence[Span], struck: Sequence[Struck]) -> dict[str, dict[str, float]]:
+    """Apart from those in which the lease itself may have been without a leader."""
+    lost = [one.at for one in struck if one.fault.kind is Kind.KILL_NATS]
+    found: dict[str, list[float]] = {_LEASED: [], _NODE_LOST: []}
+    for span in spans:
+        electing = any(span.since - ELECTION <= at <= span.until for at in lost)
+        found[_NODE_LOST if electing else _LEASED].append(span.until - span.since)
+    return {name: _distribution(seconds) for name, seconds in found.items()}
 
 
 def _distribution(gaps: Sequence[float]) -> dict[str, float]:
@@ -129,13 +145,20 @@ def table(told: dict[str, Any]) -> str:
         f"otherwise  {wrong} wrong; {len(told['failures'])} failures of the fleet",
         f"recovery gap, s      {'n':>6} {'p50':>7} {'p99':>7} {'max':>7}",
     ]
-    for kind, gap in told["recovery_gap_s"].items():
-        shown = " ".join(f"{gap[name]:7.3f}" if name in gap else "      -" for name in ("p50", "p99", "max"))
-        rows.append(f"  {kind:<18} {gap['n']:>6} {shown}")
+    rows += _rows(told["recovery_gap_s"])
     goal = told["recovery_gap_goal"]
     met = {True: "met", False: "MISSED", None: "nothing to measure it by"}[goal["met"]]
     rows.append(f"  goal: p99 {_LED} <= {goal['p99_s']:g} s: {met}")
-    return "\n".join(rows)
+    rows.append("from a scheduler's last word to the first request that the next one hands out, s")
+    return "\n".join([*rows, *_rows(told["takeover_s"])])
+
+
+def _rows(spread: dict[str, dict[str, float]]) -> Iterator[str]:
+    for name, gaps in spread.items():
+        shown = " ".join(
+            f"{gaps[part]:7.3f}" if part in gaps else "      -" for part in ("p50", "p99", "max")
+        )
+        yield f"  {name:<18} {gaps['n']:>6} {shown}"
 
 
 def bad_streams(tally: Tally, struck: Sequence[Struck], began: float) -> str:

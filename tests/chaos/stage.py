@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import random
 import signal
 import time
 from collections import Counter
@@ -15,12 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
-from broker import client, subjects
+from broker import client, errors, subjects
+from broker.base import Message
+from broker.messages import Dispatch, Heartbeat, Sent
+from tests.chaos import liar
 from tests.chaos.plan import Fault, Kind
 from tests.chaos.proxy import Proxy
 from tests.integration.cluster import NatsCluster
 from tests.integration.fleet import Fleet, Part
 
+SKEW = 45.0
+"""Seconds by which a wrong clock is ahead, or behind: cancels bear with a minute."""
 SIZES = {"worker": 4, "ingress": 2, "scheduler": 2, "nats": 3}
 PACE = 0.02
 """Seconds between two tokens of a stream."""
@@ -62,6 +68,8 @@ class Stage:
         struck: the faults so far.
         elections: while the journal of replies had no leader, so far.
         unled: while no scheduler led, so far.
+        takeovers: from the last word of a scheduler that led to the first request that the next one handed
+            out, so far.
         restarts: processes that were started again since they ended before they were ready.
     """
 
@@ -70,7 +78,11 @@ class Stage:
         self.struck: list[Struck] = []
         self.elections: list[Span] = []
         self.unled: list[Span] = []
+        self.takeovers: list[Span] = []
         self._word = math.inf  # when a scheduler last said that it leads
+        self._epoch = 0  # and which one's turn that was
+        self._left = math.inf  # when the one before said so last; inf = its successor has handed out since
+        self._beats: dict[str, bytes] = {}  # the last heartbeat of each worker
         self.restarts = 0
         self._struck: set[tuple[str, int]] = set()  # under a fault now
         self._fleet = Fleet(data, self.cluster)
@@ -90,8 +102,11 @@ class Stage:
             broker = await client.connect(self.cluster.config, "chaos", make_streams=False)
             await self._open.enter_async_context(broker)
             await broker.subscribe(subjects.JOURNAL_ELECTED, lambda _: self._elected())
-            await broker.subscribe(subjects.DISPATCH, lambda _: self._led())
+            await broker.subscribe(subjects.DISPATCH, self._led)
+            await broker.subscribe("run.*", self._handed_out)
+            await broker.subscribe(subjects.ALL_HEARTBEATS, self._heard)
             broker.on_reconnect(self._deaf)
+            self._broker = broker
             nodes = [urlsplit(node.url) for node in self.cluster.nodes]
             for part in _BEHIND_PROXIES:
                 for slot in range(SIZES[part]):
@@ -122,11 +137,11 @@ class Stage:
         target = self._names.get((fault.kind.part, fault.slot), f"n{fault.slot}")
         self.struck.append(Struck(time.monotonic(), fault, target))
 
-    async def _fill(self, part: str, slot: int) -> Part:
-        """A new process in the slot, once it is ready."""
+    async def _fill(self, part: str, slot: int, **more: object) -> Part:
+        """A new process in the slot, once it is ready; `more` is for `Fleet.start`."""
         self._generation[part, slot] += 1
         name = f"{part[0]}{slot}-{self._generation[part, slot]}"
-        settings = _SETTINGS[part] | {f"{part}__name": name}
+        settings = _SETTINGS[part] | {f"{part}__name": name} | more
         if part in _BEHIND_PROXIES:
             urls = [f"nats://127.0.0.1:{port}" for port in self._proxies[part, slot].ports]
             settings |= {"broker__url": ",".join(urls)}
@@ -147,11 +162,26 @@ class Stage:
                 self.restarts += 1
         raise AssertionError
 
-    async def _kill(self, fault: Fault) -> None:
+    async def _kill(self, fault: Fault, **more: object) -> None:
         self._note(fault)
         await self._slots.pop((fault.kind.part, fault.slot)).kill()
         await asyncio.sleep(fault.lasts)
-        await self._fill(fault.kind.part, fault.slot)
+        await self._fill(fault.kind.part, fault.slot, **more)
+
+    async def _skew(self, fault: Fault) -> None:
+        await self._kill(fault, ahead=SKEW if self._generation["worker", fault.slot] % 2 else -SKEW)
+
+    async def _lie(self, fault: Fault) -> None:
+        name = self._names["worker", fault.slot]
+        true = Heartbeat.model_validate_json(self._beats[name])
+        self._note(fault)
+        end = time.monotonic() + fault.lasts
+        for subject, data in liar.lies(true, random.Random(name)):
+            with contextlib.suppress(errors.Unavailable):
+                await self._broker.publish(subject, data)
+            await asyncio.sleep(liar.EVERY)
+            if time.monotonic() > end:
+                return
 
     async def _drain(self, fault: Fault) -> None:
         """A rolling restart: the successor serves before the old one is told to stop."""
@@ -188,18 +218,34 @@ class Stage:
         lost = [one.at for one in self.struck if one.fault.kind is Kind.KILL_NATS and one.at > now - most]
         self.elections.append(Span(min(lost, default=now - least), now))
 
-    def _led(self) -> None:
-        now = time.monotonic()
+    def _led(self, message: Message) -> None:
+        epoch, now = Dispatch.model_validate_json(message.data).epoch, time.monotonic()
+        if epoch < self._epoch:
+            return  # it does not know that it leads no longer
+        if epoch > self._epoch:
+            self._epoch, self._left = epoch, self._word
         if now - self._word > _WORDS:
             self.unled.append(Span(self._word, now))
         self._word = now
 
+    def _handed_out(self, message: Message) -> None:
+        sent = Sent.model_validate_json((message.headers or {})[subjects.SENT])
+        if sent.epoch == self._epoch and self._left < math.inf:
+            self.takeovers.append(Span(self._left, time.monotonic()))
+            self._left = math.inf
+
+    def _heard(self, message: Message) -> None:
+        self._beats[subjects.name(message.subject.partition(".")[2])] = message.data
+
     def _deaf(self) -> None:
         """What was said meanwhile has passed us by."""
-        self._word = math.inf
+        self._word = self._left = math.inf
 
     async def _stall(self, fault: Fault) -> None:
         await self._network(fault, Proxy.stall)
+
+    async def _mute(self, fault: Fault) -> None:
+        await self._network(fault, lambda proxy: proxy.lose(subjects.ALL_HEARTBEATS.rstrip("*")))
 
     async def _cut(self, fault: Fault) -> None:
         await self._network(fault, Proxy.cut)
@@ -215,6 +261,9 @@ class Stage:
         Kind.STOP_WORKER: _stop,
         Kind.STALL_WORKER: _stall,
         Kind.CUT_WORKER: _cut,
+        Kind.MUTE_WORKER: _mute,
+        Kind.LIE_WORKER: _lie,
+        Kind.SKEW_WORKER: _skew,
         Kind.DRAIN_WORKER: _drain,
         Kind.KILL_INGRESS: _kill,
         Kind.DRAIN_INGRESS: _drain,

@@ -16,6 +16,8 @@ from broker.server import NatsServer
 from tests.integration.cluster import NatsCluster
 from tests.waiting import LIMIT
 
+_SKEWED = str(Path(__file__).parents[1] / "chaos" / "skewed.py")
+
 
 class Part:
     """One `headrace <part>` process that has said it is ready; `facts` is what it said."""
@@ -68,9 +70,10 @@ class Fleet:
         self._start_limit = start_limit
 
     async def start(self, part: str, **settings: object) -> Part:
-        """A part, once it is ready. Settings as `sim__itl_ms=20`."""
+        """A part, once it is ready. Settings as `sim__itl_ms=20`; its clock is `ahead` seconds ahead."""
         log = self._data / f"{part}-{len(os.listdir(self._data))}.log"
-        command = [sys.executable, "-P", "-m", "ops", part]
+        program = [_SKEWED, str(settings.pop("ahead"))] if "ahead" in settings else ["-m", "ops"]
+        command = [sys.executable, "-P", *program, part]
         if part != "sim-engine":
             settings = {"broker__url": (self._cluster or self.nats).url} | settings
         if part in ("ingress", "sim-engine"):

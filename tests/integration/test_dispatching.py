@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,9 +22,10 @@ from broker.server import NatsServer
 from kvstate import prefix
 from kvstate.blocks import Blocks
 from kvstate.index import PrefixIndex
-from scheduler import dispatching
+from scheduler import dispatching, ledger
 from scheduler.config import SchedulerConfig
 from scheduler.dispatch.config import DispatchConfig
+from scheduler.dispatch.types import Item
 from scheduler.service import Scheduler
 from tests.integration import command
 from tests.integration.fleet import Fleet
@@ -121,6 +123,28 @@ async def wire(broker: Broker) -> Wire:
     made = Wire()
     await made.listen(broker)
     return made
+
+
+class Told:
+    """What the dispatcher of a desk is told from now on."""
+
+    def __init__(self, of: Desk) -> None:
+        self.dispatcher = of.scheduler._dispatching._queues["sim"].dispatcher
+        self.arrived: list[Item] = []
+        self.finished: list[int] = []
+        arrive, finish = self.dispatcher.arrive, self.dispatcher.finish
+
+        def on_arrive(item: Item, now: float) -> None:
+            self.arrived.append(item)
+            arrive(item, now)
+
+        def on_finish(
+            key: int, now: float, prompt_tokens: int, cached_tokens: int | None, output_tokens: int
+        ) -> None:
+            self.finished.append(output_tokens)
+            finish(key, now, prompt_tokens, cached_tokens, output_tokens)
+
+        self.dispatcher.arrive, self.dispatcher.finish = on_arrive, on_finish  # type: ignore[method-assign]
 
 
 async def led(at: Serving) -> None:
@@ -235,6 +259,70 @@ async def test_what_a_killed_scheduler_had_is_found_by_the_next(
             assert {each.scheduler for each in wire.dispatched} == {"s1", "s2"}
             assert len({each.epoch for _, each in wire.sent}) == 2
     assert len(await caller.usage(6)) == 6
+    await engine.close()
+
+
+async def test_who_leads_next_knows_what_tenants_were_served_and_how_far_requests_have_come(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire
+) -> None:
+    """Of what runs when the leader dies, and is handed on once another leads."""
+    engines = [await sim.start(FAST.model_copy(update={"beta0": 5})) for _ in range(2)]
+    async with serving(broker, engines[0], "w2") as other, desk(server.url, "s1") as first:
+        await led(other)
+        await (await caller.submit(300)).finishes()
+
+        async def noted() -> bool:  # it fades by a tenth a second
+            return (await ledger.read(broker, "sim")).served.get("standard", {}).get("acme", 0.0) > 100
+
+        await until(noted)
+        async with serving(broker, engines[1], "w1", drain_timeout=0.0) as one:
+            await led(one)
+            other.worker._told_to_drain.set()
+            await until(lambda: other.task.done())
+            call = await caller.submit(600)
+            await call.reach(FrameKind.DATA)
+            async with desk(server.url, "s2") as second:
+                await first.kill()
+                await until(lambda: "sim" in second.scheduler._dispatching._queues)
+                told = Told(second)
+                assert told.dispatcher.served(time.monotonic())["standard"]["acme"] > 10
+                one.stop.set()
+                await until(lambda: one.task.done())
+                async with serving(broker, engines[0], "w3"):
+                    await call.finishes()
+                    await until(lambda: told.finished)
+                    (item,), (output,) = told.arrived, told.finished
+                    assert item.done_tokens > 0
+                    assert item.done_tokens + output == 600
+    for engine in engines:
+        await engine.close()
+
+
+async def test_a_lease_that_lapses_and_that_nobody_takes_costs_the_dispatcher_nothing_that_it_knows(
+    server: NatsServer, broker: Broker, caller: Caller, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await sim.start(ONE)
+    async with serving(broker, engine) as at, desk(server.url) as lead:
+        await led(at)
+        known = lead.scheduler._dispatching._queues["sim"]
+        calls = [await caller.submit(100) for _ in range(4)]
+        await calls[0].reach(FrameKind.HEAD)
+
+        async def idles(*_: object) -> bool:
+            return False
+
+        with monkeypatch.context() as lapse:
+            lapse.setattr(lead.scheduler._leader, "confirm", idles)
+            await until(lambda: not lead.scheduler.leads)
+            calls += [await caller.submit(20) for _ in range(4)]
+            await pulls(at)
+        await led(at)
+        for call in calls:
+            await call.finishes()
+        await caller.drained()
+        assert lead.scheduler._dispatching._queues["sim"] is known
+        assert len({each.epoch for each in wire.dispatched}) == 1
+    assert len(await caller.usage(8)) == 8
     await engine.close()
 
 
@@ -359,8 +447,8 @@ async def test_a_request_is_explained(server: NatsServer, broker: Broker, caller
         await led(at)
         await (await caller.submit(3, request_id="chat/1")).finishes()
         for tenant in ((), ("--tenant", "acme")):
-            status, out, _ = await command.run("explain", server.url, "chat/1", *tenant)
-            assert status == 0
+            status, out, err = await command.run("explain", server.url, "chat/1", *tenant)
+            assert status == 0, err
             assert "chat/1 of acme, standard, for sim\nsent to w1 after " in out
             assert "\nbecause " in out
             assert out.splitlines()[-1].split()[0] == "w1"
@@ -446,8 +534,9 @@ async def test_a_batch_request_gives_way_and_goes_on_later(
     server: NatsServer, broker: Broker, caller: Caller, wire: Wire
 ) -> None:
     engine = await sim.start(ONE.model_copy(update={"beta0": 10}))
-    async with serving(broker, engine) as at, desk(server.url, budget={"interactive": 0.1}):
+    async with serving(broker, engine) as at, desk(server.url, budget={"interactive": 0.1}) as lead:
         await led(at)
+        told = Told(lead)
         long = await caller.submit(200, service_class="batch")
         await long.reach(FrameKind.DATA)
         urgent = await caller.submit(3, service_class="interactive")
@@ -456,6 +545,15 @@ async def test_a_batch_request_gives_way_and_goes_on_later(
         await long.finishes()  # every token once
         assert [each.epoch for each in long.frames][-1] == 2
         assert len(wire.sent) == 3
+        await until(lambda: len(told.finished) == 2)
+        assert [each.done_tokens > 0 for each in told.arrived] == [False, False, True]
+        assert told.arrived[-1].done_tokens + told.finished[-1] == 200
+        _, out, _ = await command.run("explain", server.url, long.request.request_id)
+        assert f"\ntaken back from w1: request {urgent.stored.seq}, interactive, needs its room\n" in out
+        assert (
+            f"\na step of its class's workers takes at most {FAST.max_num_batched_tokens} prompt tokens"
+            in out
+        )
     await engine.close()
 
 
@@ -541,16 +639,29 @@ async def test_requests_pass_a_leader_that_hangs(tmp_path: Path) -> None:
             await fleet.start("worker", worker__name="w1", **settings)
             await until(lambda: wire.dispatched and wire.dispatched[-1].bases)
             await (await caller.submit(3)).finishes()
-            leads = wire.dispatched[-1].scheduler
-            hung = desks[leads].process
-            hung.send_signal(signal.SIGSTOP)
-            try:
-                await until(lambda: wire.dispatched[-1].scheduler != leads and wire.dispatched[-1].bases)
-                for call in [await caller.submit(3) for _ in range(20)]:
+            for _ in desks:  # the second in turn had to hand on for the first, and must have left off
+                await until(lambda: _leads(wire))
+                leads = _leads(wire)
+                hung = desks[leads].process
+                hung.send_signal(signal.SIGSTOP)
+                try:
+                    await until(lambda: _leads(wire) not in ("", leads))  # noqa: B023
+                    for call in [await caller.submit(3) for _ in range(20)]:
+                        await call.finishes()
+                finally:
+                    hung.send_signal(signal.SIGCONT)
+                await until(lambda: _left(wire, leads))  # noqa: B023
+                for call in [await caller.submit(3) for _ in range(5)]:
                     await call.finishes()
-            finally:
-                hung.send_signal(signal.SIGCONT)
-            for call in [await caller.submit(3) for _ in range(5)]:
-                await call.finishes()
             await caller.drained()
-            assert len(await caller.usage(26)) == 26
+            assert len(await caller.usage(51)) == 51
+
+
+def _leads(wire: Wire) -> str:
+    last = wire.dispatched[-1]
+    return last.scheduler if last.bases else ""
+
+
+def _left(wire: Wire, scheduler: str) -> bool:
+    """Whether its last word was that it dispatches no longer."""
+    return not next(told for told in reversed(wire.dispatched) if told.scheduler == scheduler).bases

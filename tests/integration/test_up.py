@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,11 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def complete(url: str, model: str, tokens: int = 3, timeout: float = LIMIT) -> dict[str, Any]:
+def complete(
+    url: str, model: str, tokens: int = 3, timeout: float = LIMIT, service_tier: str = "auto"
+) -> dict[str, Any]:
     body = {"model": model, "max_tokens": tokens, "messages": [{"role": "user", "content": "hello"}]}
+    body["service_tier"] = service_tier
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -359,3 +363,36 @@ def test_drains_with_its_parent(tmp_path: Path) -> None:
         assert len(tree) >= 5
         os.kill(parent.pid, signal.SIGKILL)
     gone(tree)
+
+
+def test_it_tells_the_steps_of_its_pools_and_who_gives_way(tmp_path: Path) -> None:
+    slow = [f"sim.{key}" for key in ("max_num_seqs=1", "beta0=20", "beta1=0", "beta2=0")]
+    sets = [part for setting in slow for part in ("--set", setting)]
+    with running(tmp_path / "data", *sets) as up, ThreadPoolExecutor() as threads:
+
+        def said(text: str) -> list[dict[str, Any]]:
+            _, *lines = (tmp_path / "data" / "stderr").read_text().splitlines()
+            return [line for line in map(json.loads, lines) if text in line["msg"]]
+
+        wait(lambda: bool(said("interactive, standard, batch requests: 1 workers, whose steps take up to ")))
+        long = threads.submit(complete, up.urls[0], up.model, 150, service_tier="batch")
+        wait(lambda: metric(tmp_path, "headrace_dispatched_total") == 1)
+        urgent = complete(up.urls[0], up.model, 3, service_tier="interactive")
+        assert urgent["usage"]["completion_tokens"] == 3
+        assert not long.done()
+        (line,) = said(
+            "a batch request is to give way, and to go on later: request 2, interactive, needs its room"
+        )
+        assert line["worker"]
+        assert long.result(LIMIT)["usage"]["completion_tokens"] == 150
+        assert metric(tmp_path, "headrace_preempted_total") == 1
+        assert metric(tmp_path, 'headrace_step_seconds{base="sim",class="interactive"}') > 0
+
+
+def metric(tmp_path: Path, name: str) -> float:
+    """Of the scheduler."""
+    targets = json.loads((tmp_path / "data" / "metrics.json").read_text())
+    (target,) = (each["targets"][0] for each in targets if each["labels"]["part"] == "scheduler")
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=LIMIT) as response:
+        lines = response.read().decode().splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)

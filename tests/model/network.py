@@ -104,7 +104,11 @@ class Client(MemoryBroker):
 
     async def start(self) -> None:
         await self.subscribe(subjects.ALL_AGAIN, self._on_again)
-        await self.subscribe(_ELECTED, lambda _: self._repeat_all(heard=True))
+        await self.subscribe(_ELECTED, self._on_elected)
+
+    def _on_elected(self, _: Message) -> None:
+        self.disturbed = asyncio.get_running_loop().time()
+        self._repeat_all(heard=True)
 
     # The line
 

@@ -48,6 +48,23 @@ def test_what_handing_out_adds_is_held_against_half_a_millisecond() -> None:
     assert "| 32 | TTFT p99, ms | 22.90 | 22.00 | 0.90 (0.90 to 0.90) |" in text
 
 
+def test_a_takeover_is_held_against_a_second_at_its_longest() -> None:
+    times = {
+        name: {"median": 0.5, "low": 0.25, "high": high} for name, high in (("word", 0.9), ("sent", 1.1))
+    }
+    wait = {"wait": {"median": 0.1, "low": 0.05, "high": 0.4}}
+    record = {
+        "strikes": {"leader killed": 10, "standby killed": 3},
+        "struck": {"leader killed": times | wait, "standby killed": wait},
+        "rate": 50.0,
+        "cores_used_by_others": 0.1,
+    }
+    text = report._takeover({**record, **ORIGIN})
+    assert "| leader killed | 10 | 0.50 (0.25 to 0.90) | 0.50 (0.25 to 1.10) | 0.10 (0.05 to 0.40) |" in text
+    assert "0.40) | ≤ 1: **missed** |" in text
+    assert "| standby killed | 3 |  |  | 0.10 (0.05 to 0.40) |  |" in text
+
+
 def test_the_benchmark_of_the_dispatcher_runs() -> None:
     found = dispatcher.measure(workers=4, deep=False, decisions=500)
     assert found["a_second"] > 0

@@ -557,3 +557,48 @@ def test_what_has_left_is_not_kept() -> None:
     pass_by(300)
     most = max(pass_by(1) for _ in range(150))
     assert max(pass_by(20) for _ in range(100)) <= 1.01 * most
+
+
+def test_pools_tell_how_long_their_steps_are() -> None:
+    config = DispatchConfig(
+        pools={INTERACTIVE: Pool(most_step_tokens=512), BATCH: Pool(least_step_tokens=2048)}
+    )
+    world = World(config)
+    assert world.dispatcher.pools() == []
+    for name, tokens in (("w0", 512), ("w1", 512), ("w2", 2048)):
+        world.join(name, tokens)
+    small, every, large = world.dispatcher.pools()
+    assert (small.classes, small.workers, small.step_tokens) == ((INTERACTIVE,), 2, 512)
+    assert (every.classes, every.workers, every.step_tokens) == ((STANDARD,), 3, 2048)
+    assert (large.classes, large.workers, large.step_tokens) == ((BATCH,), 1, 2048)
+    assert small.step_s == large.step_s == pytest.approx(config.step)
+    for key in range(200):
+        world.arrive(item(key, prompt=512))
+        world.now += 0.2
+        world.tell_all()
+        for name in world.running:
+            world.compute(name)
+            for held in list(world.running[name]):
+                world.finish(name, held)
+    small, every, _ = world.dispatcher.pools()
+    assert small.step_s > 2 * config.step
+    assert every.step_s == small.step_s
+
+
+def test_an_explanation_names_who_had_it_and_the_step_of_its_class() -> None:
+    world = World(DispatchConfig(budget={INTERACTIVE: 0.2}), workers=1, slots=1)
+    world.arrive(item(1, service_class=BATCH))
+    world.compute("w0")
+    world.arrive(item(2, arrived=world.now))
+    world.now += 0.15
+    world.tell("w0")
+    (preempt,) = (each for each in world.log if isinstance(each, Preempt))
+    told = world.dispatcher.explain(1, world.now)
+    assert told is not None
+    assert told.taken_back == (("w0", preempt.why),)
+    assert told.step_tokens == STEP
+    assert told.step_s > 0
+    world.dispatcher.stays(1)
+    told = world.dispatcher.explain(1, world.now)
+    assert told is not None
+    assert told.taken_back == ()

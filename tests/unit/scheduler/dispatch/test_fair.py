@@ -43,6 +43,49 @@ def test_tenants_that_always_wait_are_never_further_apart_than_one_request(
         assert max(levels) - min(levels) <= most / min(weights) * (1 + 1e-9)
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(TENANTS), st.integers(1, 3000), st.floats(0, 0.7)), min_size=1, max_size=100
+    ),
+    st.floats(0, 1e6),
+)
+def test_a_successor_misses_at_most_what_was_served_since_the_last_entry(
+    served: list[tuple[str, int, float]], clock: float
+) -> None:
+    """One entry a second; its own clock is `clock` ahead."""
+    fair, now, weights = shares(), 0.0, {"a": 4.0}
+    for name in TENANTS:
+        fair.enter(name, weights.get(name, 1.0), 1, now)
+    entry, noted, missed = fair.served(now), now, dict.fromkeys(TENANTS, 0)
+    for name, tokens, pause in served:
+        now += pause
+        if now - noted >= 1.0:
+            entry, noted, missed = fair.served(now), now, dict.fromkeys(TENANTS, 0)
+        fair.charge(name, tokens, now)
+        missed[name] += tokens
+    successor = shares()
+    successor.resume(entry, weights, noted + clock, now + clock)
+    for name in TENANTS:
+        weight = weights.get(name, 1.0)
+        known = used(successor, name, now + clock) if name in entry else 0.0
+        assert -1e-3 <= used(fair, name, now) - known <= missed[name] / weight + 1.0
+
+
+def test_a_successor_goes_on_with_the_same_turns() -> None:
+    fair, successor, weights = shares(), shares(), {"c": 2.0}
+    for number, name in enumerate("abc"):
+        fair.enter(name, weights.get(name, 1.0), 1, 0.0)
+        fair.charge(name, 5000.0 * (number + 1), 0.5)
+    successor.resume(fair.served(1.0), weights, 101.0, 101.0)
+    for each, now in ((fair, 1.0), (successor, 101.0)):
+        each.enter("b", 1.0, 1, now)
+        each.enter("c", 2.0, 1, now)
+        each.enter("new", 1.0, 1, now)
+        assert [each.over(name, now) for name in "abc"] == [False, True, False]
+        assert sorted("abc", key=each.counters.__getitem__) == ["a", "c", "b"]
+        assert each.counters["new"] == each.counters["a"]
+
+
 def test_weights_are_shares() -> None:
     fair = shares()
     served = dict.fromkeys("ab", 0)
