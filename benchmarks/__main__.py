@@ -20,6 +20,8 @@ NAMES = (
     "journal",
     "vllm_throughput",
     "batching",
+    "prefixes",
+    "hostile",
     "adapters",
     "gpu_adapters",
     "planner",

@@ -59,6 +59,15 @@ def rss_mib(process: psutil.Process) -> float:
 
 
 @contextlib.contextmanager
+def joined(name: str, nats: str, **settings: object) -> Iterator[str]:
+    """`headrace <name>` on a queue that is there, once it is ready; its URL where it has one."""
+    own = ["--port", "0"] if name == "ingress" else []
+    settings = {"broker__url": nats, **settings}
+    with _process([name, *own, "--ready-fd", "1", *_flags(settings)]) as (_, out):
+        yield orjson.loads(_line(out, lambda line: line.startswith(b'{"part"'))).get("url", "")
+
+
+@contextlib.contextmanager
 def sim_engine(**settings: object) -> Iterator[Running]:
     """`headrace sim-engine`: the sim's app alone over HTTP. Settings as `sim__itl_ms=20`."""
     command = ["sim-engine", "--port", "0", "--ready-fd", "1", *_flags(settings)]

@@ -44,6 +44,7 @@ class Load:
         one_event_per_token: the server sends each token as an event of its own (the sim does; vLLM
             may join tokens), so events are checked too.
         extra: further fields of the request body.
+        each: those of single requests, by number, of the first ones; `max_tokens` among them counts.
     """
 
     url: str
@@ -57,6 +58,7 @@ class Load:
     one_event_per_token: bool = True
     seed: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
+    each: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class Result:
         ttft: one for each good stream.
         gaps: between consecutive events with text, of all good streams.
         latency: request to last byte, one for each good stream.
+        prompt_tokens, cached_tokens: of good streams, as the server counts them.
         events: events with text, of good streams.
         failures: why each bad stream is bad.
         digest: of every stream's text, by prompt: equal for two servers that say the same.
@@ -80,6 +83,8 @@ class Result:
     gaps: list[float] = field(default_factory=list)
     latency: list[float] = field(default_factory=list)
     tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     events: int = 0
     failures: list[str] = field(default_factory=list)
     digest: str = ""
@@ -161,6 +166,10 @@ def prompt(number: int) -> str:
     return f"Request {number}: tell me about the mill race and the wheel it drives."
 
 
+def _own(load: Load, number: int) -> dict[str, Any]:
+    return load.each[number] if number < len(load.each) else {}
+
+
 def request_bytes(load: Load, number: int) -> bytes:
     body = orjson.dumps(
         {
@@ -170,6 +179,7 @@ def request_bytes(load: Load, number: int) -> bytes:
             "stream": True,
             "stream_options": {"include_usage": True},
             **load.extra,
+            **_own(load, number),
         }
     )
     head = (
@@ -249,7 +259,7 @@ def _judge(stream: Stream, load: Load, result: Result) -> str:
         raise ValueError(stream.broken)
     times: list[float] = []
     words: list[str] = []
-    tokens, done = -1, False
+    tokens, done, asked = -1, False, _own(load, stream.number).get("max_tokens", load.max_tokens)
     for at, data in events(stream.reads):
         if data == b"[DONE]":
             done = True
@@ -258,18 +268,21 @@ def _judge(stream: Stream, load: Load, result: Result) -> str:
         if "error" in event:
             raise ValueError(f"error event: {data.decode()}")
         if usage := event.get("usage"):
-            tokens = usage["completion_tokens"]
+            tokens, prompted = usage["completion_tokens"], usage["prompt_tokens"]
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         if text := _text(event):
             times.append(at)
             words.append(text)
-    if not done or tokens != load.max_tokens or not times:
-        raise ValueError(f"{tokens} tokens of {load.max_tokens}, done={done}, {len(times)} events")
+    if not done or tokens != asked or not times:
+        raise ValueError(f"{tokens} tokens of {asked}, done={done}, {len(times)} events")
     if load.one_event_per_token and len(times) != tokens:
         raise ValueError(f"{len(times)} events with text for {tokens} tokens")
     result.ttft.append(times[0] - stream.sent)
     result.gaps.extend(after - before for before, after in itertools.pairwise(times))
     result.latency.append(stream.reads[-1][0] - stream.sent)
     result.tokens += tokens
+    result.prompt_tokens += prompted
+    result.cached_tokens += cached
     result.events += len(times)
     return "".join(words)
 

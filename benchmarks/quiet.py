@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import psutil
 
@@ -31,6 +31,12 @@ def undisturbed(run: Callable[[], T]) -> tuple[T, float]:
             break
         results.say(f"  disturbed: others used {cores:.2f} cores")
     return result, cores
+
+
+def noted(run: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What `run` found, and the cores that others used meanwhile: where counts matter more than times."""
+    found, cores = _watched(run)
+    return {**found, "cores_used_by_others": cores}
 
 
 def _watched(run: Callable[[], T]) -> tuple[T, float]:

@@ -29,6 +29,8 @@ def write() -> Path:
             ("journal", "Journal and recovery", _journal),
             ("vllm_throughput", "Throughput of real vLLM", _vllm),
             ("batching", "Continuous against static batching", _batching),
+            ("prefixes", "Shared prompts on real vLLM", _prefixes),
+            ("hostile", "A small KV cache on real vLLM", _hostile),
             ("adapters", "Adapters", _adapters),
             ("gpu_adapters", "Adapters and sleep on a GPU", _gpu_adapters),
             ("planner", "Planner", _planner),
@@ -698,6 +700,67 @@ def _gpu_adapters(record: Record) -> str:
             _origin(record) + "\n",
         ]
     )
+
+
+_PREFIXES = """\
+## Shared prompts on real vLLM
+
+{model} on two vLLM workers (CPU, one thread each), chats that begin with one of {prompts} system prompts by
+Zipf's law, {prompt_tokens} tokens with the question, {tokens} tokens as an answer; {clients} clients that ask
+one after the other. A worker's KV cache has room for {cache_tokens:,} tokens: for what it runs and about half
+of the prompts. Workers that pull ("FIFO"), against the scheduler that hands out, in turn on the same workers,
+{rounds} rounds of {requests} requests, each with prompts of its own; percentiles over all. Other processes
+used {cores_used_by_others:.2f} cores meanwhile.
+"""
+
+_HOSTILE = """\
+## A small KV cache on real vLLM
+
+{model} on one vLLM worker (CPU) whose KV cache has room for {kv_tokens:,} tokens. Asked all at once:
+{requests} requests, long prompts (300 to 900 words), long answers ({mean_answer} tokens on average, as
+nobody is told) and bursts of eight short ones. The engine's figures after each step during which requests
+waited outside of it. "Wait" is from the worker's taking a request to the engine's first step with it, in
+steps of {step_ms:.0f} ms, the mean of the dispatched side. KV use is counted from when it first was 85 %.
+Every answer was complete. Other processes used {cores_used_by_others:.2f} cores meanwhile.
+"""
+
+
+def _prefixes(record: Record) -> str:
+    names = {"fifo": "FIFO", "dispatched": "handed out"}
+    rows = [
+        [
+            names[side],
+            f"{found['hit_rate']:.1%}",
+            f"{found['ttft_p50_ms']:,.0f}",
+            f"{found['ttft_p99_ms']:,.0f}",
+            f"{found['requests_per_s']:.2f}",
+        ]
+        for side, found in record["sides"].items()
+    ]
+    ratio = record["ratio"]
+    rows.append(["FIFO : handed out", "", f"{ratio['ttft_p50_ms']:.2f}", f"{ratio['ttft_p99_ms']:.2f}", ""])
+    head = ["", "prompt tokens from the cache", "TTFT p50, ms", "p99, ms", "requests/s"]
+    return _section(_PREFIXES.format_map(record), head, rows, record)
+
+
+def _hostile(record: Record) -> str:
+    rows = [
+        [
+            side,
+            f"{found['seconds']:.0f}",
+            f"{found['preemptions']}",
+            f"{found['kv_use']:.1%} ({found['kv_use_p10']:.1%})",
+            f"{found['waiting']:.2f} ({found['waiting_p99']:.0f})",
+            f"{found['wait_steps_p50']:.1f} ({found['wait_steps_p99']:.1f})",
+        ]
+        for side, found in record["sides"].items()
+    ]
+    found = record["sides"]["dispatched"]
+    text = _HOSTILE.format(
+        **record, requests=found["requests"], step_ms=1000 * found["seconds"] / found["steps"]
+    )
+    head = ["", "s", "preemptions", "KV use (p10)", "waiting in the engine (p99)", "wait, steps (p99)"]
+    return _section(text, head, rows, record)
 
 
 def plot(latency: Record, throughput: Record | None) -> None:

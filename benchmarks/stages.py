@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import tempfile
 import time
 import uuid
@@ -16,19 +17,20 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import orjson
 from prometheus_client import REGISTRY
 
-from benchmarks import results
+from benchmarks import fleet, results
 from broker import base, client, replies, subjects
 from broker.config import BrokerConfig
-from broker.messages import Frame, FrameKind, Heartbeat, Request, UsageEvent
+from broker.messages import Dispatch, Frame, FrameKind, Heartbeat, Request, UsageEvent
 from broker.server import NatsServer
 from tests.pushing import files, push
 from tests.waiting import until
 from workers.config import WorkerConfig
-from workers.engines.base import Engine
+from workers.engines.base import Engine, EngineStats
 from workers.runner import Worker
 
 PATH = "/v1/completions"
@@ -56,10 +58,10 @@ class Stage:
     def on_beat(self, message: base.Message) -> None:
         self.beat = Heartbeat.model_validate_json(message.data)
 
-    async def ask(self, model: str, tokens: int) -> UsageEvent:
+    async def ask(self, model: str, tokens: int, prompt: str = "") -> UsageEvent:
         """One request to its end. Raises RuntimeError when it fails, or its worker ends."""
         name = uuid.uuid4().hex
-        async for _ in self._frames(name, model, tokens):
+        async for _ in self._frames(name, model, tokens, prompt):
             pass
         return await until(lambda: self.events.get(name))
 
@@ -72,8 +74,8 @@ class Stage:
         at = [time.monotonic() async for frame in self._frames(uuid.uuid4().hex, model, 4) if frame.ids]
         return at[0]
 
-    async def _frames(self, name: str, model: str, tokens: int) -> AsyncIterator[Frame]:
-        body = {"model": model, "prompt": f"Story {name}:", "max_tokens": tokens, "temperature": 0}
+    async def _frames(self, name: str, model: str, tokens: int, prompt: str = "") -> AsyncIterator[Frame]:
+        body = {"model": model, "prompt": f"Story {name}: {prompt}", "max_tokens": tokens, "temperature": 0}
         request = Request(
             subject=subjects.RequestSubject(self.base_model, "standard", "bench", model),
             request_id=name,
@@ -141,6 +143,28 @@ async def staged(engine: Engine) -> AsyncIterator[Stage]:
             await running
 
 
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """vLLM's CPU engines that are started meanwhile compute in one thread each: threads wait for each other
+    after each layer, and for long where something else has their cores."""
+    with mock.patch.dict(os.environ, {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def scheduler(nats: str, *, dispatches: bool) -> AsyncIterator[None]:
+    """One that has begun. Workers on a machine that is all used up may be late to say that they live."""
+    with fleet.joined("scheduler", nats, dispatch__enabled=dispatches, scheduler__lost_after=1.0):
+        async with await client.connect(BrokerConfig(url=nats), "bench") as broker:
+            heard: list[base.Message] = []
+            await broker.subscribe(subjects.DISPATCH, heard.append)
+            if dispatches:
+                await until(lambda: heard and Dispatch.model_validate_json(heard[-1].data).bases)
+            else:
+                await asyncio.sleep(1.0)  # workers begin to pull 0.35 s after they last heard one
+        yield
+
+
 @dataclass
 class Watch:
     """What an engine with its worker did meanwhile. `skipped` adds up over the engine's steps."""
@@ -165,19 +189,30 @@ class Watch:
 def watched(engine: Engine) -> Iterator[Watch]:
     """For an engine whose worker runs."""
     watch = Watch()
+
+    def add(stats: EngineStats) -> None:
+        watch.skipped += stats.skipped
+
+    started, before = time.monotonic(), swaps()
+    with each_step(engine, add):
+        yield watch
+    watch.seconds, watch.swaps = time.monotonic() - started, swaps() - before
+
+
+@contextlib.contextmanager
+def each_step(engine: Engine, tell: Callable[[EngineStats], None]) -> Iterator[None]:
+    """`tell` hears what the engine, whose worker runs, is like after each step."""
     inner = engine.on_change
 
     def on_change() -> None:
-        watch.skipped += engine.stats().skipped
+        tell(engine.stats())
         if inner is not None:
             inner()
 
     engine.on_change = on_change
-    started, before = time.monotonic(), swaps()
     try:
-        yield watch
+        yield
     finally:
-        watch.seconds, watch.swaps = time.monotonic() - started, swaps() - before
         engine.on_change = inner
 
 

@@ -300,6 +300,9 @@ class Heartbeat(_Wire):
         0, description="adapters that may be loaded at once; 0 = it does not say, and `slots` are"
     )
     dispatched: tuple[int, int] = Field((0, 0), description="epoch and number of the last `Sent` it got")
+    cached: int = Field(
+        0, description="`number` of the last message on `cached.<worker>`; 0 = its engine tells nothing"
+    )
 
 
 class News(_Wire):
@@ -314,6 +317,22 @@ class News(_Wire):
     done: tuple[tuple[int, int, int, int], ...] = Field(
         (), description="sequence, prompt, cached and output tokens of each that ended since the last"
     )
+
+
+class Cached(_Wire):
+    """`cached.<worker>`: what a worker's engine has taken into its prefix cache and evicted since the message
+    before, or all that is there, as hashes of prompts' blocks.
+
+    `number` counts a life's messages from 1. After a gap, or when it first hears of the worker, the scheduler
+    that dispatches asks for all.
+    """
+
+    worker: Name
+    started_ms: int = Field(description="as in the heartbeat")
+    number: int
+    whole: bool = Field(False, description="`taken` is all that is there: the answer to `inventory.<worker>`")
+    taken: str = Field("", description="in the form of the header `Prefix`, of any number of hashes")
+    evicted: str = Field("", description="likewise")
 
 
 class Steps(_Wire):

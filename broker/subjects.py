@@ -64,6 +64,7 @@ ALL_HELD = "held.*"
 ALL_POOLS = "pool.*"
 ALL_WANTS = "want.*.*"
 ALL_CREDITS = "credit.*"
+ALL_CACHED = "cached.*"
 ALL_COMMANDS = "ctl.*"
 DISPATCH = "dispatch"
 EXPLAIN = "explain"
@@ -227,6 +228,14 @@ def held(worker: str) -> str:
 
 def roster(worker: str) -> str:
     return f"roster.{token(worker)}"
+
+
+def cached(worker: str) -> str:
+    return f"cached.{token(worker)}"
+
+
+def inventory(worker: str) -> str:
+    return f"inventory.{token(worker)}"
 
 
 def run(worker: str) -> str:

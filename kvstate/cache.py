@@ -16,6 +16,11 @@ SLACK = 4
 engine computes the last tokens of a prompt even where it has them all."""
 
 
+SPARE = 2
+"""By how many times more of an engine that tells of its cache is remembered than it was thought to hold: it
+says itself what it evicts, and how many tokens a block has is an estimate."""
+
+
 @dataclass(slots=True)
 class Cache:
     """
@@ -24,7 +29,7 @@ class Cache:
             confirmed, or predicted if it never was.
         unsure: those only predicted, by when they expire, the soonest first.
         share: of the capacity that is a cache, as far as was learned; what runs takes the rest.
-        event: number of the last one that was taken.
+        told: number of the last change of the engine's that was taken; 0 = it tells none.
         leftovers: blocks that no chain has; they are named -1, -2 and so on.
     """
 
@@ -33,13 +38,13 @@ class Cache:
     blocks: OrderedDict[int, float] = field(default_factory=OrderedDict)
     unsure: dict[int, float] = field(default_factory=dict)
     share: float = 1.0
-    event: int = 0
+    told: int = 0
     leftovers: int = 0
 
     @property
     def room(self) -> int:
         """In blocks."""
-        return max(0, round(self.capacity * self.share))
+        return max(0, SPARE * self.capacity if self.told else round(self.capacity * self.share))
 
     def learn(self, hashes: Sequence[int], cached: int, sent: float) -> None:
         """The engine had the first `cached` when it ran what was sent then; call it before they are kept."""
@@ -59,7 +64,3 @@ class Cache:
         for _ in range(count):
             self.leftovers -= 1
             self.blocks[self.leftovers] = now
-
-    def missing(self, event: int) -> tuple[int, int] | None:
-        """The first and the last event to ask for, up to `event`, when that can't be taken yet."""
-        return (self.event + 1, event) if event > self.event else None

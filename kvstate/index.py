@@ -1,8 +1,9 @@
 """Which worker's cache holds which prefix block, over the whole fleet. Pure.
 
 A copy of what the workers' own caches do: each evicts the block that was used longest ago, a chain's end
-before its beginning. Entries come by prediction when a request is sent, are confirmed by the engine's own
-count when it has run, and by the engine's events where it tells any. Workers are small numbers, slots, and a
+before its beginning. Entries come by prediction when a request is sent, and are confirmed by the engine's own
+count when it has run. Where an engine tells what it takes and evicts, that alone confirms, and nothing is
+guessed of its room. Workers are small numbers, slots, and a
 block knows its holders as one integer of bits: a walk along a chain takes one AND a block, whatever the
 number of workers.
 """
@@ -131,21 +132,8 @@ class PrefixIndex:
         """A request was sent there: it will have all of `hashes` soon, and counts as having them at once."""
         self.expire(now)
         cache = self._find(worker)
-        if cache is None:
-            return
-        slot, blocks, unsure, expires = self._slots[worker], cache.blocks, cache.unsure, now + self._ttl
-        for block in reversed(hashes):
-            if block not in blocks:
-                blocks[block] = now
-                self._holders.add(block, slot)
-                unsure[block] = expires
-                continue
-            blocks.move_to_end(block)
-            if block in unsure:
-                del unsure[block]
-                unsure[block] = expires
-        self._evict(cache, slot)
-        self._watch(cache, slot)
+        if cache is not None:
+            self._predict(cache, self._slots[worker], hashes, now)
 
     def confirm(
         self,
@@ -170,6 +158,9 @@ class PrefixIndex:
         if cache is None:
             return
         slot = self._slots[worker]
+        if cache.told:
+            self._predict(cache, slot, hashes, now)  # it tells of them itself, unless it knows them not
+            return
         if sent > -math.inf:
             cache.learn(hashes, cached_blocks, sent)
         if tail:
@@ -199,50 +190,46 @@ class PrefixIndex:
         """When `expire` may next have something to do; inf = never, as things are."""
         return self._due[0][0] if self._due else math.inf
 
-    # Events of the engine's cache, numbered from 1 for each worker
+    # Changes of the engine's cache, numbered from 1 for each worker
 
-    def stored(self, worker: str, event: int, hashes: Sequence[int], now: float) -> tuple[int, int] | None:
-        """Its cache has taken `hashes`, a chain's beginning first.
-
-        Returns:
-            The first and the last event to ask it for, this one included, when some before it are missing:
-            it was not taken then. None: taken, or known already.
-        """
+    def told(self, worker: str) -> int:
+        """Number of its last change that was taken; 0 = it tells none."""
         cache = self._find(worker)
-        if cache is None:
-            return None
-        if event == cache.event + 1:
-            cache.event = event
-            self._keep(cache, self._slots[worker], hashes, now)
-            self._evict(cache, self._slots[worker])
-        return cache.missing(event)
+        return cache.told if cache is not None else 0
 
-    def removed(self, worker: str, event: int, hashes: Iterable[int]) -> tuple[int, int] | None:
-        """Its cache has evicted `hashes`. Returns what `stored` does."""
+    def change(
+        self, worker: str, number: int, taken: Sequence[int], evicted: Iterable[int], now: float
+    ) -> None:
+        """Its cache has `taken` blocks and `evicted` others. After a gap that is ignored, until `reset`."""
         cache = self._find(worker)
-        if cache is None:
-            return None
-        if event == cache.event + 1:
-            cache.event = event
-            for block in hashes:
-                self._drop(cache, self._slots[worker], block)
-        return cache.missing(event)
-
-    def reset(self, worker: str, event: int, hashes: Sequence[int], now: float) -> None:
-        """`hashes` is all that its cache holds as of `event`, used most recently first; predictions stay."""
-        cache = self._find(worker)
-        if cache is None or event < cache.event:
+        if cache is None or number != cache.told + 1:
             return
         slot = self._slots[worker]
-        for block in list(cache.blocks):
-            if block < 0:
-                del cache.blocks[block]
-            elif block not in cache.unsure:
-                self._drop(cache, slot, block)
-        cache.event = event
-        self._keep(cache, slot, hashes, now)
-        for block in cache.unsure:
-            cache.blocks.move_to_end(block)
+        cache.told = number
+        for block in evicted:
+            self._drop(cache, slot, block)
+        self._keep(cache, slot, taken, now)
+        self._evict(cache, slot)
+
+    def reset(self, worker: str, number: int, hashes: Sequence[int], now: float) -> None:
+        """`hashes` is all that its cache holds as of that change, used most recently first; predictions stay.
+
+        Number 0: it tells nothing any more.
+        """
+        cache = self._find(worker)
+        if cache is None or 0 < number < cache.told:
+            return
+        slot = self._slots[worker]
+        cache.told = number
+        if number:
+            for block in list(cache.blocks):
+                if block < 0:
+                    del cache.blocks[block]
+                elif block not in cache.unsure:
+                    self._drop(cache, slot, block)
+            self._keep(cache, slot, hashes, now)
+            for block in cache.unsure:
+                cache.blocks.move_to_end(block)
         self._evict(cache, slot)
 
     # Integrity
@@ -289,6 +276,21 @@ class PrefixIndex:
             if block >= 0:
                 cache.unsure.pop(block, None)
                 self._holders.remove(block, slot)
+
+    def _predict(self, cache: Cache, slot: int, hashes: Sequence[int], now: float) -> None:
+        blocks, unsure, expires = cache.blocks, cache.unsure, now + self._ttl
+        for block in reversed(hashes):
+            if block not in blocks:
+                blocks[block] = now
+                self._holders.add(block, slot)
+                unsure[block] = expires
+                continue
+            blocks.move_to_end(block)
+            if block in unsure:
+                del unsure[block]
+                unsure[block] = expires
+        self._evict(cache, slot)
+        self._watch(cache, slot)
 
     def _keep(self, cache: Cache, slot: int, hashes: Sequence[int], now: float) -> None:
         """It has them all for certain."""

@@ -15,12 +15,15 @@ SAMPLES = 256
 KEYS = 2048
 """Pairs of model and tenant, and as many models; past it, those unused longest are forgotten."""
 
-ENOUGH = 16
+ENOUGH = 8
 """Remembered outputs longer than a request's own so far that a forecast for it is made of, at least."""
 
+MEAN = 256
+"""Tokens that requests make, or go on to make, on average, where nothing is known."""
+
 COLD_RATIO, WARM_RATIO, DECAY = 0.7, 0.098, 600
-"""Share of `max_tokens` that is assumed where nothing is known: from the first to the second, in as many
-outputs as the third (SGLang's new-token ratio and its decay)."""
+"""Share of `max_tokens` that is assumed at most where nothing is known: from the first to the second, in as
+many outputs as the third (SGLang's new-token ratio and its decay)."""
 
 UNKNOWN_MAX = 1024
 """Tokens taken for `max_tokens` where the request names none and nothing is known."""
@@ -76,6 +79,8 @@ class Lengths:
     def remaining(self, model: str, tenant: str, so_far: int, max_tokens: int, quantile: float) -> float:
         """Tokens that a request which made `so_far` will still make: `quantile` of its like make no more.
 
+        Where too few were longer to say, all end at the same rate, whatever they have made (exponentially).
+
         Args:
             max_tokens: its own limit; 0 = it has none.
             quantile: in [0, 1].
@@ -85,7 +90,9 @@ class Lengths:
             total = ring.quantile(so_far, quantile) if ring is not None else None
             if total is not None:
                 return min(left, total - so_far)
-        return self._ratio() * (left if max_tokens else UNKNOWN_MAX)
+        guess = self._ratio() * (left if max_tokens else UNKNOWN_MAX)
+        # The few that have ended say little: of those that came together the shortest end first.
+        return min(guess, -MEAN * math.log1p(-quantile)) if quantile < 1.0 else guess
 
     def _ratio(self) -> float:
         return COLD_RATIO - (COLD_RATIO - WARM_RATIO) * min(1.0, self._learned / DECAY)

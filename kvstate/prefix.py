@@ -40,11 +40,19 @@ def encode(hashes: Sequence[int]) -> str:
     return base64.b64encode(struct.pack(f">{len(hashes)}Q", *hashes)).decode()
 
 
-def decode(text: str) -> tuple[int, ...]:
-    """What `encode` made `text` of. Raises ValueError if it made it of nothing that `chain` gives."""
+def read(header: str) -> tuple[int, ...]:
+    """`decode`, of what a publisher sent: what can't be read is as if it were not there."""
+    try:
+        return decode(header) if header else ()
+    except ValueError:
+        return ()
+
+
+def decode(text: str, most: int = LIMIT) -> tuple[int, ...]:
+    """What `encode` made `text` of. Raises ValueError if that is not up to `most` hashes."""
     raw = base64.b64decode(text, validate=True)
-    if len(raw) % 8 or len(raw) > 8 * LIMIT:
-        raise ValueError(f"{len(raw)} bytes are not up to {LIMIT} hashes of 8")
+    if len(raw) % 8 or len(raw) > 8 * most:
+        raise ValueError(f"{len(raw)} bytes are not up to {most} hashes of 8")
     hashes = struct.unpack(f">{len(raw) // 8}Q", raw)
     if encode(hashes) != text:
         raise ValueError("not the base64 of whole bytes")

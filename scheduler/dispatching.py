@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from broker import base, bodies, entries, errors, replies, subjects, usage
 from broker.messages import (
     Answer,
+    Cached,
     Command,
     Credit,
     Dispatch,
@@ -197,6 +198,7 @@ class Dispatching:
     async def watch(self) -> list[base.Subscription]:
         return [
             await self._broker.subscribe(subjects.ALL_CREDITS, self._on_news),
+            await self._broker.subscribe(subjects.ALL_CACHED, self._on_cached),
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._broker.subscribe(subjects.EXPLAIN, self._on_explain),
             await self._broker.subscribe(subjects.DISPATCH, self._on_dispatch),
@@ -432,7 +434,8 @@ class Dispatching:
             deadline=now + left,
             prompt_tokens=prompt_tokens,
             max_tokens=request.budget,
-            hashes=_hashes(request.prefix, prompt_tokens),
+            # No more than the prompt has: what is cached counts for less.
+            hashes=prefix.read(request.prefix)[: prompt_tokens // prefix.BLOCK_TOKENS],
             weight=self._config.weights.get(request.subject.tenant, 1.0),
         )
         if delivery.attempt > 1:
@@ -508,6 +511,38 @@ class Dispatching:
             return
         self._beats[beat.worker] = beat
         self._observe(beat, beat.credit, beat.dispatched)
+        self._compare(beat)
+
+    @_careful
+    def _compare(self, beat: Heartbeat) -> None:
+        """Have it tell all that its engine caches, if we have missed something of it."""
+        queue = self._queues.get(beat.base)
+        if queue is None or queue.dispatcher.told(beat.worker) == beat.cached:
+            return
+        if beat.cached:
+            self._spawn(self._broker.publish(subjects.inventory(beat.worker), b""))
+        else:
+            queue.dispatcher.caches(beat.worker, 0, (), time.monotonic())
+
+    @_careful
+    def _on_cached(self, message: base.Message) -> None:
+        if not self._epoch:
+            return
+        try:
+            told = Cached.model_validate_json(message.data)
+            taken, evicted = (prefix.decode(each, most=_MOST) for each in (told.taken, told.evicted))
+        except ValueError:
+            _log.warning("a message on %s is unreadable", message.subject)
+            return
+        beat = self._beats.get(told.worker)
+        queue = self._queues.get(beat.base) if beat is not None else None
+        if beat is None or queue is None or told.started_ms != beat.started_ms:
+            return
+        now = time.monotonic()
+        if told.whole:
+            queue.dispatcher.caches(told.worker, told.number, taken, now)
+        else:
+            queue.dispatcher.cache(told.worker, told.number, taken, evicted, now)
 
     def _lost(self, lost: held.Lost) -> None:
         """It fell silent; one that was started anew under its name has not."""
@@ -774,12 +809,3 @@ def _within(figure: int) -> int:
 def _tokens(figure: int) -> int:
     """Of one request."""
     return max(0, min(figure, _LONGEST))
-
-
-def _hashes(header: str, prompt_tokens: int) -> tuple[int, ...]:
-    """What can't be read is as if it were not there: it is worth no refusal."""
-    try:
-        # No more than the prompt has: what is cached counts for less.
-        return prefix.decode(header)[: prompt_tokens // prefix.BLOCK_TOKENS] if header else ()
-    except ValueError:
-        return ()

@@ -18,7 +18,17 @@ from broker.messages import TERMINAL, Frame, FrameKind, ModelCard, Request, Serv
 from kvstate import prefix
 from tests.waiting import LIMIT, until
 from workers.config import SimConfig, WorkerConfig
-from workers.engines.base import ASGIApp, Engine, EngineStats, NoAdapters, NoSleep, Receive, Scope, Send
+from workers.engines.base import (
+    ASGIApp,
+    Engine,
+    EngineStats,
+    NoAdapters,
+    NoSleep,
+    Receive,
+    Scope,
+    Send,
+    Untold,
+)
 from workers.engines.sim import expected_tokens, tokenize
 from workers.runner import Worker
 
@@ -225,7 +235,7 @@ def idle(engine: Engine) -> bool:
     return not stats.running and not stats.waiting and stats.kv_tokens_free == stats.kv_tokens_total
 
 
-class WaxEngine(NoAdapters, NoSleep):
+class WaxEngine(NoAdapters, NoSleep, Untold):
     """An engine whose app, figures and death a test shapes. `seen` holds the bodies it was called with."""
 
     name = "wax"

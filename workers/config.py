@@ -63,6 +63,9 @@ class VllmConfig(BaseModel):
         False,
         description="on a GPU: the engine can give its memory free, and keep the weights in the machine's",
     )
+    kv_events: bool = Field(
+        True, description="tell the scheduler what the prefix cache takes in and evicts, as vLLM tells it"
+    )
     adapter_slots: int = Field(
         0, ge=0, description="adapters in one step, vLLM's max_loras; 0 = no adapters are served"
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from broker import base, bodies, errors, messages, replies, subjects, usage
 from broker.messages import Latency, Request
+from kvstate import prefix
 from workers import metrics, recovery
 from workers.engines.base import ASGIMessage, Engine, Receive, Refused, Scope, Tap, current_tap
 
@@ -289,6 +290,7 @@ class Job:
 
     async def _call_engine(self) -> None:
         self.tap.between, self.tap.fail = self._flush, self.stop
+        self.tap.chain, self.tap.body_size = prefix.read(self.request.prefix), len(self.request.body)
         current_tap.set(self.tap)
         try:
             # Without limit until `stop` sets one, for an engine deaf to its disconnect.

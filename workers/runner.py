@@ -24,6 +24,7 @@ from broker.messages import Credit, Heartbeat, News, Request, Sent, ServiceClass
 from kvstate import budget
 from kvstate.uncomputed import Uncomputed
 from workers import held, intake, metrics, screening
+from workers.cached import Caching
 from workers.config import WorkerConfig
 from workers.control import Control
 from workers.dispatched import BEAT, Dispatched
@@ -50,6 +51,7 @@ class Worker:
         self._state: Literal["serving", "draining", "asleep", "gone"] = "serving"
         self._started_ms = replies.now_ms()
         self._held = held.Held(broker, self.name, self._started_ms)
+        self._caching = Caching(broker, self.name, self._started_ms, engine.blocks)
         self._jobs: dict[str, Job] = {}
         self._prefilling: dict[Job, int] = {}  # those without a token yet, and their prompts' estimates
         self._prefill_held = 0
@@ -99,6 +101,9 @@ class Worker:
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._broker.subscribe(subjects.ALL_TAKEN, self._on_taken),
             await self._broker.subscribe(subjects.roster(self.name), self._on_roster),
+            await self._broker.subscribe(
+                subjects.inventory(self.name), lambda _: self._spawn(self._caching.tell_all())
+            ),
             await self._broker.subscribe(subjects.run(self.name), self._on_sent),
             await self._broker.subscribe(subjects.DISPATCH, self._dispatched.hear),
         ]
@@ -609,6 +614,7 @@ class Worker:
 
     async def _announce(self) -> None:
         await self._held.tell()
+        await self._caching.tell(heard=self._dispatched.active)
         credit = self._credit_told()
         beat = Heartbeat(
             worker=self.name,
@@ -628,6 +634,7 @@ class Worker:
             max_rank=self._engine.max_rank,
             adapters_in_memory=self._engine.adapters_in_memory,
             dispatched=self._dispatched.last,
+            cached=self._caching.number,
         )
         self._beats += 1
         metrics.observe_engine(self._engine.stats(), credit)

@@ -11,7 +11,7 @@ than computing it anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -148,7 +148,7 @@ class Dispatcher:
         if sent is None:
             return
         item = sent.item
-        self._running.learn(sent, output_tokens, now)
+        self._running.learn(sent, output_tokens, now, prompt_tokens)
         self._shares[RANKS[item.service_class]].charge(item.tenant, 2.0 * output_tokens, now)
         self._predictor.ended(sent.slot, now - sent.at, self._fleet[sent.slot].slots_total)
         if cached_tokens is not None and prompt_tokens:
@@ -170,6 +170,20 @@ class Dispatcher:
             sent.stays = True
             self._explained.stays(key)
             self._preemption.back(sent.slot, key)
+
+    def told(self, worker: str) -> int:
+        """Number of the last change of its engine's cache that is known; 0 = it tells none."""
+        return self._index.told(worker)
+
+    def cache(
+        self, worker: str, number: int, taken: Sequence[int], evicted: Sequence[int], now: float
+    ) -> None:
+        """Its engine has taken prefix blocks into its cache and evicted others: the change of that number."""
+        self._index.change(worker, number, taken, evicted, now)
+
+    def caches(self, worker: str, number: int, blocks: Sequence[int], now: float) -> None:
+        """These are all that its engine caches, as of that change. Number 0: it tells nothing any more."""
+        self._index.reset(worker, number, blocks, now)
 
     def served(self, now: float) -> dict[str, dict[str, float]]:
         """Tokens that each tenant was served for its weight, by class: for a successor's `resume`."""

@@ -22,6 +22,9 @@ KEEP = 0.98
 PRIOR = 64.0
 """Output tokens that the pace assumed for a new worker weighs as much as."""
 
+OFF = 2.0
+"""Times by which a prompt may be longer or shorter than its bytes say, in what it teaches of others."""
+
 _SPREAD = math.sqrt(2) - 1
 """Its multiples by consecutive numbers, or by each n-th, lie evenly between two whole ones. Not the golden
 ratio: by that some are refused, and those that are left would lie evenly no more."""
@@ -81,6 +84,7 @@ class Running:
         self._refreshed: dict[int, float] = {}
         self._paces: dict[int, _Pace] = {}
         self._batches: dict[int, int] = {}  # by slot: batch requests there
+        self._scale, self._counted = 1.0, 0  # tokens as engines count them, for one that was estimated
         self.reserve = Reserve()
 
     def __len__(self) -> int:
@@ -129,7 +133,7 @@ class Running:
         if account.total == 0:
             return True
         self._refresh(slot, now)
-        return account.fits(rights.value, item.context, self._remaining(item, 0), item.hashes)
+        return account.fits(rights.value, self._tokens(item), self._remaining(item, 0), item.hashes)
 
     def add(self, sent: Sent) -> None:
         key = sent.item.key
@@ -159,9 +163,14 @@ class Running:
         """Slots whose workers have batch requests."""
         return self._batches.keys()
 
-    def learn(self, sent: Sent, output_tokens: int, now: float) -> None:
-        """It has ended now, and made so much there."""
+    def learn(self, sent: Sent, output_tokens: int, now: float, prompt_tokens: int = 0) -> None:
+        """It has ended now, and made so much there. `prompt_tokens`: as its engine counted; 0 = untold."""
         item = sent.item
+        if prompt_tokens and not item.done_tokens:
+            # Bounded: where a body holds an image, its bytes say nothing of others' texts.
+            scale = min(max(prompt_tokens / item.context, 1 / OFF), OFF)
+            self._counted += 1
+            self._scale += max(1 - KEEP, 1 / self._counted) * (scale - self._scale)
         if output_tokens > 0:
             self._lengths.learn(item.model, item.tenant, item.done_tokens + output_tokens)
         if sent.first is not None and output_tokens > 1:
@@ -174,7 +183,7 @@ class Running:
             return None
         if slots_full or self._accounts[slot].fits(
             item.service_class.value,
-            item.context,
+            self._tokens(item),
             self._remaining(item, 0),
             item.hashes,
             without={each.item.key for each in batch},
@@ -186,6 +195,10 @@ class Running:
         on = self._on[slot].values()
         return (each for each in on if each.item.service_class is ServiceClass.BATCH and not each.stays)
 
+    def _tokens(self, item: Item) -> int:
+        """That it has when it comes, by what engines have counted of those before."""
+        return max(1, round(self._scale * item.context))
+
     def _remaining(self, item: Item, made: int) -> float:
         """Drawn by its key from the lengths of those that ended: so the sum over many is neither too high nor
         too low. The same quantile for each would make it so."""
@@ -196,7 +209,7 @@ class Running:
 
     def _enter(self, account: Account, key: int, sent: Sent) -> None:
         rest = self._remaining(sent.item, 0)
-        account.add(key, sent.item.service_class.value, sent.item.context, rest, sent.item.hashes)
+        account.add(key, sent.item.service_class.value, self._tokens(sent.item), rest, sent.item.hashes)
 
     def _refresh(self, slot: int, now: float) -> None:
         """Their outputs have grown since they were sent, at the worker's pace."""
@@ -210,4 +223,4 @@ class Running:
                 made = int((now - sent.first) / token)
                 if sent.item.max_tokens:
                     made = min(made, max(0, sent.item.max_tokens - sent.item.done_tokens))
-                account.progress(key, sent.item.context + made, self._remaining(sent.item, made))
+                account.progress(key, self._tokens(sent.item) + made, self._remaining(sent.item, made))

@@ -10,10 +10,13 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import orjson
 import psutil
 import pytest
 
 from broker import errors
+from ingress import prompt
+from kvstate import prefix
 from tests import asgi
 from tests.contract.conftest import ROOT
 from tests.waiting import LIMIT, until
@@ -123,6 +126,35 @@ async def test_every_endpoint_is_tapped(engine: base.Engine, path: str, stream: 
     assert tap.scheduled_at is not None
     assert tap.first_token_at is not None
     assert before < tap.scheduled_at < tap.first_token_at < time.monotonic()
+
+
+async def test_what_its_cache_holds_is_told(engine: base.Engine) -> None:
+    told = engine.blocks
+    assert told is not None
+    messages = [{"role": "system", "content": "The mill stands by the river. " * 80}, *ASK]
+    body = body_for(CHAT, messages, 2)
+    names = prefix.read(prompt.hashes(body, 0, engine.base))
+    assert len(names) == 4
+
+    async def ask(messages: list[dict[str, Any]], chain: tuple[int, ...]) -> set[int]:
+        """What of `names` it holds then."""
+        async with asgi.request(engine.app, CHAT, body_for(CHAT, messages, 2)) as call:
+            call.tap.chain, call.tap.body_size = chain, len(orjson.dumps(body))
+            await call.json()
+        told.changes()
+        return set(names) & set(told.held())
+
+    async def is_told() -> bool:
+        return await ask(messages, names) == set(names)
+
+    async def is_gone() -> bool:
+        return not await ask(ASK, ())
+
+    await until(is_told)
+    loaded: Any = engine
+    await loaded._llm.reset_prefix_cache()
+    await until(is_gone)
+    await until(is_told)
 
 
 async def test_choices_of_several_prompts_number_on(engine: base.Engine) -> None:

@@ -25,6 +25,8 @@ from referencing.jsonschema import DRAFT7
 from broker import client, codec, errors, messages, subjects
 from broker.config import BrokerConfig
 from broker.messages import LAST_EPOCH, TERMINAL, Frame, FrameKind
+from kvstate import prefix
+from kvstate.blocks import Blocks
 from scheduler.config import SchedulerConfig
 from scheduler.service import Scheduler
 from tests.waiting import LIMIT, until
@@ -113,6 +115,8 @@ def test_addresses_are_the_subjects_that_the_code_builds() -> None:
     assert _address("takeovers", *names[:2]) == subjects.taken("a%2Eb.batch")
     assert _address("fleet", "a.b") == subjects.heartbeat("a.b")
     assert _address("held", "a.b") == subjects.held("a.b")
+    assert _address("cached", "a.b") == subjects.cached("a.b")
+    assert _address("inventory", "a.b") == subjects.inventory("a.b")
     assert _address("roster", "a.b") == subjects.roster("a.b")
     assert _address("dispatch") == subjects.DISPATCH
     assert _address("explanations") == subjects.EXPLAIN
@@ -166,6 +170,7 @@ def _tree(root: type[errors.HeadraceError]) -> Iterator[type[errors.HeadraceErro
         messages.Answer,
         messages.PoolBeat,
         messages.News,
+        messages.Cached,
         messages.Dispatch,
         messages.Sent,
     ],
@@ -317,6 +322,7 @@ async def wire(nats_url: str) -> AsyncIterator[Wire]:
             "dead",
             "run",
             "credit",
+            "cached",
         ):
             await connection.subscribe(f"{root}.>", cb=wire.on_message)
         await connection.subscribe("dispatch", cb=wire.on_message)
@@ -354,6 +360,7 @@ def _name_of(message: Msg) -> str:
         "dispatch": "Dispatch",
         "run": "Run",
         "credit": "News",
+        "cached": "Cached",
         "usage": "Usage",
         "dead": "DeadLetter",
     }
@@ -403,7 +410,10 @@ async def test_what_goes_over_the_wire_is_what_is_documented(
         await until(lambda: sim_worker._dispatched.active and not sim_worker._pullers)
         acks.append(await wire.publish(_chat(), _headers("handed-out", Budget="8")))
         assert (await wire.ended("handed-out")).kind is FrameKind.END
-        await wire.until_said("dispatch", "run.w1", "credit.w1")
+        sim_worker._caching._blocks = told = Blocks()  # as of an engine that tells
+        told.stored([1], None, [1], 1, [()])
+        told.ran([1], [1], prefix.BLOCK)
+        await wire.until_said("dispatch", "run.w1", "credit.w1", "cached.w1")
 
     requests = [msg for msg in wire.heard if msg.subject.startswith("req.")]
     await wire.publish(b"garbage", {"Reply-To": "out.acme.box.malformed"})

@@ -19,6 +19,9 @@ from broker.base import Broker, Message
 from broker.config import BrokerConfig
 from broker.messages import Credit, Dispatch, FrameKind, News, Sent
 from broker.server import NatsServer
+from kvstate import prefix
+from kvstate.blocks import Blocks
+from kvstate.index import PrefixIndex
 from scheduler import dispatching, ledger
 from scheduler.config import SchedulerConfig
 from scheduler.dispatch.config import DispatchConfig
@@ -152,9 +155,54 @@ async def led(at: Serving) -> None:
     await until(lambda: at.worker._dispatched.active and not at.worker._pullers)
 
 
+def index(at: Desk) -> PrefixIndex | None:
+    """What the scheduler thinks that workers cache."""
+    queue = at.scheduler._dispatching._queues.get("sim")
+    return queue.dispatcher._index if queue is not None else None
+
+
 async def pulls(at: Serving) -> None:
     """Until it pulls again."""
     await until(lambda: not at.worker._dispatched.active and at.worker._pullers)
+
+
+async def test_who_dispatches_knows_what_a_worker_says_that_it_caches(
+    server: NatsServer, broker: Broker
+) -> None:
+    engine = await sim.start(FAST)
+    told = engine.blocks = Blocks()
+
+    def take(name: int) -> None:
+        told.stored([name], None, [name], 1, [()])
+        told.ran([name], [name], prefix.BLOCK)
+
+    def knows(at: Desk, *names: int) -> bool:
+        found = index(at)
+        if found is None or found.told(engine_at.worker.name) != told.number:
+            return False
+        return [name for name in range(9) if found.depths([name])] == list(names)
+
+    async with serving(broker, engine) as engine_at:
+        take(1)
+        take(2)
+        await until(lambda: told.number)  # told to nobody
+        async with desk(server.url, "s1") as first:
+            await until(lambda: knows(first, 1, 2))
+            told.removed([1])
+            take(3)
+            await until(lambda: knows(first, 2, 3))
+            told.number += 1  # a message that got lost
+            take(4)
+            await until(lambda: knows(first, 2, 3, 4))
+            async with desk(server.url, "s2") as second:
+                await first.kill()
+                await until(lambda: knows(second, 2, 3, 4))
+                told.cleared()
+                await until(lambda: knows(second))
+                take(5)
+                await until(lambda: knows(second, 5))
+                told.lose()
+                await until(lambda: knows(second, 5))  # no more than a guess
 
 
 async def test_requests_are_handed_out_while_a_scheduler_leads(

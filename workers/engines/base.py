@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from broker import errors
 from broker.messages import ModelCard
+from kvstate.blocks import Blocks
 
 Scope = MutableMapping[str, Any]
 ASGIMessage = MutableMapping[str, Any]
@@ -65,6 +66,10 @@ class Tap:
     `between` when the app asks for the next one.
     """
 
+    chain: tuple[int, ...] = ()
+    """Written by the job before it calls the app: names of its prompt's first blocks, for `Engine.blocks`."""
+    body_size: int = 0
+    """Bytes; likewise."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -115,6 +120,7 @@ class Engine(Protocol):
         adapters_in_memory: adapters that may be loaded at once, at least as many.
         max_rank: the largest rank of an adapter that it takes.
         can_sleep: whether it takes `sleep` and `wake`.
+        blocks: what its prefix cache holds; None = it does not tell.
         models: what it serves, the base first; each card lists the HTTP paths it answers.
         on_change: called, when set, after each step that changed `stats()`. Never blocks.
         died: done when the engine can serve no more, with the reason as its exception.
@@ -127,6 +133,7 @@ class Engine(Protocol):
     adapters_in_memory: int
     max_rank: int
     can_sleep: bool
+    blocks: Blocks | None
     app: ASGIApp
     models: tuple[ModelCard, ...]
     on_change: Callable[[], None] | None
@@ -173,6 +180,12 @@ class NoAdapters:
 
     async def unload_adapter(self, model: str) -> None:
         return
+
+
+class Untold:
+    """For an engine that does not tell what it caches."""
+
+    blocks: Blocks | None = None
 
 
 class NoSleep:

@@ -28,6 +28,7 @@ from workers.engines.base import (
     Scope,
     Send,
     Tap,
+    Untold,
     current_tap,
 )
 from workers.engines.http_usage import Meter
@@ -38,7 +39,7 @@ _TO_SERVER = (b"content-type", b"accept", b"authorization")
 _FROM_SERVER = ("content-type", "retry-after", "x-request-id")
 
 
-class HttpEngine(NoAdapters, NoSleep):
+class HttpEngine(NoAdapters, NoSleep, Untold):
     """See `workers.engines.base.Engine`; make one with `start`.
 
     A server that refuses a connection is given nothing more until it passes a health check.

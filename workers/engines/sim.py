@@ -20,7 +20,7 @@ from broker import errors
 from broker.messages import ModelCard
 from workers.config import SimConfig
 from workers.engines import asgi, sim_adapter, sim_request
-from workers.engines.base import ASGIApp, EngineStats, Receive, Scope, Send, current_tap
+from workers.engines.base import ASGIApp, EngineStats, Receive, Scope, Send, Untold, current_tap
 from workers.engines.sim_answer import Answer
 from workers.engines.sim_formats import FORMATS, Format
 from workers.engines.sim_pace import ClockPacer, Pacer, Reader, StepPacer
@@ -32,7 +32,7 @@ __all__ = ["SimEngine", "chat_prompt", "expected_tokens", "serve", "start", "tex
 _SSE = [(b"content-type", b"text/event-stream; charset=utf-8")]
 
 
-class SimEngine:
+class SimEngine(Untold):
     """See `workers.engines.base.Engine`; make one with `start`."""
 
     name = "sim"

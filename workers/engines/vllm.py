@@ -85,7 +85,10 @@ async def start(config: VllmConfig) -> VllmEngine:
             _prepare(_EAGER_CPU_ENVIRONMENT)
         from workers.engines import vllm_engine
 
-        return await vllm_engine.start(options, required={name.replace("_", "-") for name in config.extra})
+        required = {name.replace("_", "-") for name in config.extra}
+        # Of several EngineCores each has a cache of its own, and an operator's own listener has the events.
+        tells = config.kv_events and not required & {"data-parallel-size", "kv-events-config"}
+        return await vllm_engine.start(options, required, tells)
 
 
 @contextmanager

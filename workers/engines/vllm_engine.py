@@ -28,9 +28,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from broker import errors
 from broker.messages import PATHS, ModelCard
+from kvstate.blocks import Blocks
 from workers.engines import vllm_core, vllm_replay
 from workers.engines.base import ASGIApp, ASGIMessage, EngineStats, Receive, Scope, Send
 from workers.engines.vllm_adapters import Loras
+from workers.engines.vllm_events import Events
 from workers.engines.vllm_tap import Steps, TappedLLM
 
 _log = logging.getLogger(__name__)
@@ -38,9 +40,13 @@ _log = logging.getLogger(__name__)
 Options = Mapping[str, str | int | float | bool]
 
 
-async def start(options: Options, required: set[str]) -> VllmEngine:
-    """Start vLLM with these command-line options. See `vllm.start`."""
+async def start(options: Options, required: set[str], tells: bool) -> VllmEngine:
+    """Start vLLM with these command-line options. See `vllm.start`. `tells`: what it caches."""
     steps = Steps()
+    blocks = Blocks() if tells else None
+    events = Events(blocks) if blocks is not None else None
+    if events is not None:
+        options = {**options, "kv-events-config": events.option()}
     try:
         args = _parse(options, required)
         _adopt_logs()
@@ -57,6 +63,8 @@ async def start(options: Options, required: set[str]) -> VllmEngine:
             )
         vllm_replay.attach(llm, force)
     except (ValueError, TypeError, KeyError, OSError, RuntimeError) as exc:
+        if events is not None:
+            events.close()
         raise errors.EngineFailed(f"vLLM did not start: {exc}") from exc
     finally:
         _adopt_logs()
@@ -69,9 +77,12 @@ async def start(options: Options, required: set[str]) -> VllmEngine:
         app.middleware_stack = app.build_middleware_stack()  # it was built before its handlers were complete
         # vLLM's error handlers set it when the engine is dead, to end their HTTP server.
         app.state.server = SimpleNamespace(should_exit=False)
-        engine = VllmEngine(llm, app, steps)
+        engine = VllmEngine(llm, app, steps, events)
+        llm.blocks = engine.blocks = blocks
         await engine.warm_up()
     except BaseException:
+        if events is not None:
+            events.close()
         llm.shutdown()
         raise
     gc.collect()
@@ -118,8 +129,12 @@ class VllmEngine:
     name = "vllm"
     continues = True
 
-    def __init__(self, llm: TappedLLM, app: Any, steps: Steps) -> None:
+    def __init__(self, llm: TappedLLM, app: Any, steps: Steps, events: Events | None) -> None:
         self._llm = llm
+        self.blocks: Blocks | None = None
+        self._events = events
+        if events is not None:
+            events.open()
         self.app: ASGIApp = _heeding_disconnects(app)
         config = llm.vllm_config
         self._kv_blocks = max(0, (config.cache_config.num_gpu_blocks or 0) - 1)  # one is vLLM's null block
@@ -200,6 +215,8 @@ class VllmEngine:
             return
         self._closed = True
         self._unwatch()
+        if self._events is not None:
+            self._events.close()
         self._llm.output_handler.cancel()  # or it reports the death of what is being stopped
         self._llm.output_processor.propagate_error(EngineDeadError())
         gc.unfreeze()

@@ -18,6 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from broker import errors
+from kvstate.blocks import Blocks
 from workers.engines import vllm_replay
 from workers.engines.base import Tap, current_tap
 
@@ -45,6 +46,7 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._untold: set[_Untold] = set()
         self.force = vllm_replay.Force.NOTHING
+        self.blocks: Blocks | None = None
         super().__init__(*args, **kwargs)
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **more: Any) -> AsyncIterator[Any]:
@@ -53,7 +55,8 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
             return self._generate(prompt, sampling_params, request_id, **more)
         first_choice, tap.choices = tap.choices, tap.choices + sampling_params.n
         outputs = self._begun(tap, first_choice, prompt, sampling_params, request_id, more)
-        return self._tapped(outputs, tap, first_choice, request_id, sampling_params.output_kind)
+        ran = functools.partial(self._ran, tap, prompt, more.get("lora_request"))
+        return self._tapped(outputs, tap, first_choice, request_id, sampling_params.output_kind, ran)
 
     def _generate(self, *args: Any, **more: Any) -> AsyncIterator[Any]:
         outputs: AsyncIterator[Any] = super().generate(*args, **more)
@@ -72,9 +75,15 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
         )
 
     async def _tapped(
-        self, outputs: Any, tap: Tap, first_choice: int, request_id: str, kind: Any
+        self,
+        outputs: Any,
+        tap: Tap,
+        first_choice: int,
+        request_id: str,
+        kind: Any,
+        ran: Callable[[Any], None],
     ) -> AsyncIterator[Any]:
-        reader = _Reader(tap, first_choice, delta=kind == RequestOutputKind.DELTA)
+        reader = _Reader(tap, first_choice, ran, delta=kind == RequestOutputKind.DELTA)
         untold = _Untold(tap, request_id)
         if kind != RequestOutputKind.DELTA:
             self._untold.add(untold)
@@ -97,6 +106,13 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
             raise
         finally:
             self._untold.discard(untold)
+
+    def _ran(self, tap: Tap, prompt: Any, lora: Any, tokens: Any) -> None:
+        """Its prompt is in the cache, under what vLLM keeps it apart by: adapter, and the caller's salt."""
+        if self.blocks is not None and not tap.replay:
+            salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+            name = (lora.lora_name,) if lora is not None else ()
+            self.blocks.ran(tap.chain, tokens, tap.body_size, name, (salt,) if salt else ())
 
     async def encode(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         tap = current_tap.get()
@@ -136,8 +152,9 @@ class _Reader:
     vLLM's times are the EngineCore's monotonic clock, which on one machine is ours too.
     """
 
-    def __init__(self, tap: Tap, first_choice: int, delta: bool) -> None:
+    def __init__(self, tap: Tap, first_choice: int, ran: Callable[[Any], None], delta: bool) -> None:
         self._tap = tap
+        self._ran = ran
         self._first_choice = first_choice
         self._delta = delta
         self._seen: dict[int, int] = {}
@@ -149,6 +166,7 @@ class _Reader:
             self._prompt_counted = True
             tap.prompt_tokens += len(output.prompt_token_ids or ())
             tap.cached_tokens += output.num_cached_tokens or 0
+            self._ran(output.prompt_token_ids or ())
         if tap.scheduled_at is None and times is not None and times.scheduled_ts:
             tap.scheduled_at = times.scheduled_ts
         now = (times.first_token_ts if times is not None else 0.0) or time.monotonic()

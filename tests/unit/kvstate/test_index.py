@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvstate.cache import LEAST, SLACK
+from kvstate.cache import LEAST, SLACK, SPARE
 from kvstate.errors import IntegrityError
 from kvstate.index import PrefixIndex
 
@@ -44,8 +44,12 @@ class NaiveCache:
 
     capacity: int
     entries: list[Entry] = field(default_factory=list)
-    event: int = 0
+    told: int = 0
     share: float = 1.0
+
+    @property
+    def room(self) -> int:
+        return SPARE * self.capacity if self.told else round(self.capacity * self.share)
 
     def learn(self, hashes: tuple[int, ...], cached: int, sent: float) -> None:
         found = [self.find(block) for block in hashes]
@@ -89,7 +93,7 @@ class Fleet(RuleBasedStateMachine):
 
     def trim(self) -> None:
         for cache in self.naive.values():
-            room = min(round(cache.capacity * cache.share), MOST // len(self.naive))
+            room = min(cache.room, MOST // len(self.naive))
             del cache.entries[: max(0, len(cache.entries) - room)]
 
     def expire(self) -> None:
@@ -141,6 +145,11 @@ class Fleet(RuleBasedStateMachine):
         cache = self.naive.get(worker)
         if cache is None:
             return
+        if cache.told:
+            for block in reversed(hashes):
+                cache.touch(block, self.now, self.now + TTL)
+            self.trim()
+            return
         if ago < math.inf:
             cache.learn(hashes, cached, self.now - ago)
         for _ in range(tail):
@@ -157,53 +166,33 @@ class Fleet(RuleBasedStateMachine):
         self.expire()
         assert self.index.due > self.now
 
-    def missing(self, worker: str, event: int) -> tuple[int, int] | None:
-        last = self.naive[worker].event
-        return (last + 1, event) if event > last + 1 else None
-
     @precondition(lambda self: self.naive)
-    @rule(worker=workers, step=st.sampled_from([-1, 0, 1, 1, 1, 3]), hashes=chains)
-    def stored(self, worker: str, step: int, hashes: tuple[int, ...]) -> None:
+    @rule(worker=workers, step=st.sampled_from([-1, 0, 1, 1, 1, 3]), hashes=chains, evicted=chains)
+    def change(self, worker: str, step: int, hashes: tuple[int, ...], evicted: tuple[int, ...]) -> None:
         cache = self.naive.get(worker)
-        event = (cache.event if cache else 0) + step
-        got = self.index.stored(worker, event, hashes, self.now)
-        if cache is None:
-            assert got is None
-            return
-        assert got == self.missing(worker, event)
-        if step == 1:
-            cache.event = event
+        number = (cache.told if cache else 0) + step
+        self.index.change(worker, number, hashes, evicted, self.now)
+        if cache is not None and step == 1:
+            cache.told = number
+            cache.entries = [entry for entry in cache.entries if entry.block not in evicted]
             for block in reversed(hashes):
                 cache.touch(block, self.now, None)
             self.trim()
 
-    @precondition(lambda self: self.naive)
-    @rule(worker=workers, step=st.sampled_from([-1, 0, 1, 1, 1, 3]), hashes=chains)
-    def removed(self, worker: str, step: int, hashes: tuple[int, ...]) -> None:
+    @rule(worker=workers, step=st.sampled_from([-1, 0, 1, 3, -math.inf]), hashes=chains)
+    def reset(self, worker: str, step: float, hashes: tuple[int, ...]) -> None:
         cache = self.naive.get(worker)
-        event = (cache.event if cache else 0) + step
-        got = self.index.removed(worker, event, hashes)
-        if cache is None:
-            assert got is None
+        number = int(max(0, (cache.told if cache else 0) + step))
+        self.index.reset(worker, number, hashes, self.now)
+        if cache is None or 0 < number < cache.told:
             return
-        assert got == self.missing(worker, event)
-        if step == 1:
-            cache.event = event
-            cache.entries = [entry for entry in cache.entries if entry.block not in hashes]
-
-    @rule(worker=workers, step=st.integers(-1, 3), hashes=chains)
-    def reset(self, worker: str, step: int, hashes: tuple[int, ...]) -> None:
-        cache = self.naive.get(worker)
-        event = (cache.event if cache else 0) + step
-        self.index.reset(worker, event, hashes, self.now)
-        if cache is None or step < 0:
-            return
-        cache.event = event
-        predicted = [entry for entry in cache.entries if entry.expires is not None]
-        cache.entries = []
-        for block in reversed(hashes):
-            cache.touch(block, self.now, None)
-        cache.entries += [entry for entry in predicted if entry.block not in hashes]
+        cache.told = number
+        if number:
+            predicted = [entry for entry in cache.entries if entry.expires is not None]
+            cache.entries = []
+            for block in reversed(hashes):
+                cache.touch(block, self.now, None)
+            cache.entries += [entry for entry in predicted if entry.block not in hashes]
         self.trim()
 
     @invariant()
@@ -361,9 +350,9 @@ def test_the_whole_state_of_a_cache_leaves_room_for_predictions() -> None:
     index = PrefixIndex()
     index.join("w", 5)
     index.predict("w", blocks(0, 3), 0)
-    index.reset("w", 1, blocks(10, 5), 1)
+    index.reset("w", 1, blocks(10, 9), 1)
     assert index.depths(blocks(0, 3)) == [(3, 1)]
-    assert index.depths(blocks(10, 5)) == [(2, 1)]
+    assert index.depths(blocks(10, 9)) == [(7, 1)]
 
 
 def test_levels_are_within_each_other() -> None:
@@ -401,21 +390,35 @@ def test_the_fleet_has_a_bound_that_its_workers_share() -> None:
     index.check()
 
 
-def test_a_gap_in_the_events_is_told_until_it_is_filled() -> None:
+def test_after_a_gap_in_the_changes_the_whole_state_is_needed() -> None:
     index = PrefixIndex()
     index.join("w", 100)
-    assert index.stored("w", 1, blocks(0, 2), 0) is None
-    assert index.stored("w", 4, blocks(3, 1), 0) == (2, 4)
-    assert index.removed("w", 5, blocks(0, 1)) == (2, 5)
+    index.change("w", 1, blocks(0, 2), (), 0)
+    index.change("w", 3, blocks(2, 1), blocks(0, 1), 0)
+    assert index.told("w") == 1
     assert index.depths(blocks(0, 4)) == [(2, 1)]
-    assert [index.stored("w", n, blocks(n, 1), 0) for n in (2, 3, 4)] == [None] * 3
-    assert index.removed("w", 5, blocks(4, 1)) is None
-    assert index.depths(blocks(0, 9)) == [(4, 1)]
     index.reset("w", 9, blocks(20, 3), 0)
     index.reset("w", 8, blocks(40, 3), 0)
-    assert index.held("w") == 3
-    assert index.removed("w", 10, blocks(22, 1)) is None
+    index.change("w", 10, (), blocks(22, 1), 0)
+    assert (index.told("w"), index.held("w")) == (10, 2)
     assert index.depths(blocks(20, 9)) == [(2, 1)]
+    index.check()
+
+
+def test_what_an_engine_tells_of_is_neither_guessed_nor_evicted_here() -> None:
+    index = PrefixIndex(ttl=5)
+    index.join("w", 10)
+    index.change("w", 1, blocks(0, 15), (), 0)
+    used_at(index, blocks(100, 2), 1)
+    assert index.depths(blocks(0, 15)) == [(15, 1)]
+    assert index.depths(blocks(100, 2)) == [(2, 1)]
+    index.expire(7)
+    assert index.depths(blocks(100, 2)) == []
+    index.reset("w", 0, (), 8)
+    assert index.depths(blocks(0, 15)) == [(10, 1)]
+    used_at(index, blocks(100, 2), 9)
+    index.expire(99)
+    assert index.depths(blocks(100, 2)) == [(2, 1)]
     index.check()
 
 

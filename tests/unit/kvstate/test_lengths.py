@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import pytest
@@ -47,7 +48,9 @@ def test_a_forecast_is_a_quantile_of_the_first_history_that_knows_enough(
                 assert sum(n <= got for n in longer) >= quantile * len(longer)
                 assert sum(n < got for n in longer) < quantile * len(longer)
             return
-    assert lengths.WARM_RATIO * left * (1 - 1e-9) <= got <= lengths.COLD_RATIO * (left or lengths.UNKNOWN_MAX)
+    drawn = -lengths.MEAN * math.log(1 - quantile) if quantile < 1 else math.inf
+    assert min(drawn, lengths.WARM_RATIO * left) * (1 - 1e-9) <= got
+    assert got * (1 - 1e-9) <= min(drawn, lengths.COLD_RATIO * (left or lengths.UNKNOWN_MAX))
 
 
 @given(learned, names, names, tokens, st.integers(1, 80), quantiles)
@@ -67,16 +70,23 @@ def test_a_higher_quantile_never_forecasts_less(
 
 
 def test_with_nothing_known_a_share_of_the_limit_is_assumed() -> None:
-    assert lengths.Lengths().remaining("m", "t", 0, 1000, 0.9) == pytest.approx(700)
-    assert lengths.Lengths().remaining("m", "t", 400, 1000, 0.9) == pytest.approx(420)
-    assert lengths.Lengths().remaining("m", "t", 400, 0, 0.9) == pytest.approx(0.7 * lengths.UNKNOWN_MAX)
+    assert lengths.Lengths().remaining("m", "t", 0, 1000, 0.99) == pytest.approx(700)
+    assert lengths.Lengths().remaining("m", "t", 400, 1000, 0.99) == pytest.approx(420)
+    assert lengths.Lengths().remaining("m", "t", 400, 0, 0.99) == pytest.approx(0.7 * lengths.UNKNOWN_MAX)
+
+
+def test_of_many_of_which_nothing_is_known_the_mean_is_assumed() -> None:
+    book = taught([("m", "t", 20)] * lengths.ENOUGH)
+    for so_far in (40, 400):
+        drawn = [book.remaining("m", "t", so_far, 10**6, n / 1000) for n in range(1000)]
+        assert sum(drawn) / 1000 == pytest.approx(lengths.MEAN, rel=0.01)
 
 
 def test_the_share_falls_with_the_outputs_seen() -> None:
     book = lengths.Lengths()
     shares = []
     for _ in range(700):
-        shares.append(book.remaining("m", "t", 10, 1010, 0.9))
+        shares.append(book.remaining("m", "t", 10, 1010, 1.0))
         book.learn("m", "t", 10)
     assert shares == sorted(shares, reverse=True)
     assert shares[300] == pytest.approx(399)

@@ -71,7 +71,22 @@ def test_outputs_grow_as_fast_as_those_that_ended(real: float) -> None:
     for key in range(8):
         begin(running, key)
     assert fits(running, 6000, 100 * real)
-    assert not fits(running, 1000, 1000 * real)
+    assert not fits(running, 2000, 1000 * real)
+
+
+def test_prompts_are_as_long_as_engines_have_counted() -> None:
+    running = worker(10_000)
+    history(running, [1] * 50)
+    begin(running, 1, prompt=6000)
+    assert not fits(running, 6000, 0.0)
+    end(running, 1, 1, 0.0)
+    for _ in range(300):
+        sent = begin(running, 2, prompt=1500)
+        running.pop(2)
+        running.learn(sent, 1, 0.0, prompt_tokens=1000)
+    begin(running, 1, prompt=6000)
+    assert fits(running, 6000, 0.0)
+    assert not fits(running, 9000, 0.0)
 
 
 def test_a_first_token_at_time_zero_is_one() -> None:
