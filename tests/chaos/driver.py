@@ -77,7 +77,8 @@ async def run(
             "minutes": minutes,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
-            **report.figures(tally, stage.struck, stage.elections, stage.unled, stage.takeovers),
+            **report.figures(tally, stage.struck, stage.leaderless, stage.takeovers),
+            "longest_gaps": report.longest(tally, stage.leaderless, began),
             "restarts": stage.restarts,
             "failures": failures,
         }

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.results import percentile
 from tests.chaos.check import End, Problem, Transcript, check, recovery_gap
 from tests.chaos.clients import Manner
 from tests.chaos.plan import ELECTION, Kind
-from tests.chaos.stage import PACE, Span, Struck
+from tests.chaos.stage import JOURNAL, PACE, SCHEDULERS, Span, Struck
 
 GOAL = 1.0
-"""Seconds within which 99 in 100 recovery gaps end, while the journal and the schedulers have a leader."""
+"""Seconds within which 99 in 100 recovery gaps end, while journal, queue and schedulers have leaders."""
 
 _TOKENS = ("lost", "doubled", "reordered", "foreign")
 _WITHIN = 0.5
 """Seconds after a fault in which the silence begins that is laid to it: buffers run empty first."""
 _NEAR = 15.0
-_LED, _ELECTING, _UNLED = "with leaders", "journal elects", "no scheduler leads"
+_LED = "with leaders"
 _LEASED, _NODE_LOST = "takeover", "and a node is lost"
 _SHOWN = 20
 
@@ -79,13 +79,12 @@ def hit(seen: Transcript, struck: Struck) -> bool:
 def figures(
     tally: Tally,
     struck: Sequence[Struck],
-    elections: Sequence[Span],
-    unled: Sequence[Span],
+    leaderless: Mapping[str, Sequence[Span]],
     takeovers: Sequence[Span],
 ) -> dict[str, Any]:
-    gaps: dict[str, list[float]] = {"all": [], _LED: [], _ELECTING: [], _UNLED: []}
+    gaps: dict[str, list[float]] = {name: [] for name in ("all", _LED, *leaderless)}
     for gap in sorted(tally.gaps):
-        led = _ELECTING if gap.meets(elections) else _UNLED if gap.meets(unled) else _LED
+        led = next((name for name, spans in leaderless.items() if gap.meets(spans)), _LED)
         for name in "all", led, str(gap.kind):
             gaps.setdefault(name, []).append(gap.seconds)
     spread = {kind: _distribution(found) for kind, found in gaps.items()}
@@ -103,12 +102,21 @@ def figures(
         "otherwise_wrong": {
             kind: n for kind, n in tally.problems.items() if kind not in (*_TOKENS, "interrupted", "hung")
         },
-        "elections": len(elections),
-        "changes_of_scheduler": len(unled),
+        "elections": len(leaderless[JOURNAL]),
+        "changes_of_scheduler": len(leaderless[SCHEDULERS]),
         "takeover_s": _takeovers(takeovers, struck),
         "recovery_gap_s": spread,
         "recovery_gap_goal": {"p99_s": GOAL, "met": spread[_LED]["p99"] <= GOAL if gaps[_LED] else None},
     }
+
+
+def longest(
+    tally: Tally, leaderless: Mapping[str, Sequence[Span]], began: float
+) -> list[tuple[str, float, float]]:
+    """Of the gaps with leaders: the fault, when it struck in seconds since the run `began`, and seconds."""
+    led = [gap for gap in tally.gaps if not any(gap.meets(spans) for spans in leaderless.values())]
+    led.sort(key=lambda gap: -gap.seconds)
+    return [(str(gap.kind), round(gap.at - began, 3), round(gap.seconds, 3)) for gap in led[:_SHOWN]]
 
 
 def _takeovers(spans: Sequence[Span], struck: Sequence[Struck]) -> dict[str, dict[str, float]]:

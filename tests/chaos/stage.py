@@ -36,6 +36,11 @@ _WORDS = 0.35
 """Seconds without a word of the leading scheduler after which workers hold that none leads."""
 _ELECTION = 4.0, 10.0
 """Seconds that an election of nats-server takes, at least and at most."""
+JOURNAL, QUEUE, SCHEDULERS = "journal elects", "queue elects", "no scheduler leads"
+_QUEUE_ELECTED = (
+    f"$JS.EVENT.ADVISORY.STREAM.LEADER_ELECTED.{subjects.REQUESTS}",
+    f"$JS.EVENT.ADVISORY.CONSUMER.LEADER_ELECTED.{subjects.REQUESTS}.*",
+)
 _SETTINGS: dict[str, dict[str, object]] = {
     # Shorter than many an answer, so that a drain hands some of them over.
     "worker": {"sim__ttft_ms": 20, "sim__itl_ms": PACE * 1000, "worker__drain_timeout": 0.5},
@@ -66,8 +71,8 @@ class Stage:
     Attributes:
         ingresses: URLs of those that take requests.
         struck: the faults so far.
-        elections: while the journal of replies had no leader, so far.
-        unled: while no scheduler led, so far.
+        leaderless: while the journal of replies, the queue or a consumer of it, or the schedulers had no
+            leader, so far.
         takeovers: from the last word of a scheduler that led to the first request that the next one handed
             out, so far.
         restarts: processes that were started again since they ended before they were ready.
@@ -76,8 +81,7 @@ class Stage:
     def __init__(self, data: Path) -> None:
         self.cluster = NatsCluster(data / "nats")
         self.struck: list[Struck] = []
-        self.elections: list[Span] = []
-        self.unled: list[Span] = []
+        self.leaderless: dict[str, list[Span]] = {JOURNAL: [], QUEUE: [], SCHEDULERS: []}
         self.takeovers: list[Span] = []
         self._word = math.inf  # when a scheduler last said that it leads
         self._epoch = 0  # and which one's turn that was
@@ -102,6 +106,8 @@ class Stage:
             broker = await client.connect(self.cluster.config, "chaos", make_streams=False)
             await self._open.enter_async_context(broker)
             await broker.subscribe(subjects.JOURNAL_ELECTED, lambda _: self._elected())
+            for elected in _QUEUE_ELECTED:
+                await broker.subscribe(elected, lambda _: self._queue_elected())
             await broker.subscribe(subjects.DISPATCH, self._led)
             await broker.subscribe("run.*", self._handed_out)
             await broker.subscribe(subjects.ALL_HEARTBEATS, self._heard)
@@ -214,9 +220,18 @@ class Stage:
     def _elected(self) -> None:
         """Of what no lost node explains it is only known how long it was at least."""
         now = time.monotonic()
-        least, most = _ELECTION
-        lost = [one.at for one in self.struck if one.fault.kind is Kind.KILL_NATS and one.at > now - most]
-        self.elections.append(Span(min(lost, default=now - least), now))
+        since = min(self._lost_lately(now), default=now - _ELECTION[0])
+        self.leaderless[JOURNAL].append(Span(since, now))
+
+    def _queue_elected(self) -> None:
+        """A queue that is new elects its first leader at once."""
+        now = time.monotonic()
+        if lost := self._lost_lately(now):
+            self.leaderless[QUEUE].append(Span(min(lost), now))
+
+    def _lost_lately(self, now: float) -> list[float]:
+        since = now - _ELECTION[1]
+        return [one.at for one in self.struck if one.fault.kind is Kind.KILL_NATS and one.at > since]
 
     def _led(self, message: Message) -> None:
         epoch, now = Dispatch.model_validate_json(message.data).epoch, time.monotonic()
@@ -225,7 +240,7 @@ class Stage:
         if epoch > self._epoch:
             self._epoch, self._left = epoch, self._word
         if now - self._word > _WORDS:
-            self.unled.append(Span(self._word, now))
+            self.leaderless[SCHEDULERS].append(Span(self._word, now))
         self._word = now
 
     def _handed_out(self, message: Message) -> None:
