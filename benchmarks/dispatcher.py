@@ -13,14 +13,14 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import results
 from broker.messages import ServiceClass
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.dispatcher import Dispatcher
-from scheduler.dispatch.types import Item, Send, WorkerState
+from scheduler.dispatch.types import Decision, Item, Send, WorkerState
 
 FLEETS = (10, 100, 300, 1000)
 DECISIONS = 20_000
@@ -71,11 +71,13 @@ class _Fleet:
         """One request comes; one is sent, or as many as there is room for; one ends."""
         self.now += INTERVAL
         self._beat()
+        before = self.sent
         self._timed(self.dispatcher.arrive, self.next())
         if self._deep:
             self._timed(self.dispatcher.state, self._state(self._names[self.sent % len(self._names)], held=0))
-        self.steady = len(self._ending) > RUNNING * len(self._names)
-        if self.steady:
+        # Where workers are kept for others, those that are open are full sooner.
+        self.steady |= len(self._ending) > RUNNING * len(self._names) or self.sent == before
+        if self.steady and self._ending:
             name, item = self._ending.popleft()
             self._running[name] -= 1
             self._timed(self._end, item, self._state(name, held=STEP if self._deep else 0))
@@ -87,26 +89,27 @@ class _Fleet:
             state = self._state(name, held=STEP if self._deep else 0)
             began = time.thread_time()
             self.dispatcher.state(state, self.now)
-            self.dispatcher.decide(self.now)
+            decisions = self.dispatcher.decide(self.now)
             self.beats.append(time.thread_time() - began)
+            self._note(decisions)
 
     def _timed(self, tell: Callable[..., None], *news: Item | WorkerState) -> None:
         began = time.thread_time()
         tell(*news, self.now)
         decisions = self.dispatcher.decide(self.now)
         self.times.append(time.thread_time() - began)
-        for each in decisions:
-            if isinstance(each, Send):
-                self.sent += 1
-                self._sends[each.worker] += 1
-                self._running[each.worker] += 1
-                self._ending.append((each.worker, self._items[each.key]))
-        for worker in {each.worker for each in decisions if isinstance(each, Send)}:
-            state = self._state(worker, held=STEP if self._deep else 0)
-            began = time.thread_time()
-            self.dispatcher.state(state, self.now)
-            self.dispatcher.decide(self.now)
-            self.times.append(time.thread_time() - began)
+        self._note(decisions)
+
+    def _note(self, decisions: Sequence[Decision]) -> None:
+        """What is sent is computed at once, and its worker says so."""
+        sends = [each for each in decisions if isinstance(each, Send)]
+        for each in sends:
+            self.sent += 1
+            self._sends[each.worker] += 1
+            self._running[each.worker] += 1
+            self._ending.append((each.worker, self._items[each.key]))
+        for worker in dict.fromkeys(each.worker for each in sends):
+            self._timed(self.dispatcher.state, self._state(worker, held=STEP if self._deep else 0))
 
     def _end(self, item: Item, state: WorkerState, now: float) -> None:
         self.dispatcher.first(item.key, now, item.prompt_tokens - 200)

@@ -462,8 +462,8 @@ class Dispatching:
                         _log.warning("how far requests have come is not known: %s", why)
                     self._journal_from = time.monotonic() + _ASKED
         if come.begun:
-            queued.done = come.tokens
-            item = dataclasses.replace(item, deadline=math.inf, done_tokens=come.tokens)
+            queued.done = _tokens(come.tokens)
+            item = dataclasses.replace(item, deadline=math.inf, done_tokens=queued.done)
         self._arrive(base_model, queue, queued, item)
 
     @_careful
@@ -709,9 +709,12 @@ class Dispatching:
 
     async def _take_back(self, queue: _Queue, out: _Out, preempt: Preempt) -> None:
         command = Command(do="preempt", request=out.queued.request.key, reason=preempt.why)
-        said = await self._broker.ask(subjects.ctl(preempt.worker), command.model_dump_json().encode())
-        answer = Answer.model_validate_json(said)
         told = {"request": out.queued.request.key, "worker": preempt.worker}
+        try:
+            said = await self._broker.ask(subjects.ctl(preempt.worker), command.model_dump_json().encode())
+            answer = Answer.model_validate_json(said)
+        except (errors.HeadraceError, ValidationError) as exc:
+            answer = Answer(ok=False, message=f"no answer: {exc}")
         if answer.ok:
             metrics.PREEMPTED.inc()
             _log.info("a batch request is taken back: %s", preempt.why, extra=told)

@@ -284,7 +284,7 @@ class Dispatcher:
         fleet, slots = self._fleet, np.flatnonzero(self._fleet.serving)
         if len(slots):
             vectors = self._predictor.rate, fleet.slots, fleet.kv_total
-            rate, places, room = (float(each[slots].mean()) for each in vectors)
+            rate, places, room = (float(np.median(each[slots])) for each in vectors)  # one may tell anything
             fleet.keep(self._running.reserve.needs(rate, places, room, now), now)
         self._kept_at = now
 
@@ -341,7 +341,7 @@ class Dispatcher:
         tokens = float(self._fleet.pending[slot]) + waiting.cost
         hit = max(0, round(item.context - waiting.cost))
         if waiting.ahead > self._fleet.step_tokens[slot]:
-            self._predictor.sent(slot, waiting.ahead, now - waiting.placed)
+            self._predictor.sent(slot, waiting.rank, waiting.ahead, now - waiting.placed)
         self._lanes.charge(slot, waiting)
         self.cancel(item.key)
         self._shares[waiting.rank].charge(item.tenant, waiting.cost, now)

@@ -158,19 +158,27 @@ class Fleet:
             needs: by row, how many workers they fill.
         """
         lately = np.maximum.accumulate(self._came) >= now - self._config.memory
+        able = self.fresh(now) & (self.slots > 0)
+        earlier, floor = np.zeros_like(able), 0
         for service_class, rank in RANKS.items():
-            slots = np.flatnonzero(self._pool(service_class)).tolist()
-            ends = [*slots, len(self.seen)]
+            pool = self._pool(service_class)
+            slots = np.flatnonzero(pool & able).tolist()
+            ends, last = [*slots, len(self.seen)], len(slots) - 1
             for row in (2 * rank, 2 * rank + 1):
-                closed, last = round(self._config.reserve * needs[row]), len(slots) - 1
-                expected = row > 0 and bool(lately[row - 1])
-                if not expected:
+                shared = pool.any() if row > 2 * rank else (pool & earlier).any()
+                if not (row and lately[row - 1] and shared and slots):
                     self._closed[row] = self._kept[row] = 0
-                elif closed > last < LEAST * needs[row]:
-                    self._closed[row], self._kept[row] = 0, len(self.seen)
+                    continue
+                closed = round(self._config.reserve * needs[row])
+                if closed > last < LEAST * needs[row]:
+                    closed, kept = 0, len(self.seen)
                 else:
                     closed = max(0, min(closed, last))
-                    self._closed[row], self._kept[row] = ends[closed], ends[min(closed + 1, len(slots))]
+                    kept = ends[min(closed + 1, len(slots))]
+                # What is closed to those before it is not open to it, but for one.
+                floor = max(ends[closed] if closed else 0, min(floor, slots[-1]))
+                self._closed[row], self._kept[row] = floor, max(kept, floor)
+            earlier |= pool
 
     def distrust(self, slot: int) -> None:
         """What the worker in `slot` said was not so: it is given nothing until it says anew."""

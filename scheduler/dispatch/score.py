@@ -38,12 +38,14 @@ class View(NamedTuple):
     Attributes:
         best: the slot with the lowest score among those whose figures are fresh, or else among all; -1 = none
             is eligible.
+        rank: of its class.
         ahead: tokens that go before it there.
         delay: seconds until a slot or KV room falls free for it, and to load its adapter.
         barred: inf where it can't run, else 0.
     """
 
     best: int
+    rank: int
     score: Vector
     uncached: Vector
     backlog: Vector
@@ -85,7 +87,7 @@ class Scorer:
         if best >= 0 and not fleet.is_fresh(best, now):
             fresh = _least(np.where(fleet.fresh(now), score, np.inf))
             best = fresh if fresh >= 0 else best
-        return View(best, score, uncached, backlog, ahead, delay, barred)
+        return View(best, waiting.rank, score, uncached, backlog, ahead, delay, barred)
 
     def ttft(self, view: View) -> Vector:
         """Seconds from now to the first token; inf where it can't run."""
@@ -93,7 +95,7 @@ class Scorer:
 
     def wait(self, view: View) -> Vector:
         """Seconds until it would be sent."""
-        seconds: Vector = np.maximum(self.predictor.behind(view.ahead), view.delay)
+        seconds: Vector = np.maximum(self.predictor.behind(view.rank, view.ahead), view.delay)
         return seconds
 
     def after_send(self, view: View) -> Vector:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.dispatch.lanes import RANKS
+
 Vector = NDArray[np.float64]
 
 KEEP = 0.98
@@ -27,7 +29,7 @@ ERRORS = 512
 STEPS = 1.5
 """Steps to the first token of a short request on an idle worker: half of the one under way, and its own."""
 
-_VECTORS = ("rate", "_intercept", "_slope", "_per_token", "_per_request")
+_VECTORS = ("rate", "_intercept", "_slope", "_per_request")
 
 
 @dataclass(slots=True)
@@ -36,7 +38,8 @@ class _Seen:
 
     Attributes:
         count, x, y, xx, xy: of times `y` to the first token with `x` tokens uncomputed.
-        waited, ahead: seconds that requests waited, and the tokens that were to go before them.
+        waited, ahead: seconds that requests waited, and the tokens that were to go before them, by rank: what
+            goes last waits for others than those before it.
         held, ended: seconds by which requests that ended had taken the share of the worker that a slot is,
             and how many those were.
     """
@@ -47,8 +50,8 @@ class _Seen:
     y: float
     xx: float
     xy: float
-    waited: float
-    ahead: float
+    waited: list[float]
+    ahead: list[float]
     held: float = 0.0
     ended: float = 0.0
 
@@ -67,9 +70,8 @@ class Predictor:
         self.rate: Vector = np.zeros(0)
         self._intercept: Vector = np.zeros(0)
         self._slope: Vector = np.zeros(0)
-        self._per_token: Vector = np.zeros(
-            0
-        )  # seconds until one that goes first has been sent, by its tokens
+        # Seconds until one that goes first has been sent, by its tokens: by rank, and slot.
+        self._per_token: Vector = np.zeros((len(RANKS), 0))
         self._per_request: Vector = np.zeros(0)  # seconds between two that end
 
     def join(self, slot: int, step_tokens: int) -> None:
@@ -83,6 +85,7 @@ class Predictor:
         if more > 0:
             for name in _VECTORS:
                 setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more)]))
+            self._per_token = np.pad(self._per_token, ((0, 0), (0, more)))
         most, base, slope = float(step_tokens), STEPS * self._step, self._step / step_tokens
         half = PRIOR / 2
         self._seen[slot] = seen = _Seen(
@@ -92,10 +95,10 @@ class Predictor:
             y=PRIOR * base + half * most * slope,
             xx=half * most * most,
             xy=half * most * (base + most * slope),
-            waited=PRIOR * most * slope,
-            ahead=PRIOR * most,
+            waited=[PRIOR * most * slope] * len(RANKS),
+            ahead=[PRIOR * most] * len(RANKS),
         )
-        self._per_token[slot], self._per_request[slot] = seen.waited / seen.ahead, 0.0
+        self._per_token[:, slot], self._per_request[slot] = slope, 0.0
         self._fit(slot, seen)
 
     def after_send(self, tokens: Vector) -> Vector:
@@ -107,9 +110,9 @@ class Predictor:
         """`after_send` of one worker."""
         return self._intercept.item(slot) + self._slope.item(slot) * tokens
 
-    def behind(self, ahead: Vector) -> Vector:
-        """Seconds until those with `ahead` tokens have been sent."""
-        seconds: Vector = ahead * self._per_token
+    def behind(self, rank: int, ahead: Vector) -> Vector:
+        """Seconds until those with `ahead` tokens, that go before one of the rank, have been sent."""
+        seconds: Vector = ahead * self._per_token[rank]
         return seconds
 
     def for_slots(self, short: Vector) -> Vector:
@@ -132,12 +135,12 @@ class Predictor:
         seen.xy = KEEP * seen.xy + tokens * elapsed
         self._fit(slot, seen)
 
-    def sent(self, slot: int, ahead: float, waited: float) -> None:
-        """A request waited `waited` behind `ahead` tokens that were to go first."""
+    def sent(self, slot: int, rank: int, ahead: float, waited: float) -> None:
+        """A request of the rank waited `waited` behind `ahead` tokens that were to go first."""
         seen = self._seen[slot]
-        seen.ahead = KEEP * seen.ahead + ahead
-        seen.waited = KEEP * seen.waited + waited
-        self._per_token[slot] = seen.waited / seen.ahead
+        seen.ahead[rank] = KEEP * seen.ahead[rank] + ahead
+        seen.waited[rank] = KEEP * seen.waited[rank] + waited
+        self._per_token[rank, slot] = seen.waited[rank] / seen.ahead[rank]
 
     def ended(self, slot: int, held: float, slots: int) -> None:
         """A request was held for `held` on one of `slots` slots."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -34,12 +36,28 @@ _KINDS = (None, "full_attention", "mla_attention")
 """Where a model has several kinds of layers: those of which a prompt needs every block."""
 
 
+_PREFIX = "headrace-kv-"
+
+
+def _sweep() -> None:
+    """Remove what workers left that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):
+            pass  # none of ours
+
+
 class Events:
     """See the module. Owned by the worker's event loop; `open` it once EngineCore is there."""
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
-        self._folder = tempfile.mkdtemp(prefix="headrace-kv-")
+        _sweep()
+        self._folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
         self._next = 0
         self._group: int | None = None
         self._context = zmq.asyncio.Context()
@@ -82,6 +100,8 @@ class Events:
         except (TimeoutError, LookupError, TypeError, ValueError, msgspec.DecodeError):
             _log.warning("what vLLM's cache holds is not known any more: it is guessed", exc_info=True)
             self._blocks.lose()
+        finally:
+            socket.close(linger=0)  # else what is told further would pile up in it
 
     async def _catch_up(self, upto: int) -> None:
         """Those before `upto` that were missed. Raises LookupError when vLLM has them no more."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from broker.messages import ServiceClass
-from scheduler.dispatch.config import DispatchConfig
+from scheduler.dispatch.config import DispatchConfig, Pool
 from scheduler.dispatch.fleet import Fleet
 from scheduler.dispatch.lanes import ROWS
 from scheduler.dispatch.reserve import SPAN, Reserve
@@ -48,7 +48,8 @@ def busy(load: int = 1) -> Fleet:
 
 
 def taken_by(fleet: Fleet, service_class: ServiceClass, over: bool, model: str = BASE) -> list[int]:
-    return [slot for slot in range(WORKERS) if fleet.takes(slot, service_class, over, 0.0, model)]
+    slots = range(len(fleet.seen))
+    return [slot for slot in slots if fleet.takes(slot, service_class, over, 0.0, model)]
 
 
 def keep(fleet: Fleet, workers: float, now: float = 0.0) -> None:
@@ -74,6 +75,37 @@ def test_one_is_left_while_those_who_go_first_have_enough_of_the_others() -> Non
     keep(fleet, 8.0)
     assert taken_by(fleet, BATCH, over=False) == list(range(WORKERS))
     assert {fleet.fills_as(slot, BATCH, False) for slot in range(WORKERS)} == {BATCH}
+
+
+def test_what_is_closed_to_those_before_is_not_open_to_those_after() -> None:
+    fleet = busy()
+    for row in (2, 3):
+        fleet.note_arrival(row, 0.0)
+    # Interactive fills three, standard five more: hardly any would be left for batch.
+    fleet.keep(np.array([0.0, 3.0, 3.0, 8.0, 8.0, 8.0]), 0.0)
+    assert taken_by(fleet, STANDARD, over=False) == [6, 7, 8, 9]
+    for service_class, over in ((STANDARD, True), (BATCH, False), (BATCH, True)):
+        assert taken_by(fleet, service_class, over) == [6, 7, 8, 9]
+        assert {fleet.fills_as(slot, service_class, over) for slot in range(6, 10)} == {service_class}
+
+
+def test_one_is_left_that_can_take_something() -> None:
+    fleet = busy()
+    fleet.state(9, WorkerState("w9", 0.0, 512, 0, 1, 0, 0, 0))
+    keep(fleet, 6.0)
+    assert taken_by(fleet, BATCH, over=False) == [8]
+
+
+def test_nothing_is_kept_for_classes_that_run_elsewhere() -> None:
+    pools = {INTERACTIVE: Pool(most_step_tokens=2048), BATCH: Pool(least_step_tokens=8192)}
+    fleet = Fleet(BASE, DispatchConfig(reserve=2.0, pools=pools))
+    for slot, step in enumerate([2048] * 4 + [8192] * 4):
+        fleet.join(slot)
+        fleet.state(slot, WorkerState(f"w{slot}", 0.0, step, 64, 1, 0, 0, 0))
+    fleet.note_arrival(0, 0.0)
+    keep(fleet, 2.0)
+    assert taken_by(fleet, INTERACTIVE, over=True)[0] == 3
+    assert taken_by(fleet, BATCH, over=False) == [4, 5, 6, 7]
 
 
 def test_a_closed_worker_that_has_nothing_to_do_takes_what_waits() -> None:

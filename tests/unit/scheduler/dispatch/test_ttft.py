@@ -25,7 +25,7 @@ def test_before_anything_is_known_a_full_step_takes_what_was_assumed() -> None:
     made = predictor()
     assert made.after(0, 0) == pytest.approx(STEPS * STEP)
     assert made.after(0, TOKENS) - made.after(0, 0) == pytest.approx(STEP)
-    assert made.behind(np.array([10.0 * TOKENS, 0.0])) == pytest.approx([10 * STEP, 0.0])
+    assert made.behind(1, np.array([10.0 * TOKENS, 0.0])) == pytest.approx([10 * STEP, 0.0])
     assert made.rate == pytest.approx([0.8 * TOKENS / STEP] * 2)  # as if each came just too late for a step
 
 
@@ -53,8 +53,10 @@ def test_more_before_it_is_never_predicted_to_be_faster(seen: list[tuple[float, 
 def test_it_learns_how_fast_lanes_move() -> None:
     made = predictor()
     for _ in range(600):
-        made.sent(0, ahead=1000, waited=0.5)
-    assert made.behind(np.array([2000.0, 0.0]))[0] == pytest.approx(1.0, rel=0.01)
+        made.sent(0, 1, ahead=1000, waited=0.5)
+    assert made.behind(1, np.array([2000.0, 0.0]))[0] == pytest.approx(1.0, rel=0.01)
+    # Who goes before those does not wait as they do.
+    assert made.behind(0, np.array([2000.0, 0.0]))[0] == pytest.approx(2000 * STEP / TOKENS)
 
 
 def test_it_learns_how_long_slots_are_taken() -> None:
