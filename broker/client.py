@@ -133,6 +133,9 @@ class NatsBroker(base.Broker):
             await self.close()  # it may be connected, and without its streams it is of no use
             url = _without_credentials(self._config.url)
             raise errors.Unavailable(f"no broker at {url}: {exc.message}") from exc
+        except asyncio.CancelledError:
+            await self.close()  # else nats-py would try to reconnect for ever, whoever cancels it
+            raise
 
     async def _open(self) -> None:
         with _translated:

@@ -157,28 +157,27 @@ class Fleet:
         Args:
             needs: by row, how many workers they fill.
         """
-        lately = np.maximum.accumulate(self._came) >= now - self._config.memory
+        fills, lately = np.diff(needs), self._came >= now - self._config.memory
         able = self.fresh(now) & (self.slots > 0)
-        earlier, floor = np.zeros_like(able), 0
-        for service_class, rank in RANKS.items():
-            pool = self._pool(service_class)
+        pools = [self._pool(service_class) for service_class in RANKS]
+        floor = 0
+        for row in range(ROWS):
+            pool = pools[row // 2]
+            before = [each for each in range(row) if (pools[each // 2] & pool).any()]
             slots = np.flatnonzero(pool & able).tolist()
-            ends, last = [*slots, len(self.seen)], len(slots) - 1
-            for row in (2 * rank, 2 * rank + 1):
-                shared = pool.any() if row > 2 * rank else (pool & earlier).any()
-                if not (row and lately[row - 1] and shared and slots):
-                    self._closed[row] = self._kept[row] = 0
-                    continue
-                closed = round(self._config.reserve * needs[row])
-                if closed > last < LEAST * needs[row]:
-                    closed, kept = 0, len(self.seen)
-                else:
-                    closed = max(0, min(closed, last))
-                    kept = ends[min(closed + 1, len(slots))]
-                # What is closed to those before it is not open to it, but for one.
-                floor = max(ends[closed] if closed else 0, min(floor, slots[-1]))
-                self._closed[row], self._kept[row] = floor, max(kept, floor)
-            earlier |= pool
+            if not slots or not any(lately[each] for each in before):
+                self._closed[row] = self._kept[row] = 0
+                continue
+            need, last = sum(fills[each] for each in before), len(slots) - 1
+            closed = round(self._config.reserve * need)
+            if closed > last < LEAST * need:
+                closed, kept = 0, len(self.seen)
+            else:
+                closed = max(0, min(closed, last))
+                kept = [*slots, len(self.seen)][closed + 1]
+            # What is closed to those before it is not open to it, but for one.
+            floor = max(slots[closed] if closed else 0, min(floor, slots[-1]))
+            self._closed[row], self._kept[row] = floor, max(kept, floor)
 
     def distrust(self, slot: int) -> None:
         """What the worker in `slot` said was not so: it is given nothing until it says anew."""

