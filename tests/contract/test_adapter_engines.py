@@ -223,7 +223,7 @@ async def test_more_adapters_than_slots_are_skipped_which_the_stats_tell(
         most = max(most, engine.stats().skipped)
 
     engine.on_change = look
-    await asyncio.gather(*(said(engine, model, 40) for model in models))
+    await asyncio.gather(*(said(engine, model, 8) for model in models))
     engine.on_change = None
     assert most == 1
     await until(lambda: not engine.stats().running)
