@@ -37,7 +37,7 @@ class Patience:
     def factor(self, life: Life, now: float) -> int:
         """Of the common limit."""
         alarms = sum(now - at < MEMORY for at in self._alarms.get(life, ()))
-        return 1 << min(alarms, MOST)
+        return 1 << min(alarms // 2, MOST)
 
     def give_up(self, life: Life, seen: float, patience: float) -> None:
         """It was last heard at `seen`, and not for `patience` seconds since."""

@@ -17,15 +17,15 @@ def silence(patience: Patience, seen: float, seconds: float) -> None:
     patience.heard(LIFE, seen + seconds)
 
 
-def test_each_false_alarm_doubles_it_to_a_limit_and_is_forgotten() -> None:
+def test_every_second_false_alarm_doubles_it_to_a_limit_and_is_forgotten() -> None:
     patience = Patience()
     factors = []
-    for now in range(5):
+    for now in range(9):
         factors.append(patience.factor(LIFE, now))
         silence(patience, now, 0.5)
-    assert factors == [1, 2, 4, 8, 8]
-    assert patience.factor(("w2", 1), 5) == patience.factor(("w1", 2), 5) == 1
-    assert patience.factor(LIFE, 4.5 + MEMORY) == 1
+    assert factors == [1, 1, 2, 2, 4, 4, 8, 8, 8]
+    assert patience.factor(("w2", 1), 9) == patience.factor(("w1", 2), 9) == 1
+    assert patience.factor(LIFE, 8.5 + MEMORY) == 1
 
 
 def test_one_that_did_hang_is_given_no_more_time() -> None:
