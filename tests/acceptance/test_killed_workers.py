@@ -183,9 +183,12 @@ async def mill(single_threaded: None, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 async def undisturbed(mill: Mill) -> Streams:
-    victim, _ = await mill.pair()
-    streams = await begun(mill, victim)
-    await asyncio.gather(*(stream.read() for stream in streams.values()))
+    for _ in range(3):  # a busy machine may disturb it
+        victim, _ = await mill.pair()
+        streams = await begun(mill, victim)
+        await asyncio.gather(*(stream.read() for stream in streams.values()))
+        if all(stream.epochs() == {1} for stream in streams.values()):
+            break
     for stream in streams.values():
         assert stream.epochs() == {1}
     return streams

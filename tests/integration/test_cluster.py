@@ -107,6 +107,7 @@ async def http(anyio_backend: object) -> AsyncIterator[httpx.AsyncClient]:
         yield opened
 
 
+@pytest.mark.chaos
 async def test_no_stream_breaks_when_a_node_dies(
     cluster: NatsCluster, http: httpx.AsyncClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
