@@ -149,8 +149,8 @@ class Writer:
             frame.extra = extra
         if not self.frames:
             self._began = asyncio.get_running_loop().time()
-        if self._request and not self.frames:
-            frame.extra = {**frame.extra, "request": self._request}
+            if self._request:
+                frame.extra = {**frame.extra, "request": self._request}
         data = codec.encode(frame)
         while (over := len(data) - self._broker.max_payload) > 0:
             if over >= len(frame.payload):

@@ -305,9 +305,7 @@ class Dispatcher:
                 continue
             if waiting.version != self._fleet.version:
                 view = self._scorer.view(waiting, now)
-                if view.best != slot:
-                    self._places.lift(waiting)
-                    self._put(waiting, view, now)
+                if self._moved(waiting, view, now):
                     left -= 1
                     continue
                 self._places.compare(waiting, view)
@@ -319,13 +317,18 @@ class Dispatcher:
                 self._send(waiting, over, now, predicted, out)
             else:
                 self._no_room(waiting, now)
-                view = self._scorer.view(waiting, now)
-                if view.best != slot:
-                    self._places.lift(waiting)
-                    self._put(waiting, view, now)
+                if self._moved(waiting, self._scorer.view(waiting, now), now):
                     left -= 1
                     continue
                 skipped |= {2 * waiting.rank, 2 * waiting.rank + 1}
+        return True
+
+    def _moved(self, waiting: Waiting, view: View, now: float) -> bool:
+        """Whether another worker is better for it now, to whose lane it goes."""
+        if view.best == waiting.slot:
+            return False
+        self._places.lift(waiting)
+        self._put(waiting, view, now)
         return True
 
     def _no_room(self, waiting: Waiting, now: float) -> None:
