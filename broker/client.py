@@ -57,6 +57,8 @@ _TAIL_BYTES = 32 * 2**20
 """Frames kept to be published again: a cluster takes up to 9 s to elect a journal's new leader."""
 _ELECTION = 10.0
 """Seconds for which a stream without a leader is waited for."""
+_MAKING = 10.0
+"""Seconds for a stream to be made, by a slow disk too: nobody waits for it but who starts."""
 _TRIES = 3
 _STORED_BY = 1.0
 """Seconds by which a change that was on its way is stored."""
@@ -164,7 +166,8 @@ class NatsBroker(base.Broker):
             await self.subscribe(subjects.ALL_AGAIN, self._on_again)
             await self.subscribe(subjects.JOURNAL_ELECTED, self._on_journal_elected)
             if self._make_streams:
-                await topology.ensure(self._js, self._config)
+                patient = self._nc.jetstream(timeout=max(self._config.timeout, _MAKING))
+                await topology.ensure(patient, self._config)
 
     @property
     def connected(self) -> bool:
@@ -611,7 +614,8 @@ class NatsBroker(base.Broker):
         async for attempt in again:
             with attempt, _translated:
                 if self._make_streams:
-                    await topology.ensure(self._js, self._config)
+                    patient = self._nc.jetstream(timeout=max(self._config.timeout, _MAKING))
+                await topology.ensure(patient, self._config)
                 for puller in list(self._pullers):
                     await puller.restore()
                 for watch in list(self._watches):
