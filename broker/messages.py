@@ -305,6 +305,10 @@ class Heartbeat(_Wire):
     )
 
 
+UNTOLD = -1
+"""A count that an engine does not tell."""
+
+
 class News(_Wire):
     """`credit.<worker>`, with each first token and end: what a worker could take, for who dispatches."""
 
@@ -312,10 +316,12 @@ class News(_Wire):
     credit: Credit
     dispatched: tuple[int, int] = Field(description="as in the heartbeat")
     first: tuple[tuple[int, int], ...] = Field(
-        (), description="sequence and cached prompt tokens of each request with a first token since the last"
+        (),
+        description="sequence and cached prompt tokens (-1: untold) of each with a first token since",
     )
     done: tuple[tuple[int, int, int, int], ...] = Field(
-        (), description="sequence, prompt, cached and output tokens of each that ended since the last"
+        (),
+        description="sequence, prompt, cached (-1: untold) and output tokens of each that ended since",
     )
 
 

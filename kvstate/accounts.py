@@ -145,6 +145,18 @@ class Account:
         own = self._forecast(service_class)
         return not own or own.after(tokens, remaining) <= self._ceilings[service_class] * self.total
 
+    def until(
+        self, service_class: str, prompt_tokens: int, remaining: float, hashes: Sequence[int] = ()
+    ) -> float:
+        """Output tokens that each request there will have made before such a one `fits`; inf: never."""
+        shared = sum(block in self._counts for block in _countable(hashes, prompt_tokens))
+        tokens = prompt_tokens + self._rounding - BLOCK_TOKENS * shared
+        total = self._forecast(None).until(tokens, remaining, self._ceiling * self.total - self._offset())
+        own = self._forecast(service_class).until(
+            tokens, remaining, self._ceilings[service_class] * self.total
+        )
+        return max(total, own)
+
     # Integrity
 
     def check(self) -> None:

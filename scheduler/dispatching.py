@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from broker import base, bodies, entries, errors, replies, subjects, usage
 from broker.messages import (
+    UNTOLD,
     Answer,
     Cached,
     Command,
@@ -585,16 +586,13 @@ class Dispatching:
         now = time.monotonic()
         for seq, cached in news.first:
             if self._has(news.worker, seq):
-                queue.dispatcher.first(seq, now, _tokens(cached))
+                queue.dispatcher.first(seq, now, _told(cached))
         for seq, prompt_tokens, cached, output in news.done:
             if self._has(news.worker, seq):
                 before = self._out.pop(seq).queued.done
-                figures = (
-                    _tokens(prompt_tokens),
-                    min(_tokens(cached), _tokens(prompt_tokens)),
-                    _tokens(output - before),
-                )
-                queue.dispatcher.finish(seq, now, *figures)
+                prompt_tokens, known = _tokens(prompt_tokens), _told(cached)
+                known = None if known is None else min(known, prompt_tokens)
+                queue.dispatcher.finish(seq, now, prompt_tokens, known, _tokens(output - before))
         self._observe(beat, news.credit, news.dispatched)
 
     @_careful
@@ -629,8 +627,8 @@ class Dispatching:
 
     def _soon(self, base_model: str) -> None:
         """Decide once for all that comes within one turn of the loop."""
-        queue = self._queues[base_model]
-        if not queue.decide_soon:
+        queue = self._queues.get(base_model)
+        if queue is not None and not queue.decide_soon:
             queue.decide_soon = True
             asyncio.get_running_loop().call_soon(self._decide, base_model, queue)
 
@@ -812,3 +810,7 @@ def _within(figure: int) -> int:
 def _tokens(figure: int) -> int:
     """Of one request."""
     return max(0, min(figure, _LONGEST))
+
+
+def _told(cached: int) -> int | None:
+    return None if cached == UNTOLD else _tokens(cached)

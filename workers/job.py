@@ -415,7 +415,11 @@ class Job:
     def _told(self) -> dict[str, float]:
         """For the response's headers: milliseconds, and prompt tokens."""
         tap, parts = self.tap, self.latency()
-        told = {"queue": 1000 * self.timing.queued, "prompt": tap.prompt_tokens, "cached": tap.cached_tokens}
+        told = {
+            "queue": 1000 * self.timing.queued,
+            "prompt": tap.prompt_tokens,
+            "cached": tap.cached_tokens or 0,
+        }
         if parts.ttft is not None:
             told["ttft"] = 1000 * parts.ttft
         if self._sent is not None:
@@ -557,7 +561,7 @@ class Job:
         tap = self.tap
         return {
             "prompt_tokens": tap.prompt_tokens,
-            "cached_tokens": tap.cached_tokens,
+            "cached_tokens": tap.cached_tokens or 0,
             "completion_tokens": tap.output_tokens,
         }
 

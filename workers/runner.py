@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
 from broker import addresses, base, bodies, errors, replies, subjects
-from broker.messages import Credit, Heartbeat, News, Request, Sent, ServiceClass, parse_request
+from broker.messages import UNTOLD, Credit, Heartbeat, News, Request, Sent, ServiceClass, parse_request
 from kvstate import budget
 from kvstate.uncomputed import Uncomputed
 from workers import held, intake, metrics, screening
@@ -291,7 +291,7 @@ class Worker:
 
     def _began(self, job: Job) -> None:
         """Its first token came."""
-        self._first.append((job.delivery.seq, job.tap.cached_tokens))
+        self._first.append((job.delivery.seq, _or_untold(job.tap.cached_tokens)))
         self._prefilled(job)
 
     def _prefilled(self, job: Job) -> None:
@@ -504,7 +504,8 @@ class Worker:
         self._judge(job)
         if job.ended:
             tap = job.tap
-            self._done.append((job.delivery.seq, tap.prompt_tokens, tap.cached_tokens, tap.output_tokens))
+            cached = _or_untold(tap.cached_tokens)
+            self._done.append((job.delivery.seq, tap.prompt_tokens, cached, tap.output_tokens))
         if job.tap.output_tokens:
             self._mean_prompt += _SMOOTHING * (job.prompt_tokens - self._mean_prompt)
             self._mean_output += _SMOOTHING * (job.tap.output_tokens - self._mean_output)
@@ -662,3 +663,7 @@ class Worker:
             held=self._running,
             prefill_tokens_held=max(0, self._uncomputed.tokens - under_way),
         )
+
+
+def _or_untold(tokens: int | None) -> int:
+    return UNTOLD if tokens is None else tokens

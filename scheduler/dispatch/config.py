@@ -71,7 +71,7 @@ class DispatchConfig(BaseModel):
         "class not named uses all",
     )
     ceilings: dict[ServiceClass, Share] = Field(
-        {INTERACTIVE: 0.9, STANDARD: 0.7, BATCH: 0.4},
+        {INTERACTIVE: 1.0, STANDARD: 0.7, BATCH: 0.4},
         description="share of a worker's KV room that each class may fill, while more urgent ones come",
     )
     budget: dict[ServiceClass, Positive] = Field(

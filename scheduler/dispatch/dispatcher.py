@@ -35,6 +35,9 @@ from scheduler.dispatch.types import Decision, Explanation, Item, Pool, Send, Sh
 MOVES = 8
 """Requests that change lanes or are refused before a worker with credit is left for the next call."""
 
+FILLS = 8
+"""Requests of each class that are looked at to use the room that another one waits for."""
+
 KEPT_FOR = 0.05
 """Seconds until it is looked again how many workers those who go first need."""
 
@@ -316,6 +319,7 @@ class Dispatcher:
             elif self._running.fits(slot, item, self._fleet.fills_as(slot, item.service_class, over), now):
                 self._send(waiting, over, now, predicted, out)
             else:
+                self._fill_in(waiting, over, now, out)
                 self._no_room(waiting, now)
                 if self._moved(waiting, self._scorer.view(waiting, now), now):
                     left -= 1
@@ -337,6 +341,27 @@ class Dispatcher:
         rank, slot = waiting.rank, waiting.slot
         below = rank + 1 if self._running.fits(slot, waiting.item, MOST_URGENT, now) else len(RANKS)
         self._fleet.cram(slot, slice(rank, below))
+
+    def _fill_in(self, before: Waiting, over: bool, now: float, out: list[Decision]) -> None:
+        """What falls free for `before` lies idle until it is enough. Those of its lane may use it who will be
+        gone by then, as far as is known (EASY backfilling): they have no more tokens in all than it has."""
+        slot, fleet, running = before.slot, self._fleet, self._running
+        until = running.until(slot, before.item, fleet.fills_as(slot, before.item.service_class, over))
+        for rank in range(before.rank, len(RANKS)):
+            for waiting, _ in list(self._lanes.walk(slot, rank, FILLS)):
+                item = waiting.item
+                over = self._lanes.over(waiting, now)
+                if not (
+                    before.passed + item.context <= before.item.context
+                    and running.gone_by(item, until)
+                    and fleet.takes(slot, item.service_class, over, now, item.model)
+                    and running.fits(slot, item, fleet.fills_as(slot, item.service_class, over), now)
+                ):
+                    continue
+                predicted = self._predictor.after(slot, float(fleet.pending[slot]) + waiting.cost)
+                if now + predicted <= item.deadline:
+                    before.passed += item.context
+                    self._send(waiting, over, now, predicted, out)
 
     def _send(self, waiting: Waiting, over: bool, now: float, predicted: float, out: list[Decision]) -> None:
         item, slot = waiting.item, waiting.slot

@@ -41,6 +41,7 @@ class Waiting:
         urgent: its deadline is so near that it goes before those whose turn it is.
         least: time from sending to its first token on the worker where that is shortest.
         figures: how the best few workers stood for it lately.
+        passed: tokens of those that went before it while it lacked KV room.
     """
 
     item: Item
@@ -54,6 +55,7 @@ class Waiting:
     urgent: bool = False
     least: float = 0.0
     figures: Figures = ()
+    passed: int = 0
 
     @property
     def row(self) -> int:

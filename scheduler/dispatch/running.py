@@ -135,11 +135,20 @@ class Running:
         self._refresh(slot, now)
         return account.fits(rights.value, self._tokens(item), self._remaining(item, 0), item.hashes)
 
+    def until(self, slot: int, item: Item, rights: ServiceClass) -> float:
+        """Output tokens that each one there will have made before it `fits`."""
+        account = self._accounts[slot]
+        return account.until(rights.value, self._tokens(item), self._remaining(item, 0), item.hashes)
+
+    def gone_by(self, item: Item, tokens: float) -> bool:
+        """Whether it will have ended before the others have made so many output tokens more."""
+        return self._remaining(item, 0) < tokens
+
     def add(self, sent: Sent) -> None:
         key = sent.item.key
         self._sent[key] = self._on[sent.slot][key] = sent
         cost = sent.item.context - sent.hit
-        sent.room = cost + self._remaining(sent.item, 0)
+        sent.room = self._scale * cost + self._remaining(sent.item, 0)
         self.reserve.add(sent.row, cost, sent.room, sent.at)
         self._enter(self._accounts[sent.slot], key, sent)
         if sent.item.service_class is ServiceClass.BATCH:

@@ -30,6 +30,7 @@ class Gap(NamedTuple):
     kind: Kind
     at: float
     seconds: float
+    request: str
 
     def meets(self, spans: Sequence[Span]) -> bool:
         return any(self.at <= span.until and span.since <= self.at + self.seconds for span in spans)
@@ -62,7 +63,7 @@ class Tally:
                 break
             gap = recovery_gap(seen, one.at, PACE, _WITHIN) if hit(seen, one) else None
             if gap is not None:
-                self.gaps.append(Gap(one.fault.kind, one.at, gap))
+                self.gaps.append(Gap(one.fault.kind, one.at, gap, seen.ask.request_id))
 
 
 def hit(seen: Transcript, struck: Struck) -> bool:
@@ -112,11 +113,13 @@ def figures(
 
 def longest(
     tally: Tally, leaderless: Mapping[str, Sequence[Span]], began: float
-) -> list[tuple[str, float, float]]:
-    """Of the gaps with leaders: the fault, when it struck in seconds since the run `began`, and seconds."""
+) -> list[tuple[str, str, float, float]]:
+    """Of the gaps with leaders: request, fault, when that struck in seconds since `began`, and how long."""
     led = [gap for gap in tally.gaps if not any(gap.meets(spans) for spans in leaderless.values())]
     led.sort(key=lambda gap: -gap.seconds)
-    return [(str(gap.kind), round(gap.at - began, 3), round(gap.seconds, 3)) for gap in led[:_SHOWN]]
+    return [
+        (gap.request, str(gap.kind), round(gap.at - began, 3), round(gap.seconds, 3)) for gap in led[:_SHOWN]
+    ]
 
 
 def _takeovers(spans: Sequence[Span], struck: Sequence[Struck]) -> dict[str, dict[str, float]]:

@@ -71,7 +71,8 @@ class Tap:
     body_size: int = 0
     """Bytes; likewise."""
     prompt_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
+    """None = the engine has not told, or never does."""
     output_tokens: int = 0
     scheduled_at: float | None = None
     first_token_at: float | None = None

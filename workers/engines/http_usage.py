@@ -53,7 +53,8 @@ class Meter:
         usage = _last_usage(self._usage) if self._streamed else _usage_of(self._kept)
         prompt, cached, output = _counts(usage)
         tap = self._tap
-        tap.prompt_tokens, tap.cached_tokens = prompt or tap.prompt_tokens, cached or tap.cached_tokens
+        tap.prompt_tokens = prompt or tap.prompt_tokens
+        tap.cached_tokens = tap.cached_tokens if cached is None else cached
         if output is None:
             return
         if not self._streamed:

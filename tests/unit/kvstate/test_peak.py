@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +37,18 @@ def test_one_more_is_forecast_without_going_over_all_again(
 )
 def test_steps_that_go_as_forecast_do_not_change_it(held: list[tuple[int, int]], steps: int) -> None:
     assert peak([(tokens + steps, remaining - steps) for tokens, remaining in held]) == peak(held)
+
+
+@given(st.lists(requests, max_size=20), requests, st.integers(0, 12_000))
+def test_it_is_known_when_there_is_room_for_one_more(
+    held: list[tuple[int, int]], one: tuple[int, int], limit: int
+) -> None:
+    def left_at(moment: int) -> list[tuple[int, int]]:
+        return [(tokens + moment, rest - moment) for tokens, rest in held if rest > moment]
+
+    moments = [(0, held), *((end, left_at(end)) for end in sorted(rest for _, rest in held))]
+    first = next((moment for moment, left in moments if peak([*left, one]) <= limit), math.inf)
+    assert Forecast(held).until(*one, limit) == first
 
 
 def test_the_peak_by_example() -> None:

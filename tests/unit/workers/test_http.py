@@ -251,6 +251,11 @@ def test_the_usage_of_each_api_puts_the_counts_right(last: dict[str, object], st
     assert tap.first_token_at is not None
 
 
+def test_what_was_cached_is_not_known_where_no_usage_says_so() -> None:
+    body = b'data: {"usage":{"prompt_tokens":9,"completion_tokens":5}}\n\n'
+    assert metered([b"data: {}\n\n", body]).cached_tokens is None
+
+
 @pytest.mark.parametrize("usage", [b"null", b"[]", b'{"prompt_tokens":"many"}', b'{"prompt_tokens":1', b"{}"])
 def test_a_usage_that_is_none_leaves_the_count_of_events(usage: bytes) -> None:
     assert metered([b'data: {"usage":' + usage + b"}\n\n"]).output_tokens == 1
