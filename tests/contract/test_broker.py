@@ -1201,7 +1201,7 @@ async def test_an_outage_is_logged_once(nats_server: NatsServer, caplog: pytest.
             kinds = [vars(record).get("error") for record in caplog.records]
             assert kinds.count("ConnectionRefusedError") == 1
             await nats_server.start()
-            await until(lambda: broker.connected)
+            await until(lambda: broker.connected and not broker._outage)  # it has been told
 
 
 async def test_connecting_to_no_server_says_where_and_why(unused_port: int) -> None:
