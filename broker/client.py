@@ -614,8 +614,7 @@ class NatsBroker(base.Broker):
         async for attempt in again:
             with attempt, _translated:
                 if self._make_streams:
-                    patient = self._nc.jetstream(timeout=max(self._config.timeout, _MAKING))
-                await topology.ensure(patient, self._config)
+                    await topology.ensure(self._js, self._config)
                 for puller in list(self._pullers):
                     await puller.restore()
                 for watch in list(self._watches):
