@@ -87,7 +87,7 @@ class Ingress:
             self._check_room()
             relay.after = sse.last_event(headers)
             with self._reader():
-                subject = await resume.find(self._broker, tenant, request_id)
+                subject = await resume.find(self._broker, tenant, request_id, relay.after is not None)
                 async with replies.following(self._broker, subject, self._config.max_unread) as stream:
                     status = await self._read_on(stream, relay, receive)
         except asyncio.CancelledError:

@@ -17,7 +17,11 @@ _CHECK = 10.0
 """Seconds after which a request that waits is looked for in the queue again."""
 
 _SETTLE = 2.0
-"""Seconds that the frames of a request which left the queue may take to come."""
+"""Seconds that the frames of a request which left the queue may take to come, and those that a client has
+read already to be in the journal."""
+
+_LOOK_AGAIN = 0.05
+"""Seconds between two looks for a reply that is known to be there."""
 
 PATH = "/v1/requests/{id}/stream"
 _PATH = re.compile(r"/v1/requests/([\x21-\x7e]{1,128})/stream")
@@ -29,18 +33,25 @@ def requested(path: str) -> str | None:
     return found[1] if found else None
 
 
-async def find(broker: base.Broker, tenant: str, request_id: str) -> str:
+async def find(broker: base.Broker, tenant: str, request_id: str, known: bool = False) -> str:
     """The subject of the reply to a request; of an id that was used at two ingresses, the newer one's.
 
+    `known`: whether the caller has read of the reply already. Who reads live may have a frame before the
+    journal has it, and another node's copy is later still: such a caller is not told at once that there is
+    nothing.
     Raises errors.NotFound where the journal has none of it, errors.Unavailable.
     """
-    newest = await broker.last(subjects.REPLIES, subjects.replies_to(tenant, request_id))
-    if newest is None:
-        raise errors.NotFound(
-            f"nothing is known of request {request_id!r}: it came to the queue this moment, or its reply is "
-            "no longer kept, or there was none of this id"
-        )
-    return newest.subject
+    give_up_at = time.monotonic() + (_SETTLE if known else 0.0)
+    while True:
+        newest = await broker.last(subjects.REPLIES, subjects.replies_to(tenant, request_id))
+        if newest is not None:
+            return newest.subject
+        if time.monotonic() >= give_up_at:
+            raise errors.NotFound(
+                f"nothing is known of request {request_id!r}: it came to the queue this moment, or its reply "
+                "is no longer kept, or there was none of this id"
+            )
+        await asyncio.sleep(_LOOK_AGAIN)
 
 
 class Absence:
