@@ -233,6 +233,7 @@ class Joint:
         self._events, self._part = past.events, past.part
         self._again = b""
         self._names: dict[bytes, bytes] | None = None
+        self._ahead = 0  # what this run's event numbers are above those that its caller is to see
 
     def feed(self, body: bytes, tokens: list[tuple[int, list[int]]]) -> bytes:
         """What is new of a part of the run's answer; `tokens` loses those that the caller has.
@@ -250,6 +251,7 @@ class Joint:
         if self._names is not None or not body:
             return self._renamed(body)
         self._names = renamed(self._past.body, self._again or body)
+        self._ahead = _last_number(self._again) - _last_number(self._past.body) if self._again else 0
         body = self._renamed(body)
         return body if self._again else self._unopened(body)
 
@@ -292,7 +294,12 @@ class Joint:
         return body
 
     def _renamed(self, body: bytes) -> bytes:
-        return _NAMED.sub(self._rename, body) if self._names else body
+        if self._names:
+            body = _NAMED.sub(self._rename, body)
+        return _NUMBERED.sub(self._renumber, body) if self._ahead else body
+
+    def _renumber(self, found: re.Match[bytes]) -> bytes:
+        return b"%s%d" % (found[1], int(found[2]) - self._ahead)
 
     def _rename(self, found: re.Match[bytes]) -> bytes:
         assert self._names is not None
@@ -304,6 +311,18 @@ _NAMED = re.compile(
 )
 """What two runs of one request say differently: their names and dates. A text can't hold it: there, a quote
 follows a backslash."""
+
+_NUMBERED = re.compile(rb'("sequence_number":\s*)(\d+)')
+"""`/v1/responses` numbers its events. How many tokens an event brings differs from run to run, and so do
+the numbers."""
+
+
+def _last_number(body: bytes) -> int:
+    """Of the events in `body`; -1 where none has a number."""
+    last = -1
+    for found in _NUMBERED.finditer(body):
+        last = int(found[2])
+    return last
 
 
 def renamed(before: bytes, again: bytes) -> dict[bytes, bytes]:

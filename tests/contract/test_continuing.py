@@ -94,6 +94,12 @@ def ids(frames: list[Frame]) -> dict[int, list[int]]:
 _VARIES = ("created", "created_at", "input_tokens")
 """From run to run: dates, and what the prefix cache held, as `cache_...` and `..._details` do too."""
 
+_ROUGHLY = ("logprob", "top_logprobs")
+"""What bf16 sums make of it depends on what else is in the batch: `logprobs_of` compares the numbers."""
+
+_ONCE = ("name",)
+"""What only the first piece of a tool call brings, with as many of its arguments as there were by then."""
+
 _PIECES = ("content", "text", "delta", "arguments", "token_ids")
 """What comes a piece an event, and may come in fewer: strings, and lists of tokens and their logprobs."""
 
@@ -129,8 +135,17 @@ def stable(value: Any) -> Any:
     return {
         key: stable(item)
         for key, item in value.items()
-        if key not in _VARIES and not key.startswith("cache_") and not key.endswith("_details")
+        if key not in _VARIES + _ROUGHLY and not key.startswith("cache_") and not key.endswith("_details")
     }
+
+
+def logprobs_of(answer: bytes) -> list[float]:
+    """Of each token that was said, in order."""
+    found: list[float] = []
+    for data in re.findall(rb"data: (\{.*)", answer):
+        for choice in orjson.loads(data).get("choices", []):
+            found += [said["logprob"] for said in (choice.get("logprobs") or {}).get("content", [])]
+    return found
 
 
 class Apart(Exception):
@@ -151,14 +166,14 @@ def joined(before: Any, after: Any) -> Any:
 
 def _join(before: Any, after: Any, key: str, pieces: list[Any]) -> Any:
     match before, after:
-        case (dict(), dict()) if before.keys() == after.keys() and before.get("finish_reason") is None:
-            return {name: _join(before[name], after[name], name, pieces) for name in before}
+        case (dict(), dict()) if before.keys() >= after.keys() and before.get("finish_reason") is None:
+            return before | {name: _join(before[name], after[name], name, pieces) for name in after}
         case (str(), str()) | (list(), list()) if key in _PIECES:
             pieces.append(before and after)
             return before + after
         case (list(), list()) if len(before) == len(after):
             return [_join(*pair, "", pieces) for pair in zip(before, after, strict=True)]
-        case _ if before == after and not isinstance(before, dict):
+        case _ if before == after and not isinstance(before, dict) and key not in _ONCE:
             return before
     raise ValueError
 
@@ -201,6 +216,7 @@ async def test_an_answer_cut_anywhere_goes_on(
         assert {index: ids(frames)[index][: len(given)] for index, given in known.items()} == known
         if ids(frames) == ids(whole):
             assert told(payload(frames)) == told(payload(whole)), f"cut after frame {cut}"
+            assert logprobs_of(payload(frames)) == pytest.approx(logprobs_of(payload(whole)), abs=0.25)
         else:
             drifted.append(cut)
     record_property("drifted after cuts", drifted)
@@ -219,6 +235,26 @@ LOGPROB = {"token": "b"}
 def test_pieces_are_joined_however_the_answer_was_cut() -> None:
     ends = chunk("", "stop") + USAGE + b"data: [DONE]\n\n"
     assert told(chunk("a") + chunk("b") + ends) == told(chunk("ab") + ends)
+
+
+def call(arguments: str, **more: Any) -> bytes:
+    calls = [{"index": 0, "function": {"arguments": arguments} | more}]
+    choice = {"index": 0, "delta": {"tool_calls": calls}, "finish_reason": None}
+    return b"data: " + orjson.dumps({"choices": [choice]}) + b"\n\n"
+
+
+def test_the_arguments_of_a_call_are_joined_however_many_came_with_its_name() -> None:
+    whole = told(call("{", name="f") + call('"a"') + call(":1}"))
+    assert whole == told(call('{"a"', name="f") + call(":1}"))
+    assert whole != told(call("{", name="f") + call('"a"', name="f") + call(":1}"))
+    assert whole != told(call("{", name="f") + call('"a"') * 2 + call(":1}"))
+
+
+def test_logprobs_are_those_of_the_tokens_said() -> None:
+    said = [{"token": "a", "logprob": -0.5, "top_logprobs": [{"token": "b", "logprob": -1.0}]}]
+    assert logprobs_of(chunk("a", logprobs={"content": said}) + chunk("", "stop", logprobs=None) + USAGE) == [
+        -0.5
+    ]
 
 
 @pytest.mark.parametrize(

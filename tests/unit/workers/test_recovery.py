@@ -72,3 +72,26 @@ def test_another_choice_may_speak_first_when_an_answer_goes_on() -> None:
     assert joint.feed(event(8, 0, "a"), known) == b""
     assert (known, joint.reached) == ([], True)
     assert joint.feed(event(8, 1, "b"), [(1, [6])]) == event(7, 1, "b")
+
+
+def numbered(number: int, text: str) -> bytes:
+    return b'data: {"type":"response.output_text.delta","sequence_number":%d,"delta":"%s"}\n\n' % (
+        number,
+        text.encode(),
+    )
+
+
+def test_events_are_numbered_on_however_many_brought_the_tokens_before() -> None:
+    """The first run merged its outputs, or the second did."""
+    for merged, single in ((1, 3), (3, 1)):
+        past = recovery.Past(
+            streamed=True,
+            ids={0: [5, 6, 7]},
+            body=b"".join(numbered(n, "x" * (3 // merged)) for n in range(merged)),
+        )
+        joint = recovery.Joint(past)
+        for n in range(single):
+            assert joint.feed(numbered(n, "x" * (3 // single)), [(0, [5, 6, 7][: 3 // single])]) == b""
+        for n in range(9):
+            text = '\\"sequence_number\\":4'  # a string that holds JSON is escaped, and stays as it is
+            assert joint.feed(numbered(single + n, text), [(0, [8])]) == numbered(merged + n, text)
