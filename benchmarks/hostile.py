@@ -26,10 +26,10 @@ from workers.config import VllmConfig
 from workers.engines import vllm
 from workers.engines.base import Engine, EngineStats
 
-KV_BYTES = 56 * 2**20
-"""Of the engine's cache: 2,500 tokens of the demo model."""
+KV_BYTES = 138 * 2**20
+"""Of the engine's cache: room for four contexts of the demo model."""
 CONTEXT = 1536
-SCALE = 3
+SCALE = 8
 FULL = 0.85
 """Share of the KV cache in use from which on it counts as filled: prompts take their time."""
 MEAN_ANSWER = 200
@@ -99,9 +99,9 @@ class Steps:
 
 
 @contextlib.asynccontextmanager
-async def engine() -> AsyncIterator[Engine]:
+async def engine(kv_bytes: int = KV_BYTES) -> AsyncIterator[Engine]:
     model = demo_model.ensure(Path(".data"), progress=True)
-    config = VllmConfig(model=str(model), max_model_len=CONTEXT, kv_cache_bytes=KV_BYTES)
+    config = VllmConfig(model=str(model), max_model_len=CONTEXT, kv_cache_bytes=kv_bytes)
     with stages.single_threaded():
         started = await vllm.start(config)
     try:

@@ -95,6 +95,10 @@ class Tap:
         self.ids.append((index, ids))
         self.count(now, len(ids))
 
+    def cached(self, tokens: int) -> None:
+        """So many more of its prompts' tokens were in the engine's cache, as the engine has told."""
+        self.cached_tokens = (self.cached_tokens or 0) + tokens
+
     def count(self, now: float, tokens: int) -> None:
         """Record output tokens whose ids the engine doesn't know."""
         self.output_tokens += tokens

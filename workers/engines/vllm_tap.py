@@ -120,7 +120,7 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
             async for output in outputs:
                 if tap is not None and output.finished:
                     tap.prompt_tokens += len(output.prompt_token_ids)
-                    tap.cached_tokens = (tap.cached_tokens or 0) + (output.num_cached_tokens or 0)
+                    tap.cached(output.num_cached_tokens or 0)
                 yield output
 
     def tell_first_tokens(self) -> None:
@@ -165,7 +165,7 @@ class _Reader:
         if not self._prompt_counted:
             self._prompt_counted = True
             tap.prompt_tokens += len(output.prompt_token_ids or ())
-            tap.cached_tokens = (tap.cached_tokens or 0) + (output.num_cached_tokens or 0)
+            tap.cached(output.num_cached_tokens or 0)
             self._ran(output.prompt_token_ids or ())
         if tap.scheduled_at is None and times is not None and times.scheduled_ts:
             tap.scheduled_at = times.scheduled_ts
