@@ -122,8 +122,13 @@ class Writer:
         last, asked = self.frames - 1, False
         while True:
             kept: set[int] = set()
-            with contextlib.suppress(errors.Unavailable):
+            try:
                 frames = await journal(self._broker, self._reply_to, since_ms)
+            except errors.MalformedMessage:
+                return  # someone else wrote there: no reader has use for the rest
+            except errors.Unavailable:
+                pass
+            else:
                 kept = {frame.seq for frame in frames if frame.epoch == self.epoch}
             # What is not there after it was said again is older than what is remembered.
             if kept.issuperset(range(self.frames)) or (asked and last in kept):

@@ -519,6 +519,8 @@ class Job:
                     await self._broker.sync()
                 lost = self._doubted or self._touch.lost
                 return not (self._taken or (lost and await self._superseded()))
+            except errors.MalformedMessage:
+                return True  # someone else wrote into the reply: nobody can tell
             except errors.Unavailable:
                 if not sure or loop.time() > end:
                     raise
@@ -537,7 +539,9 @@ class Job:
     async def _came_back(self) -> bool:
         """Whether the newest attempt is a delivery to us, taken for one of this run before another worker was
         known to have had the request in between."""
-        return all(frame.epoch < self.delivery.attempt for frame in await self._journal())
+        with contextlib.suppress(errors.MalformedMessage):
+            return all(frame.epoch < self.delivery.attempt for frame in await self._journal())
+        return False
 
     async def doubt(self) -> None:
         """See whether the request was given to another worker while this one was out of touch."""
@@ -549,8 +553,11 @@ class Job:
     async def _settle_held_head(self) -> None:
         if self._status >= 500 and await self._engine_died():
             self._fault = HandBack("the engine died")
-        else:
+            return
+        try:
             await self._send_head()
+        except errors.WorkerLost as exc:
+            self._fault = exc
 
     async def _engine_died(self) -> bool:
         """Give the engine's watcher a moment to notice the death that a failure may have announced."""

@@ -431,8 +431,9 @@ class Worker:
             await self._held.tell()  # from here on it is handed on if we die
             if await self._goes_elsewhere(job):
                 return
-            # The last death that it may cause: whatever died beside a killer has no more deaths than it.
-            suspect = max(1, self._config.max_deaths - 1)
+            # Whatever died beside a killer has one death more than it at most: a first attempt that dies at
+            # once leaves no trace. So both run alone before either is held to have died once too often.
+            suspect = max(1, self._config.max_deaths - 2)
             if job.delivery.attempt > suspect and await job.deaths() >= suspect:
                 async with self._turn(job):
                     if self._state != "serving":

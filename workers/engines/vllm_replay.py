@@ -169,8 +169,8 @@ def replayed(
         ids = given.get(index, [])
         if not ids:
             outputs = generate(prompt, one, name)
-        elif (text := _extendable(prompt, one, ids, tokenizer)) is not None:
-            outputs = _extended(generate, prompt, one, name, ids, text)
+        elif (pieces := _extendable(prompt, one, ids, tokenizer)) is not None:
+            outputs = _extended(generate, prompt, one, name, ids, pieces)
         elif force is Force.PROCESSOR:
             one.extra_args = {**(one.extra_args or {}), _FORCED: ids}
             outputs = generate(prompt, one, name)
@@ -196,8 +196,8 @@ async def _side_by_side(choices: list[AsyncIterator[Any]]) -> AsyncIterator[Any]
             yield output
 
 
-def _extendable(prompt: Any, params: SamplingParams, ids: list[int], tokenizer: Any) -> str | None:
-    """The text of `ids` where the prompt may be extended by them; None where they must be replayed."""
+def _extendable(prompt: Any, params: SamplingParams, ids: list[int], tokenizer: Any) -> list[str] | None:
+    """Each one's text, where the prompt may be extended by `ids`; None where they must be replayed."""
     if not isinstance(prompt, dict) or prompt.get("type") != "token" or params.max_tokens is None:
         return None
     plain = SamplingParams()
@@ -213,27 +213,36 @@ def _extendable(prompt: Any, params: SamplingParams, ids: list[int], tokenizer: 
     return _whole_text(prompt["prompt_token_ids"], params, ids, tokenizer)
 
 
-def _whole_text(prompt_ids: list[int], params: SamplingParams, ids: list[int], tokenizer: Any) -> str | None:
+def _whole_text(
+    prompt_ids: list[int], params: SamplingParams, ids: list[int], tokenizer: Any
+) -> list[str] | None:
     """None when the last token's text is incomplete: what follows would be read against a wrong beginning."""
     request = SimpleNamespace(
         request_id="", sampling_params=params, prompt_token_ids=prompt_ids, prompt_embeds=None
     )
     words = IncrementalDetokenizer.from_new_request(tokenizer, request)
-    words.update(ids[:-1], False)
-    words.get_next_output_text(False, True)
-    before = len(words.output_text)
-    words.update(ids[-1:], False)
-    whole = len(words.output_text) > before and not words.output_text.endswith("\ufffd")
-    return words.output_text if whole else None
+    pieces: list[str] = []
+    for each in ids:
+        words.update([each], False)
+        pieces.append(words.get_next_output_text(False, True))
+    whole = pieces[-1] and not pieces[-1].endswith("\ufffd")
+    return pieces if whole else None
 
 
 async def _extended(
-    generate: Generate, prompt: Any, params: SamplingParams, request_id: str, ids: list[int], text: str
+    generate: Generate,
+    prompt: Any,
+    params: SamplingParams,
+    request_id: str,
+    ids: list[int],
+    pieces: list[str],
 ) -> AsyncIterator[Any]:
     prompt_ids = prompt["prompt_token_ids"]
     longer = {**prompt, "prompt_token_ids": [*prompt_ids, *ids]}
     params.max_tokens -= len(ids)
-    yield _given(request_id, prompt, ids, text)
+    for each, text in zip(ids, pieces, strict=True):
+        # One by one: parsers of tool calls, of which some take one step each time, come to where they were.
+        yield _given(request_id, prompt, [each], text)
     longer_run: Any = generate(longer, params, request_id)
     async with aclosing(longer_run) as outputs:
         async for output in outputs:

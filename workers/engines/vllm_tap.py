@@ -54,7 +54,12 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
         if tap is None:
             return self._generate(prompt, sampling_params, request_id, **more)
         first_choice, tap.choices = tap.choices, tap.choices + sampling_params.n
-        outputs = self._begun(tap, first_choice, prompt, sampling_params, request_id, more)
+        try:
+            outputs = self._begun(tap, first_choice, prompt, sampling_params, request_id, more)
+        except errors.HeadraceError as exc:
+            if tap.fail is not None:
+                tap.fail(exc)
+            raise
         ran = functools.partial(self._ran, tap, prompt, more.get("lora_request"))
         return self._tapped(outputs, tap, first_choice, request_id, sampling_params.output_kind, ran)
 

@@ -156,6 +156,15 @@ class TestKept:
         frames = await replies.journal(broker, SUBJECT, 0.0)
         assert {frame.seq for frame in frames} == {0, 1, 2, 3}
 
+    async def test_a_reply_into_which_someone_else_wrote_is_not_waited_for(self, broker: Deafening) -> None:
+        """Its readers can't tell what is ours either."""
+        writer = await written(broker)
+        await MemoryBroker.publish(broker, SUBJECT, b"garbage")
+        broker.reconnected()
+        async with asyncio.timeout(5):
+            await writer.kept(0.0)
+        assert broker.asked == 0
+
     async def test_what_nobody_remembers_is_not_waited_for(self, broker: Deafening) -> None:
         """A frame that left the journal, or was said long ago."""
         broker.forgotten = {1}

@@ -480,6 +480,28 @@ async def test_an_engine_that_continues_no_answer_tells_the_caller(
     assert engine.seen == []
 
 
+async def test_an_engine_that_fails_to_go_on_with_an_answer_tells_the_caller(
+    broker: MemoryBroker, caller: Caller
+) -> None:
+    """And the request is done with: it would fail again, and is no killer."""
+    call = await caller.submit()
+    delivery = await deliver_once(broker)
+    await replies.Writer(broker, call.request.reply_to, 1).head(200, SSE, "dead", b"half", [(0, [1])])
+    await delivery.nak()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start_response(send, b"{}", 500)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    engine = WaxEngine(app)
+    engine.continues = True
+    async with serving(broker, engine):
+        frame = await call.fails("worker_lost")
+        assert (frame.epoch, len(engine.seen)) == (2, 1)
+        await caller.drained()
+        await caller.usage(1)
+
+
 @asynccontextmanager
 async def undisturbed(call: Call, **more: Any) -> AsyncIterator[bytes]:
     """What the caller would get of a worker that lives."""
@@ -671,17 +693,25 @@ async def test_a_request_that_its_workers_die_of_is_buried(broker: MemoryBroker,
     assert base64.b64decode(letter.body) == call.request.body
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 async def test_what_ran_beside_a_request_that_kills_is_not_buried_with_it(
-    broker: MemoryBroker, caller: Caller
+    broker: MemoryBroker, caller: Caller, at_once: bool
 ) -> None:
+    """`at_once`: the first time it kills before it has left a trace, unlike those beside it."""
     calls = [
         await caller.submit(3, prompt=f"{'poison' if n == 3 else 'fine'} {n}", stream=False) for n in range(6)
     ]
+    for delivery in [await deliver_once(broker) for _ in calls] if at_once else ():
+        call = next(each for each in calls if each.stored.seq == delivery.seq)
+        if "poison" not in str(call.prompt):
+            await replies.Writer(broker, call.request.reply_to, 1, delivery.seq).beat("w0")
+        await delivery.nak()
     engines: list[WaxEngine] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         engine = engines[-1]
         if b"poison" in engine.seen[-1]:
+            await asyncio.wait({engine.died}, timeout=0.03)  # others begin beside it
             engine.died.set_exception(errors.EngineFailed("crash"))
         else:
             await asyncio.wait({engine.died}, timeout=0.05)
