@@ -66,6 +66,9 @@ class VllmConfig(BaseModel):
     kv_events: bool = Field(
         True, description="tell the scheduler what the prefix cache takes in and evicts, as vLLM tells it"
     )
+    hang_after: float = Field(
+        120.0, ge=0, description="seconds without a step, with requests to run, until it is killed; 0 = never"
+    )
     adapter_slots: int = Field(
         0, ge=0, description="adapters in one step, vLLM's max_loras; 0 = no adapters are served"
     )

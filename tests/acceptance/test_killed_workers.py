@@ -103,7 +103,7 @@ class Mill:
 
     async def _start(self, name: str) -> Part:
         model = demo_model.ensure(ROOT / ".data", progress=True)
-        small = {"max_num_seqs": 8, "max_model_len": 1024, "kv_cache_bytes": 128 * 2**20}
+        small = {"max_num_seqs": 8, "max_model_len": 1024, "kv_cache_bytes": 128 * 2**20, "hang_after": 10}
         settings = {f"vllm__{key}": value for key, value in small.items()}
         return await self._fleet.start(
             "worker",
@@ -226,14 +226,17 @@ async def frozen(process: psutil.Process, streams: Streams) -> None:
 
 
 class Fault(NamedTuple):
-    """`of` finds the process that is stopped, and killed, unless it `wakes` when others have taken over."""
+    """`of` finds the process that is stopped, and killed, unless it `wakes` when others have taken over, or
+    `hangs` until its worker kills it."""
 
     of: Callable[[Part], psutil.Process]
     wakes: bool = False
+    hangs: bool = False
 
 
 FAULTS = {
     "a hung worker": Fault(lambda worker: psutil.Process(worker.process.pid), wakes=True),
+    "a hung EngineCore": Fault(core, hangs=True),
     "a killed EngineCore": Fault(core),
     "a killed worker": Fault(lambda worker: psutil.Process(worker.process.pid)),
 }
@@ -258,7 +261,7 @@ async def test_streams_go_on(
             finally:
                 process.resume()
             await until(lambda: mill.beats[victim].seq > asleep and mill.idle(victim))
-        else:
+        elif not FAULTS[fault].hangs:
             process.kill()
     usage = await mill.usage(streams)
     for case, stream in streams.items():

@@ -185,6 +185,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "responses": (RESPONSES, {}),
     "messages": (MESSAGES, {}),
     "schema": (CHAT, {"response_format": SCHEMA, "max_tokens": 30}),
+    "tools it may call": (CHAT, {"tools": [WEATHER]}),
     "a tool call": (CHAT, {"tools": [WEATHER], "tool_choice": FORCED, "max_tokens": 30}),
     "penalties": (CHAT, {"presence_penalty": 0.7, "frequency_penalty": 0.7}),
     "logprobs": (CHAT, {"logprobs": True, "top_logprobs": 2}),
@@ -198,7 +199,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-EXTENDED = {"plain", "completion", "responses", "messages", "a repetition penalty"}
+EXTENDED = {"plain", "tools it may call", "completion", "responses", "messages", "a repetition penalty"}
 """Continued by a longer prompt, whose bf16 sums may round otherwise than a decode's: a token may differ."""
 
 

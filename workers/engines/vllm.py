@@ -88,7 +88,7 @@ async def start(config: VllmConfig) -> VllmEngine:
         required = {name.replace("_", "-") for name in config.extra}
         # Of several EngineCores each has a cache of its own, and an operator's own listener has the events.
         tells = config.kv_events and not required & {"data-parallel-size", "kv-events-config"}
-        return await vllm_engine.start(options, required, tells)
+        return await vllm_engine.start(options, required, tells, config.hang_after)
 
 
 @contextmanager

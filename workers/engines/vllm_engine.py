@@ -37,10 +37,13 @@ from workers.engines.vllm_tap import Steps, TappedLLM
 
 _log = logging.getLogger(__name__)
 
+LOOKS = 8
+"""Times that it is looked whether vLLM hangs, in as long as it takes to be sure."""
+
 Options = Mapping[str, str | int | float | bool]
 
 
-async def start(options: Options, required: set[str], tells: bool) -> VllmEngine:
+async def start(options: Options, required: set[str], tells: bool, hang_after: float) -> VllmEngine:
     """Start vLLM with these command-line options. See `vllm.start`. `tells`: what it caches."""
     steps = Steps()
     blocks = Blocks() if tells else None
@@ -77,7 +80,7 @@ async def start(options: Options, required: set[str], tells: bool) -> VllmEngine
         app.middleware_stack = app.build_middleware_stack()  # it was built before its handlers were complete
         # vLLM's error handlers set it when the engine is dead, to end their HTTP server.
         app.state.server = SimpleNamespace(should_exit=False)
-        engine = VllmEngine(llm, app, steps, events)
+        engine = VllmEngine(llm, app, steps, events, hang_after)
         llm.blocks = engine.blocks = blocks
         await engine.warm_up()
     except BaseException:
@@ -129,7 +132,9 @@ class VllmEngine:
     name = "vllm"
     continues = True
 
-    def __init__(self, llm: TappedLLM, app: Any, steps: Steps, events: Events | None) -> None:
+    def __init__(
+        self, llm: TappedLLM, app: Any, steps: Steps, events: Events | None, hang_after: float
+    ) -> None:
         self._llm = llm
         self.blocks: Blocks | None = None
         self._events = events
@@ -174,6 +179,11 @@ class VllmEngine:
         for sentinel in self._processes:
             asyncio.get_running_loop().add_reader(sentinel, self._on_process_end, sentinel)
         steps.on_step = self._on_step
+        self._hang_after = hang_after
+        self._still = 0  # looks since the last step
+        self._look: asyncio.TimerHandle | None = None
+        if hang_after:
+            self._look_after()
 
     def stats(self) -> EngineStats:
         return self._stats
@@ -224,7 +234,20 @@ class VllmEngine:
         await asyncio.to_thread(self._llm.shutdown)
         resources.ctx.destroy(linger=0)  # vLLM closes its sockets, and leaves their context to the collector
 
+    def _look_after(self) -> None:
+        """Kill an EngineCore that hangs: its end is seen to as any other's."""
+        # Counted, not timed: a worker that was stopped itself has yet to read of the steps meanwhile.
+        self._still = self._still + 1 if self._llm.output_processor.has_unfinished_requests() else 0
+        if self._still > LOOKS:
+            _log.error("vLLM has made no step for %.0f s, and is killed", self._hang_after)
+            for process in self._processes.values():
+                process.kill()
+        else:
+            loop = asyncio.get_running_loop()
+            self._look = loop.call_later(self._hang_after / LOOKS, self._look_after)
+
     def _on_step(self, scheduler: Any, iteration: Any) -> None:
+        self._still = 0
         if scheduler is None:
             return
         self._llm.tell_first_tokens()
@@ -256,6 +279,8 @@ class VllmEngine:
             self.died.set_exception(errors.EngineFailed(reason))
 
     def _unwatch(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
         for sentinel in self._processes:
             asyncio.get_running_loop().remove_reader(sentinel)
 
