@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from broker import base, client, subjects
+from broker import base, client, codec, subjects
 from broker.config import BrokerConfig
 from broker.messages import Heartbeat, UsageEvent
+from tests.integration import command
 from tests.integration.fleet import Fleet, Part
 from tests.integration.serving import answer, ready
 from tests.waiting import LIMIT, until
@@ -46,8 +47,8 @@ class Under:
             settings["scheduler__lost_after"] = LOST_AFTER
         return await self.fleet.start(part, broker__ack_wait=self.ack_wait, **settings)
 
-    async def worker(self, name: str, itl_ms: int) -> Part:
-        made = await self.start("worker", worker__name=name, sim__ttft_ms=20, sim__itl_ms=itl_ms)
+    async def worker(self, name: str, itl_ms: int, **more: object) -> Part:
+        made = await self.start("worker", worker__name=name, sim__ttft_ms=20, sim__itl_ms=itl_ms, **more)
         await until(lambda: name in self.beats)
         return made
 
@@ -72,6 +73,15 @@ class Under:
         content = response.json()["choices"][0]["message"]["content"]
         assert content == answer(f"question {number}", TOKENS)
         return response.headers["x-headrace-worker"]
+
+    async def heard(self, epoch: int, request_id: str) -> None:
+        """Until the journal has a word of that attempt."""
+
+        async def said() -> bool:
+            records = await self.broker.read(subjects.REPLIES, subjects.replies_to("anonymous", request_id))
+            return epoch in {codec.decode(record.data).epoch for record in records}
+
+        await until(said)
 
     def asks(self, first: int) -> list[asyncio.Task[str]]:
         return [asyncio.create_task(self.ask(first + number)) for number in range(CALLS)]
@@ -121,6 +131,26 @@ async def test_a_killed_workers_requests_are_answered_by_another(tmp_path: Path)
         assert [(e.outcome, e.worker, e.epoch) for e in events] == [("finished", "w2", 2)] * CALLS
         assert await fleet.metric(scheduler, "headrace_handed_on_total") == CALLS
         assert await fleet.metric(scheduler, "headrace_workers_lost_total") == 1
+
+
+async def test_a_request_that_kills_its_workers_is_buried_and_the_fleet_lives_on(tmp_path: Path) -> None:
+    async with under(tmp_path) as (fleet, slow):
+        await fleet.leader()
+        body = {"model": "sim", "max_tokens": TOKENS, "messages": [{"role": "user", "content": "poison"}]}
+        call = asyncio.create_task(fleet.http.post(CHAT, json=body, headers={"X-Request-Id": "poison"}))
+        victim = slow
+        for epoch, heir in enumerate(("w2", "w3"), 1):
+            await fleet.heard(epoch, "poison")  # else it counts as no death
+            successor = await fleet.worker(heir, 500, worker__max_deaths=2)
+            await victim.kill()
+            victim = successor
+        response = await call
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "poisoned")
+        code, out, _ = await command.run("dead", fleet.fleet.nats.url, "list")
+        assert code == 0
+        assert "poisoned" in out
+        await fleet.worker("w4", 5)
+        assert await fleet.ask(1) in ("w3", "w4")
 
 
 @pytest.mark.parametrize("together", [False, True])
