@@ -319,10 +319,8 @@ the numbers."""
 
 def _last_number(body: bytes) -> int:
     """Of the events in `body`; -1 where none has a number."""
-    last = -1
-    for found in _NUMBERED.finditer(body):
-        last = int(found[2])
-    return last
+    found = _NUMBERED.findall(body)
+    return int(found[-1][1]) if found else -1
 
 
 def renamed(before: bytes, again: bytes) -> dict[bytes, bytes]:
