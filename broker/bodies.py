@@ -38,6 +38,11 @@ async def stow(broker: base.Broker, request: Request) -> Request:
     """
     if len(request.body) <= room(broker):
         return request
+    return await put_away(broker, request)
+
+
+async def put_away(broker: base.Broker, request: Request) -> Request:
+    """`request` with its body in the store, however small. Raises as `stow` does."""
     name = subjects.body_object(request.subject.tenant, uuid.uuid4().hex)
     try:
         await objects.put(broker, subjects.PAYLOADS, name, request.body)

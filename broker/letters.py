@@ -6,8 +6,8 @@ import base64
 import logging
 from collections.abc import Mapping
 
-from broker import base, errors, subjects
-from broker.messages import Attempt, DeadLetter
+from broker import base, bodies, errors, subjects
+from broker.messages import Attempt, DeadLetter, parse_request
 from broker.replies import Writer, now_ms
 
 _log = logging.getLogger(__name__)
@@ -56,9 +56,23 @@ async def bury(
     data = letter.model_dump_json().encode()
     if len(data) > broker.max_payload:
         # Base64 and the envelope can make a message that just fitted too large.
-        left_out = f"{exc.message} (headers and body, {len(body)} bytes, were too large to keep)"
-        letter = letter.model_copy(update={"headers": {}, "body": "", "message": left_out})
-        data = letter.model_dump_json().encode()
+        data = (await _smaller(broker, letter, body)).model_dump_json().encode()
     once = {subjects.MSG_ID: subjects.letter_id(seq)} if seq else None
     await (await broker.enqueue(subjects.dead(exc.code), data, once))
     _log.warning("a message went to the dead letters: %s", exc.message, extra={"code": exc.code})
+
+
+async def _smaller(broker: base.Broker, letter: DeadLetter, body: bytes) -> DeadLetter:
+    """`letter` with its body in the store of large bodies, where a replay finds it. What is no request could
+    not be replayed: its body is left out."""
+    left_out = f"{letter.message} (headers and body, {len(body)} bytes, were too large to keep"
+    try:
+        stowed = await bodies.put_away(broker, parse_request(letter.subject, letter.headers, body))
+    except errors.MalformedMessage:
+        return letter.model_copy(update={"headers": {}, "body": "", "message": f"{left_out})"})
+    except errors.Overloaded as exc:
+        message = f"{left_out}; {exc.message})"
+        return letter.model_copy(update={"headers": {}, "body": "", "message": message})
+    return letter.model_copy(
+        update={"headers": letter.headers | {subjects.BODY_OBJECT: stowed.body_object}, "body": ""}
+    )

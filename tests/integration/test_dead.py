@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import replace
 
 import httpx
 import orjson
 
-from broker import base, client, errors, letters, replies, subjects
+from broker import base, bodies, client, errors, letters, objects, replies, subjects
 from broker.config import BrokerConfig
-from broker.messages import Attempt, Request
+from broker.messages import Attempt, DeadLetter, Request
 from broker.server import NatsServer
 from tests.integration import command
 from tests.integration.serving import answer, ingress, ready, register, worker
@@ -112,6 +114,35 @@ async def test_a_request_that_died_is_put_back_and_answered(nats_server: NatsSer
         deltas = [choice["delta"] for event in events for choice in json.loads(event)["choices"]]
         assert "".join(delta.get("content") or "" for delta in deltas) == answer("again", 40)
         assert await broker.counts(subjects.REQUESTS, subjects.ALL_REQUESTS) == {}
+
+
+async def test_a_request_too_large_for_its_letter_is_put_back_whole(nats_server: NatsServer) -> None:
+    """It just fitted into its message, and as base64 it does not."""
+    config = BrokerConfig(url=nats_server.url)
+    async with await client.connect(config, "publisher") as broker:
+        request = chat("acme", "r3", 5)
+        room = bodies.room(broker) - len(request.body)
+        request = replace(request, body=request.body[:-1] + b" " * room + request.body[-1:])
+        await die_unseen(broker, request)
+        record = await broker.last(subjects.DEAD, subjects.ALL_DEAD)
+        assert record is not None
+        name = DeadLetter.model_validate_json(record.data).headers[subjects.BODY_OBJECT]
+        status, out, _ = await dead(nats_server.url, "show", "1", "--body")
+        assert (status, f"the body is the object {name}" in out) == (0, True)
+        assert (await dead(nats_server.url, "replay", "1"))[0] == 0
+        heard: list[bytes] = []
+        await broker.subscribe(request.reply_to, lambda message: heard.append(message.data))
+        async with worker(config, model="sim"):
+            await until(lambda: any(b'"kind":"end"' in data for data in heard))
+        assert await broker.last(subjects.DEAD, subjects.ALL_DEAD) is None
+
+        async def gone() -> bool:
+            with contextlib.suppress(objects.Missing):
+                await objects.get(broker, subjects.PAYLOADS, name, len(request.body))
+                return False
+            return True
+
+        await until(gone)
 
 
 async def test_an_answer_to_a_replayed_request_is_heard_live(nats_server: NatsServer) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from broker import errors, letters, replies, subjects
+from broker import bodies, errors, letters, objects, replies, subjects
 from broker.memory import MemoryBroker
-from broker.messages import Attempt, DeadLetter, FrameKind
+from broker.messages import Attempt, DeadLetter, FrameKind, parse_request
 
 SUBJECT = "out.acme.box.r1"
 
@@ -52,9 +52,41 @@ async def test_nobody_is_answered_whom_the_sender_may_not_write_to(
     assert await broker.counts(subjects.REPLIES, subjects.ALL_REPLIES) == {}
 
 
-async def test_a_message_too_large_for_its_dead_letter_leaves_its_body_behind(anyio_backend: object) -> None:
+async def test_what_is_no_request_and_too_large_for_its_dead_letter_leaves_its_body_behind(
+    anyio_backend: object,
+) -> None:
     broker = MemoryBroker()
     await letters.dead_letter(broker, "req.llama.standard.acme.llama", {}, bytes(2**20), FAULT)
     (letter,) = await kept(broker)
     assert letter.body == ""
     assert letter.message == "no path (headers and body, 1048576 bytes, were too large to keep)"
+
+
+REQUEST = {"Reply-To": SUBJECT, "Path": "/v1/completions", "Nats-Msg-Id": "acme:r1"}
+
+
+async def test_a_request_too_large_for_its_dead_letter_has_its_body_in_the_store(
+    anyio_backend: object,
+) -> None:
+    broker, body = MemoryBroker(), bytes(range(256)) * 4000
+    await letters.bury(broker, "req.llama.standard.acme.llama", REQUEST, body, FAULT)
+    (letter,) = await kept(broker)
+    assert (letter.body, letter.message) == ("", "no path")
+    request = parse_request(letter.subject, letter.headers, b"")
+    assert (await bodies.load(broker, request)).body == body
+
+
+async def test_a_full_store_leaves_the_body_of_a_dead_letter_behind(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: object) -> None:
+        raise errors.Overloaded("full")
+
+    broker = MemoryBroker()
+    monkeypatch.setattr(objects, "put", full)
+    await letters.bury(broker, "req.llama.standard.acme.llama", REQUEST, bytes(2**20), FAULT)
+    (letter,) = await kept(broker)
+    assert (letter.headers, letter.body) == ({}, "")
+    assert letter.message.startswith(
+        "no path (headers and body, 1048576 bytes, were too large to keep; the store"
+    )

@@ -144,6 +144,11 @@ def test_a_body_is_printed_as_what_it_is(body: bytes, shown: str) -> None:
     assert told.endswith("\n\n" + shown)
 
 
+def test_a_body_in_the_store_is_told_where() -> None:
+    told = letters.describe(letter(headers=headers(**{"Body-Object": "acme.b1"}), body=""), True)
+    assert told.endswith("\n\nthe body is the object acme.b1 of bucket payloads")
+
+
 # Back into the queue
 
 
@@ -181,7 +186,7 @@ def test_what_would_die_again_stays(changes: dict[str, Any], why: str) -> None:
 
 async def test_a_letter_too_large_to_keep_cannot_go_back(anyio_backend: object) -> None:
     broker = MemoryBroker()
-    await dead_letter(broker, SUBJECT, headers(), bytes(2**20 - 400), FAULT)
+    await dead_letter(broker, SUBJECT, headers(Path=""), bytes(2**20 - 400), FAULT)
     assert await headrace(broker, "replay", "1") == 1
     assert await left(broker) == [1]
 
