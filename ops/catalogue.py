@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from broker import base, client, entries, errors, fleet, registry, subjects
 from broker.config import BrokerConfig
 from broker.entries import Kind, ModelEntry, Target
 from broker.messages import AdapterState, Heartbeat, Instance, ModelCard, PoolBeat
+from ops import logs
 
 Action = Callable[[base.Broker, argparse.Namespace], Awaitable[None]]
 
@@ -196,7 +196,7 @@ def _hear_pool(pools: dict[str, PoolBeat], message: base.Message) -> None:
 def run(args: argparse.Namespace, config: BrokerConfig, actions: Mapping[str, Action]) -> int:
     """Do one action with a connection to the broker; what it raises ends it. The exit status is 0."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    logging.getLogger("broker").setLevel(logging.ERROR)  # its exceptions say the same
+    logs.hold_back_broker()
 
     async def connected() -> None:
         async with await client.connect(config, f"headrace {args.command}", make_streams=False) as broker:

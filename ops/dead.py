@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
 import signal
 import sys
 from collections import deque
@@ -16,6 +15,7 @@ import orjson
 from broker import base, bodies, client, errors, subjects
 from broker.config import BrokerConfig
 from broker.messages import Request, parse_request
+from ops import logs
 from ops.errors import NotReplayable
 from ops.letters import Letter, Row, describe, revived, summary, table
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, config: BrokerConfig) -> int:
     """The exit status: 0 all done, 1 one or more letters were not, or the broker is not there."""
     # Letters are done one by one, each told as it is done: an interrupt has nothing to tidy up.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    logging.getLogger("broker").setLevel(logging.ERROR)  # its exceptions say the same
+    logs.hold_back_broker()
     return asyncio.run(_run(args, config))
 
 

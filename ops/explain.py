@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 from typing import Any
 
 import orjson
 
 from broker import base, client, errors, subjects
 from broker.config import BrokerConfig
+from ops import logs
 from ops.letters import plain, table
 
 _NOBODY = "no scheduler answered: none leads, or its workers pull by themselves"
@@ -18,7 +18,7 @@ _NOBODY = "no scheduler answered: none leads, or its workers pull by themselves"
 
 def run(args: argparse.Namespace, config: BrokerConfig) -> int:
     """The exit status, 0. Raises errors.NotFound, errors.Unavailable."""
-    logging.getLogger("broker").setLevel(logging.ERROR)  # its exceptions say the same
+    logs.hold_back_broker()
     told = asyncio.run(_ask(args, config))
     print(orjson.dumps(told).decode() if args.json else shown(args.request, told))
     return 0

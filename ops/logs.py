@@ -53,3 +53,8 @@ def configure(level: str, **fields: object) -> None:
     for package in PACKAGES:
         logging.getLogger(package).setLevel(ours)
     logging.captureWarnings(True)
+
+
+def hold_back_broker() -> None:
+    """For a command that tells of the broker's exceptions: what its client warns of is the same."""
+    logging.getLogger("broker").setLevel(logging.ERROR)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -13,7 +12,7 @@ from broker import base, client, entries, errors, routes, subjects
 from broker.config import BrokerConfig
 from broker.entries import ModelEntry
 from ingress.intent import Router
-from ops import routes_file, routes_learn
+from ops import logs, routes_file, routes_learn
 from ops.errors import RoutesError
 from ops.letters import table
 
@@ -22,7 +21,7 @@ _INSTALL = "pip install 'headrace[routes]'"
 
 def run(args: argparse.Namespace, config: BrokerConfig) -> int:
     """The exit status: 0 done, 1 not."""
-    logging.getLogger("broker").setLevel(logging.ERROR)  # its exceptions say the same
+    logs.hold_back_broker()
     if args.action == "learn":
         file = routes_file.read(args.file)
         trained = train(file, args.router, embeddings=not args.no_embeddings)

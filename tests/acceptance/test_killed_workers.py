@@ -1,4 +1,5 @@
-"""Real vLLM workers that are killed, or hung, in the middle of what they say: their callers see one answer.
+"""Real vLLM workers that are killed, hung, or told to end in the middle of what they say: their callers see
+one answer.
 
 Six streams run on the victim at once: JSON under a schema, a tool call, characters of several tokens, and
 plain text on three endpoints. The victim is struck at a moment at which the last token that has come is part
@@ -109,6 +110,7 @@ class Mill:
             "worker",
             worker__name=name,
             worker__engine="vllm",
+            worker__drain_timeout=0.1,
             broker__ack_wait=300,
             vllm__model=model,
             **settings,
@@ -226,12 +228,13 @@ async def frozen(process: psutil.Process, streams: Streams) -> None:
 
 
 class Fault(NamedTuple):
-    """`of` finds the process that is stopped, and killed, unless it `wakes` when others have taken over, or
-    `hangs` until its worker kills it."""
+    """`of` finds the process that is stopped, and killed, unless it `wakes` when others have taken over,
+    `hangs` until its worker kills it, or is told to end and `hands over`."""
 
     of: Callable[[Part], psutil.Process]
     wakes: bool = False
     hangs: bool = False
+    hands_over: bool = False
 
 
 FAULTS = {
@@ -239,6 +242,7 @@ FAULTS = {
     "a hung EngineCore": Fault(core, hangs=True),
     "a killed EngineCore": Fault(core),
     "a killed worker": Fault(lambda worker: psutil.Process(worker.process.pid)),
+    "a drained worker": Fault(lambda worker: psutil.Process(worker.process.pid), hands_over=True),
 }
 
 
@@ -261,6 +265,10 @@ async def test_streams_go_on(
             finally:
                 process.resume()
             await until(lambda: mill.beats[victim].seq > asleep and mill.idle(victim))
+        elif FAULTS[fault].hands_over:
+            process.terminate()
+            process.resume()
+            assert await workers[victim].ended() == 0
         elif not FAULTS[fault].hangs:
             process.kill()
     usage = await mill.usage(streams)
@@ -269,7 +277,7 @@ async def test_streams_go_on(
         assert (event.outcome, event.worker, event.status) == ("finished", other, 200)
         assert event.completion_tokens == stream.usage
         check(case, stream, event.epoch)
-    assert cut_within_a_character(streams["characters"])
+    assert FAULTS[fault].hands_over or cut_within_a_character(streams["characters"])
     report(record_property, "recovery gaps, s", {case: gap(stream) for case, stream in streams.items()})
     for case in GREEDY:
         told = await drift(mill, streams[case].text, undisturbed[case].text)

@@ -21,6 +21,8 @@ class Kind(StrEnum):
     SKEW_WORKER = "skew worker"  # it is killed, and its successor's clock is wrong
     DRAIN_WORKER = "drain worker"  # SIGTERM, once its successor serves
     KILL_INGRESS = "kill ingress"
+    STOP_INGRESS = "stop ingress"
+    CUT_INGRESS = "cut ingress"
     DRAIN_INGRESS = "drain ingress"
     KILL_SCHEDULER = "kill scheduler"
     STOP_SCHEDULER = "stop scheduler"
@@ -51,6 +53,8 @@ _WAYS = {
     Kind.SKEW_WORKER: _Way(8, 0.2, 1.5, 3.0),
     Kind.DRAIN_WORKER: _Way(10, 0.0, 0.0, 4.0),
     Kind.KILL_INGRESS: _Way(10, 0.2, 1.5, 4.0),
+    Kind.STOP_INGRESS: _Way(5, 0.5, 3.0, 2.0),
+    Kind.CUT_INGRESS: _Way(5, 0.5, 3.0, 2.0),
     Kind.DRAIN_INGRESS: _Way(5, 0.0, 0.0, 5.0),
     Kind.KILL_SCHEDULER: _Way(8, 0.2, 1.5, 4.0),
     Kind.STOP_SCHEDULER: _Way(5, 0.5, 5.0, 3.0),

@@ -18,6 +18,8 @@ GOAL = 1.0
 _TOKENS = ("lost", "doubled", "reordered", "foreign")
 _WITHIN = 0.5
 """Seconds after a fault in which the silence begins that is laid to it: buffers run empty first."""
+_ITS_OWN = Kind.STOP_INGRESS, Kind.CUT_INGRESS
+"""Faults whose length is no recovery's: an ingress that nothing gets through to has nothing to hand on."""
 _NEAR = 15.0
 _LED = "with leaders"
 _LEASED, _NODE_LOST = "takeover", "and a node is lost"
@@ -63,7 +65,8 @@ class Tally:
                 break
             gap = recovery_gap(seen, one.at, PACE, _WITHIN) if hit(seen, one) else None
             if gap is not None:
-                self.gaps.append(Gap(one.fault.kind, one.at, gap, seen.ask.request_id))
+                own = one.fault.lasts if one.fault.kind in _ITS_OWN else 0.0
+                self.gaps.append(Gap(one.fault.kind, one.at + own, max(0.0, gap - own), seen.ask.request_id))
 
 
 def hit(seen: Transcript, struck: Struck) -> bool:

@@ -30,7 +30,7 @@ SKEW = 45.0
 SIZES = {"worker": 4, "ingress": 2, "scheduler": 2, "nats": 3}
 PACE = 0.02
 """Seconds between two tokens of a stream."""
-_BEHIND_PROXIES = "worker", "scheduler"
+_BEHIND_PROXIES = "worker", "ingress", "scheduler"
 _STARTS = 8
 _WORDS = 0.35
 """Seconds without a word of the leading scheduler after which workers hold that none leads."""
@@ -281,6 +281,8 @@ class Stage:
         Kind.SKEW_WORKER: _skew,
         Kind.DRAIN_WORKER: _drain,
         Kind.KILL_INGRESS: _kill,
+        Kind.STOP_INGRESS: _stop,
+        Kind.CUT_INGRESS: _cut,
         Kind.DRAIN_INGRESS: _drain,
         Kind.KILL_SCHEDULER: _kill,
         Kind.STOP_SCHEDULER: _stop,

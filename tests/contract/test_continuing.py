@@ -35,6 +35,7 @@ CITY = {
 }
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
 FORCED = {"type": "function", "function": {"name": "get_weather"}}
+GRAMMAR = 'root ::= verb " " noun " " noun\nverb ::= "find" | "feed"\nnoun ::= [a-z]{5}'
 PARROTS = [{"role": "user", "content": "Parrots, please:"}]
 
 
@@ -185,6 +186,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "responses": (RESPONSES, {}),
     "messages": (MESSAGES, {}),
     "schema": (CHAT, {"response_format": SCHEMA, "max_tokens": 30}),
+    "a regular expression": (CHAT, {"structured_outputs": {"regex": r"[a-f]{6}-\d{4}"}, "max_tokens": 30}),
+    "a grammar": (CHAT, {"structured_outputs": {"grammar": GRAMMAR}, "max_tokens": 30}),
     "tools it may call": (CHAT, {"tools": [WEATHER]}),
     "a tool call": (CHAT, {"tools": [WEATHER], "tool_choice": FORCED, "max_tokens": 30}),
     "penalties": (CHAT, {"presence_penalty": 0.7, "frequency_penalty": 0.7}),

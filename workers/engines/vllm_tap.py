@@ -54,14 +54,9 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
         if tap is None:
             return self._generate(prompt, sampling_params, request_id, **more)
         first_choice, tap.choices = tap.choices, tap.choices + sampling_params.n
-        try:
-            outputs = self._begun(tap, first_choice, prompt, sampling_params, request_id, more)
-        except errors.HeadraceError as exc:
-            if tap.fail is not None:
-                tap.fail(exc)
-            raise
+        begin = functools.partial(self._begun, tap, first_choice, prompt, sampling_params, request_id, more)
         ran = functools.partial(self._ran, tap, prompt, more.get("lora_request"))
-        return self._tapped(outputs, tap, first_choice, request_id, sampling_params.output_kind, ran)
+        return self._tapped(begin, tap, first_choice, request_id, sampling_params.output_kind, ran)
 
     def _generate(self, *args: Any, **more: Any) -> AsyncIterator[Any]:
         outputs: AsyncIterator[Any] = super().generate(*args, **more)
@@ -81,7 +76,7 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
 
     async def _tapped(
         self,
-        outputs: Any,
+        begin: Callable[[], Any],
         tap: Tap,
         first_choice: int,
         request_id: str,
@@ -93,7 +88,7 @@ class TappedLLM(AsyncLLM):  # type: ignore[misc]
         if kind != RequestOutputKind.DELTA:
             self._untold.add(untold)
         try:
-            async with aclosing(outputs):
+            async with aclosing(begin()) as outputs:
                 async for output in outputs:
                     reader.read(output)
                     tap.more = True
