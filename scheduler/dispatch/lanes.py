@@ -132,6 +132,7 @@ class Lanes:
         self._quanta = quanta
         self._lanes: list[Lane] = []
         self._count = 0
+        self._of_rank = [0] * len(quanta)
         self.tokens: NDArray[np.float64] = np.zeros((ROWS, 0))
         self.counts: NDArray[np.float64] = np.zeros((ROWS, 0))
 
@@ -156,12 +157,12 @@ class Lanes:
         lane.queues[waiting.rank].add(waiting)
         if waiting.urgent:
             self.hurry(waiting)
-        self._note(waiting.row, slot, waiting.cost, 1)
+        self._note(waiting, slot, waiting.cost, 1)
 
     def remove(self, waiting: Waiting) -> None:
         slot = waiting.slot
         self._lanes[slot].queues[waiting.rank].remove(waiting)
-        self._note(waiting.row, slot, -waiting.cost, -1)
+        self._note(waiting, slot, -waiting.cost, -1)
         if not self.counts[-1, slot]:
             self.tokens[:, slot] = 0.0  # sums of floats leave a rest
         waiting.slot = -1
@@ -234,11 +235,17 @@ class Lanes:
             yield waiting, ahead
             ahead += waiting.cost
 
-    def _note(self, row: int, slot: int, tokens: float, count: int) -> None:
+    def ranks(self) -> list[int]:
+        """The classes of which any wait, the most urgent first."""
+        return [rank for rank, count in enumerate(self._of_rank) if count]
+
+    def _note(self, waiting: Waiting, slot: int, tokens: float, count: int) -> None:
+        row = waiting.row
         sums = self.tokens[row:, slot]
         sums += tokens
         sums = self.counts[row:, slot]
         sums += count
+        self._of_rank[waiting.rank] += count
         self._count += count
 
     def __len__(self) -> int:

@@ -104,12 +104,10 @@ class Places:
         Nobody knows when a worker will take any that tells nothing, or has no room: anywhere else is sooner.
         """
         fleet, lanes = self._fleet, self._lanes
-        if not len(lanes):
-            return None
         ranks = [
             rank
-            for rank, service_class in enumerate(CLASSES)
-            if 2 * rank not in skipped and fleet.eligible(service_class, fleet.base)[slot]
+            for rank in lanes.ranks()
+            if 2 * rank not in skipped and fleet.eligible(CLASSES[rank], fleet.base)[slot]
         ]
         rows = [row for rank in ranks for row in (2 * rank, 2 * rank + 1) if row not in skipped]
         takes = {
