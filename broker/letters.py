@@ -7,10 +7,13 @@ import logging
 from collections.abc import Mapping
 
 from broker import base, bodies, errors, subjects
-from broker.messages import Attempt, DeadLetter, parse_request
+from broker.messages import Attempt, DeadLetter, Request, parse_request
 from broker.replies import Writer, now_ms
 
 _log = logging.getLogger(__name__)
+
+_HEADER_ROOM = 128
+"""Bytes of a letter's message kept free for its own headers."""
 
 
 async def dead_letter(
@@ -53,26 +56,42 @@ async def bury(
         failed_ms=now_ms(),
         history=history,
     )
-    data = letter.model_dump_json().encode()
-    if len(data) > broker.max_payload:
-        # Base64 and the envelope can make a message that just fitted too large.
-        data = (await _smaller(broker, letter, body)).model_dump_json().encode()
+    stowed = None
+    if not _fits(broker, letter):  # base64 and the envelope can make a message that just fitted too large
+        letter, stowed = await _smaller(broker, letter, body)
     once = {subjects.MSG_ID: subjects.letter_id(seq)} if seq else None
-    await (await broker.enqueue(subjects.dead(exc.code), data, once))
+    try:
+        data = letter.model_dump_json().encode()
+        kept = await (await broker.enqueue(subjects.dead(exc.code), data, once))
+    except (errors.Overloaded, errors.TooLarge):
+        if stowed is not None:
+            await bodies.discard(broker, stowed)
+        raise
+    if kept.duplicate and stowed is not None:
+        await bodies.discard(broker, stowed)  # the first letter has one of its own
     _log.warning("a message went to the dead letters: %s", exc.message, extra={"code": exc.code})
 
 
-async def _smaller(broker: base.Broker, letter: DeadLetter, body: bytes) -> DeadLetter:
-    """`letter` with its body in the store of large bodies, where a replay finds it. What is no request could
-    not be replayed: its body is left out."""
+def _fits(broker: base.Broker, letter: DeadLetter) -> bool:
+    return len(letter.model_dump_json().encode()) + _HEADER_ROOM <= broker.max_payload
+
+
+async def _smaller(broker: base.Broker, letter: DeadLetter, body: bytes) -> tuple[DeadLetter, Request | None]:
+    """`letter` as it fits, and the request whose body the store of large bodies has for it now. What can't be
+    replayed anyway, and what is too large by its headers, is told of without headers and body."""
     left_out = f"{letter.message} (headers and body, {len(body)} bytes, were too large to keep"
+    bare = letter.model_copy(update={"headers": {}, "body": "", "message": f"{left_out})"})
     try:
-        stowed = await bodies.put_away(broker, parse_request(letter.subject, letter.headers, body))
+        request = parse_request(letter.subject, letter.headers, body)
     except errors.MalformedMessage:
-        return letter.model_copy(update={"headers": {}, "body": "", "message": f"{left_out})"})
+        return bare, None
+    # As long as any name in the store.
+    named = letter.headers | {subjects.BODY_OBJECT: subjects.body_object(request.subject.tenant, "0" * 32)}
+    if request.body_object or not _fits(broker, letter.model_copy(update={"headers": named, "body": ""})):
+        return bare, None
+    try:
+        stowed = await bodies.put_away(broker, request)
     except errors.Overloaded as exc:
-        message = f"{left_out}; {exc.message})"
-        return letter.model_copy(update={"headers": {}, "body": "", "message": message})
-    return letter.model_copy(
-        update={"headers": letter.headers | {subjects.BODY_OBJECT: stowed.body_object}, "body": ""}
-    )
+        return bare.model_copy(update={"message": f"{left_out}; {exc.message})"}), None
+    named[subjects.BODY_OBJECT] = stowed.body_object
+    return letter.model_copy(update={"headers": named, "body": ""}), stowed

@@ -478,6 +478,6 @@ class DeadLetter(_Wire):
     message: str
     subject: str
     headers: dict[str, str]
-    body: str = Field(description="the body, base64")
+    body: str = Field(description="the body, base64; empty where the headers name one in the object store")
     failed_ms: int
     history: tuple[Attempt, ...] = ()

@@ -171,7 +171,12 @@ async def replay(broker: base.Broker, letter: Letter) -> str:
     makes that one request; later it would run twice. Raises NotReplayable, errors.TooLarge,
     errors.Overloaded, errors.Unavailable.
     """
-    stored = await (await broker.enqueue(*revived(letter)))
+    subject, body, headers = revived(letter)
+    try:
+        await bodies.load(broker, parse_request(subject, headers, body))
+    except errors.BodyLost as exc:
+        raise NotReplayable(exc.message) from exc
+    stored = await (await broker.enqueue(subject, body, headers))
     place = f"in the queue as {stored.seq}"
     try:
         await broker.delete(subjects.DEAD, letter.seq)

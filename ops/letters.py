@@ -131,7 +131,11 @@ def _body(letter: Letter, whole: bool) -> str:
         body = letter.body
     except ValueError:
         return "the body is no base64"
-    if letter.content is not None and (stored := letter.content.headers.get(subjects.BODY_OBJECT)):
+    if (
+        not body
+        and letter.content is not None
+        and (stored := letter.content.headers.get(subjects.BODY_OBJECT))
+    ):
         return f"the body is the object {plain(stored)} of bucket {subjects.PAYLOADS}"
     if not whole:
         return f"body of {len(body)} bytes; --body shows it"

@@ -491,7 +491,8 @@ class Worker:
                 return
             if len(job.past.died) >= self._config.max_deaths:
                 verdict = await screening.bury(self._broker, job.delivery, job.past.died)
-        if self._tombstones.pop(job.request.key, job.delivery.enqueued_ms):
+        gone = self._tombstones.pop(job.request.key, job.delivery.enqueued_ms)
+        if gone and not isinstance(verdict, errors.Poisoned):  # that one's letter needs its body
             verdict = errors.Cancelled("the caller went away")
         if verdict is None:
             job.request = screening.named(job.request, self._engine)

@@ -19,7 +19,7 @@ import jsonschema
 import psutil
 import pytest
 
-from broker import base, client, subjects
+from broker import base, client, replies, subjects
 from broker.config import BrokerConfig
 from broker.messages import Heartbeat, UsageEvent
 from ops import demo_model
@@ -27,6 +27,7 @@ from tests.acceptance.conftest import ROOT, START_LIMIT
 from tests.acceptance.streams import Clients, Stream, kinds
 from tests.integration.fleet import Fleet, Part
 from tests.waiting import until
+from workers import recovery
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.timeout(180)]
 
@@ -142,6 +143,11 @@ class Mill:
             (found[case],) = (event for event in events if event.request_id == stream.request_id)
         return found
 
+    async def deaths(self, request_id: str) -> int:
+        """Of workers under a request, as its journal tells."""
+        (subject,) = await self.broker.counts(subjects.REPLIES, f"out.*.*.{request_id}")
+        return len(recovery.died(await replies.journal(self.broker, subject, 0)))
+
     async def lead(self, text: str) -> float:
         """By how much another token was likelier than the one taken, at most, in a greedy answer to ASK."""
         prompt = (await self.clients.post("/tokenize", {"messages": ASK}))["tokens"]
@@ -245,6 +251,9 @@ FAULTS = {
     "a drained worker": Fault(lambda worker: psutil.Process(worker.process.pid), hands_over=True),
 }
 
+DEATHS = {"a killed worker": 1, "a drained worker": 0}
+"""Which its requests tell of: one that hands them over has not died under them."""
+
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_streams_go_on(
@@ -277,6 +286,8 @@ async def test_streams_go_on(
         assert (event.outcome, event.worker, event.status) == ("finished", other, 200)
         assert event.completion_tokens == stream.usage
         check(case, stream, event.epoch)
+        if fault in DEATHS:
+            assert await mill.deaths(stream.request_id) == DEATHS[fault]
     assert FAULTS[fault].hands_over or cut_within_a_character(streams["characters"])
     report(record_property, "recovery gaps, s", {case: gap(stream) for case, stream in streams.items()})
     for case in GREEDY:

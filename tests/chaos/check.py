@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -54,7 +55,7 @@ class Transcript:
     """What one client saw of one request. Written by the client's task.
 
     Attributes:
-        ingresses: URLs that were asked, in order.
+        visits: when an ingress was asked, in monotonic time, and its URL, in order.
         worker: who answered first, as far as it was told.
         breaks: monotonic times at which a connection broke.
         finishes: (choice, reason) as they came.
@@ -67,7 +68,7 @@ class Transcript:
     started: float
     ended: float = 0.0
     end: End | None = None
-    ingresses: list[str] = field(default_factory=list)
+    visits: list[tuple[float, str]] = field(default_factory=list)
     worker: str = ""
     breaks: list[float] = field(default_factory=list)
     tokens: list[Tokens] = field(default_factory=list)
@@ -75,6 +76,14 @@ class Transcript:
     usages: list[dict[str, object]] = field(default_factory=list)
     dones: int = 0
     fault: str = ""
+
+    @property
+    def ingresses(self) -> list[str]:
+        return [url for _, url in self.visits]
+
+    def ingress(self, at: float) -> str:
+        """The one that was asked last, as of then; "" = none was."""
+        return next((url for since, url in reversed(self.visits) if since <= at), "")
 
 
 class Problem(NamedTuple):
@@ -143,16 +152,30 @@ def _closing(seen: Transcript) -> list[Problem]:
     return found
 
 
-def recovery_gap(seen: Transcript, fault_at: float, pace: float, within: float) -> float | None:
-    """The longest silence around a fault: from a stream's last token before to its first after, in seconds,
-    less `pace`, what lies between two tokens anyway. None where the fault came before its first token
-    or after its last. A silence that begins later than `within` seconds after the fault is another's."""
+class Silence(NamedTuple):
+    """Seconds in which nothing came that could have, and the monotonic time at which something did."""
+
+    seconds: float
+    until: float
+
+
+def recovery_gap(
+    seen: Transcript, fault_at: float, pace: float, within: float, still: Sequence[Silence] = ()
+) -> Silence | None:
+    """The longest silence around a fault: from a stream's last token before to its first after, less `pace`,
+    what lies between two tokens anyway, and what of it lies `still`, when nothing could have come. None where
+    the fault came before its first token or after its last. A silence that begins later than `within`
+    seconds after the fault is another's."""
     times = sorted(part.at for part in seen.tokens)
     if not times or not times[0] <= fault_at <= times[-1]:
         return None
     silences = [
-        later - sooner
+        Silence(max(0.0, later - sooner - pace - sum(_common(sooner, later, one) for one in still)), later)
         for sooner, later in itertools.pairwise(times)
         if later >= fault_at and sooner <= fault_at + within
     ]
-    return max(0.0, max(silences, default=0.0) - pace)
+    return max(silences, default=Silence(0.0, fault_at))
+
+
+def _common(since: float, until: float, still: Silence) -> float:
+    return max(0.0, min(until, still.until) - max(since, still.until - still.seconds))

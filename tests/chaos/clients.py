@@ -143,7 +143,7 @@ class Request:
     async def _try(self) -> None:
         """One connection: to ask, or to read on."""
         url = self._url()
-        self.seen.ingresses.append(url)
+        self.seen.visits.append((time.monotonic(), url))
         self._pending, self._pause = b"", 0.0
         try:
             async with self._open(url) as response:

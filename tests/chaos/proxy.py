@@ -1,4 +1,4 @@
-"""A network between a worker and the broker's nodes that can be stalled, or cut, or lose some messages."""
+"""A network between a process and the broker's nodes that can be stalled, or cut, or lose some messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Proxy:
 
     Stalled, it takes connections and bytes and passes nothing on, until `mend`: a network that loses
     all packets for a while. Cut, connections are reset and new ones too. Of what is told to `lose`, a
-    beginning of subjects, nothing arrives that the worker publishes.
+    beginning of subjects, nothing arrives that the process publishes.
     """
 
     def __init__(self, targets: Sequence[tuple[str, int]]) -> None:

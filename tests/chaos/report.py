@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.results import percentile
-from tests.chaos.check import End, Problem, Transcript, check, recovery_gap
+from tests.chaos.check import End, Problem, Silence, Transcript, check, recovery_gap
 from tests.chaos.clients import Manner
 from tests.chaos.plan import ELECTION, Kind
 from tests.chaos.stage import JOURNAL, PACE, SCHEDULERS, Span, Struck
@@ -18,8 +18,8 @@ GOAL = 1.0
 _TOKENS = ("lost", "doubled", "reordered", "foreign")
 _WITHIN = 0.5
 """Seconds after a fault in which the silence begins that is laid to it: buffers run empty first."""
-_ITS_OWN = Kind.STOP_INGRESS, Kind.CUT_INGRESS
-"""Faults whose length is no recovery's: an ingress that nothing gets through to has nothing to hand on."""
+_STILL = Kind.STOP_INGRESS, Kind.CUT_INGRESS
+"""While these last nothing can come to whoever reads there: that is no recovery's time."""
 _NEAR = 15.0
 _LED = "with leaders"
 _LEASED, _NODE_LOST = "takeover", "and a node is lost"
@@ -27,15 +27,16 @@ _SHOWN = 20
 
 
 class Gap(NamedTuple):
-    """A stream's silence of so many seconds after a fault at monotonic time `at`."""
+    """A stream's silence of so many seconds after a fault; `at` and `until` are monotonic time."""
 
     kind: Kind
     at: float
     seconds: float
+    until: float
     request: str
 
     def meets(self, spans: Sequence[Span]) -> bool:
-        return any(self.at <= span.until and span.since <= self.at + self.seconds for span in spans)
+        return any(self.at <= span.until and span.since <= self.until for span in spans)
 
 
 class Tally:
@@ -60,13 +61,17 @@ class Tally:
             self.bad.append((manner, seen, problems))
         for problem in problems:
             self.problems[problem.kind] += problem.tokens if problem.kind in _TOKENS else 1
+        still = [
+            Silence(one.fault.lasts, one.at + one.fault.lasts)
+            for one in struck
+            if one.fault.kind in _STILL and hit(seen, one)
+        ]
         for one in reversed(struck):
             if one.at < seen.started:
                 break
-            gap = recovery_gap(seen, one.at, PACE, _WITHIN) if hit(seen, one) else None
+            gap = recovery_gap(seen, one.at, PACE, _WITHIN, still) if hit(seen, one) else None
             if gap is not None:
-                own = one.fault.lasts if one.fault.kind in _ITS_OWN else 0.0
-                self.gaps.append(Gap(one.fault.kind, one.at + own, max(0.0, gap - own), seen.ask.request_id))
+                self.gaps.append(Gap(one.fault.kind, one.at, *gap, seen.ask.request_id))
 
 
 def hit(seen: Transcript, struck: Struck) -> bool:
@@ -75,7 +80,7 @@ def hit(seen: Transcript, struck: Struck) -> bool:
         case "worker":
             return struck.target == seen.worker
         case "ingress":
-            return struck.target in seen.ingresses
+            return struck.target == seen.ingress(struck.at)
         case part:
             return part == "nats"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from tests.chaos.check import Ask, End, Problem, Tokens, Transcript, check, recovery_gap
+from tests.chaos.check import Ask, End, Problem, Silence, Tokens, Transcript, check, recovery_gap
 from workers.engines import sim
 
 PACE = 0.02
@@ -195,18 +195,33 @@ class TestAnAnswerThatIsNotComplete:
         assert check(seen) == []
 
 
+def gap(seen: Transcript, fault_at: float, within: float, still: Sequence[Silence] = ()) -> float:
+    found = recovery_gap(seen, fault_at, PACE, within, still)
+    assert found is not None
+    return found.seconds
+
+
 class TestTheRecoveryGap:
     def test_is_the_silence_around_the_fault_less_the_pace(self) -> None:
         seen = answer()
         seen.tokens[10:] = [part._replace(at=part.at + 0.7) for part in seen.tokens[10:]]
         fault_at = seen.tokens[9].at + 0.001
-        assert recovery_gap(seen, fault_at, PACE, within=0.5) == pytest.approx(0.7)
+        assert gap(seen, fault_at, within=0.5) == pytest.approx(0.7)
 
     def test_may_begin_a_moment_after_the_fault(self) -> None:
         seen = answer()
         seen.tokens[15:] = [part._replace(at=part.at + 0.7) for part in seen.tokens[15:]]
-        assert recovery_gap(seen, seen.tokens[5].at, PACE, within=0.5) == pytest.approx(0.7)
-        assert recovery_gap(seen, seen.tokens[5].at, PACE, within=0.1) == pytest.approx(0.0)
+        assert gap(seen, seen.tokens[5].at, within=0.5) == pytest.approx(0.7)
+        assert gap(seen, seen.tokens[5].at, within=0.1) == pytest.approx(0.0)
+
+    def test_does_not_count_what_could_not_come(self) -> None:
+        """However late the silence begins in that time, and whatever else struck meanwhile."""
+        seen = answer()
+        seen.tokens[10:] = [part._replace(at=part.at + 2.0) for part in seen.tokens[10:]]
+        began, fault_at = seen.tokens[9].at, seen.tokens[9].at + 0.3
+        assert gap(seen, fault_at, 0.5, [Silence(1.5, began + 1.5)]) == pytest.approx(0.5)
+        assert gap(seen, fault_at, 0.5, [Silence(1.5, began + 1.2)]) == pytest.approx(0.8)
+        assert gap(seen, fault_at, 0.5, [Silence(1.5, began + 9.0)]) == pytest.approx(2.0)
 
     def test_needs_a_token_before_and_one_after(self) -> None:
         seen = answer()

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from tests.chaos import report
+from tests.chaos.clients import Manner
 from tests.chaos.plan import Fault, Kind
 from tests.chaos.stage import JOURNAL, QUEUE, SCHEDULERS, Span, Struck
+from tests.chaos.test_check import answer
 
 
 def told(
@@ -22,7 +24,7 @@ def told(
 ) -> dict[str, Any]:
     tally = report.Tally()
     for gap in gaps:
-        tally.gaps.append(report.Gap(Kind.KILL_WORKER, 10.0, gap, "c1"))
+        tally.gaps.append(report.Gap(Kind.KILL_WORKER, 10.0, gap, 10.0 + gap, "c1"))
     run = {"seed": 1, "minutes": 1, "date": "", "machine": {"cores": 2, "cpu": "a"}, "failures": []}
     leaderless = {JOURNAL: journal, QUEUE: queue, SCHEDULERS: schedulers}
     return run | report.figures(tally, struck, leaderless, takeovers)
@@ -50,6 +52,25 @@ def test_what_a_change_of_leaders_held_up_stands_in_rows_of_its_own() -> None:
     run = told(0.2, 2.5, journal=journal, schedulers=[Span(11.9, 12.1)])
     assert [run["recovery_gap_s"][name]["n"] for name in rows] == [2, 1, 0, 0, 1]
     assert run["recovery_gap_goal"]["met"]
+
+
+def test_no_recovery_is_charged_with_an_ingress_that_stands_still() -> None:
+    """Nor is it held against a stream that had left that one before."""
+    seen = answer()
+    seen.worker, seen.visits = "w1", [(100.0, "http://a"), (100.5, "http://b")]
+    seen.tokens[10:] = [part._replace(at=part.at + 2.5) for part in seen.tokens[10:]]
+    at = seen.tokens[9].at
+    struck = [
+        Struck(at, Fault(at, Kind.STOP_INGRESS, 1, 2.0), "http://b"),
+        Struck(at + 0.1, Fault(at + 0.1, Kind.STOP_INGRESS, 0, 2.0), "http://a"),
+        Struck(at + 0.2, Fault(at + 0.2, Kind.KILL_WORKER, 1, 1.0), "w1"),
+    ]
+    tally = report.Tally()
+    tally.add(Manner.CHAT, seen, struck)
+    assert [(gap.kind, round(gap.seconds, 3)) for gap in tally.gaps] == [
+        (Kind.KILL_WORKER, 0.5),
+        (Kind.STOP_INGRESS, 0.5),
+    ]
 
 
 def test_takeovers_beside_a_lost_node_stand_apart() -> None:

@@ -129,6 +129,11 @@ async def test_a_request_too_large_for_its_letter_is_put_back_whole(nats_server:
         name = DeadLetter.model_validate_json(record.data).headers[subjects.BODY_OBJECT]
         status, out, _ = await dead(nats_server.url, "show", "1", "--body")
         assert (status, f"the body is the object {name}" in out) == (0, True)
+        whole = await objects.get(broker, subjects.PAYLOADS, name, len(request.body))
+        await objects.remove(broker, subjects.PAYLOADS, name)
+        status, _, err = await dead(nats_server.url, "replay", "1")
+        assert (status, "the body of the request can't be read" in err) == (1, True)
+        await objects.put(broker, subjects.PAYLOADS, name, whole)
         assert (await dead(nats_server.url, "replay", "1"))[0] == 0
         heard: list[bytes] = []
         await broker.subscribe(request.reply_to, lambda message: heard.append(message.data))

@@ -44,12 +44,13 @@ async def _took(silent_at: float, standbys: int, how: str) -> float:
         candidates.append((scheduler, client, stop, asyncio.create_task(scheduler.run(stop))))
 
     async def leading() -> int:
-        while True:
+        for _ in range(round(10 / _STEP)):
             leads = [n for n, (scheduler, *_) in enumerate(candidates) if scheduler.leads]
             assert len(leads) <= 1
             if leads and leads[0] != silent:
                 return leads[0]
             await asyncio.sleep(_STEP)
+        raise AssertionError("nobody leads")
 
     silent = -1
     first = await leading()

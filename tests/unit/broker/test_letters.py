@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from broker import bodies, errors, letters, objects, replies, subjects
@@ -74,6 +76,53 @@ async def test_a_request_too_large_for_its_dead_letter_has_its_body_in_the_store
     assert (letter.body, letter.message) == ("", "no path")
     request = parse_request(letter.subject, letter.headers, b"")
     assert (await bodies.load(broker, request)).body == body
+
+
+async def stored(broker: MemoryBroker) -> int:
+    return sum((await broker.counts("OBJ_payloads", "$O.payloads.M.>")).values())
+
+
+async def test_what_is_kept_once_has_one_body_in_the_store(anyio_backend: object) -> None:
+    broker = MemoryBroker()
+    for _ in range(2):
+        await letters.bury(broker, "req.llama.standard.acme.llama", REQUEST, bytes(2**20), FAULT, seq=7)
+    assert len(await kept(broker)) == await stored(broker) == 1
+
+
+async def test_a_letter_that_is_refused_leaves_no_body_behind(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = MemoryBroker()
+    enqueue = broker.enqueue
+
+    async def full(subject: str, *more: Any) -> Any:
+        if subject.startswith("dead."):
+            raise errors.Overloaded("full")
+        return await enqueue(subject, *more)
+
+    monkeypatch.setattr(broker, "enqueue", full)
+    with pytest.raises(errors.Overloaded):
+        await letters.bury(broker, "req.llama.standard.acme.llama", REQUEST, bytes(2**20), FAULT)
+    assert await stored(broker) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "body"),
+    [
+        ({"Odd": '"' * 2**19}, b"x"),
+        ({"Odd": "x" * 2**20}, b"x"),
+        ({"Odd": "x" * 2**20, "Body-Object": "acme.b1"}, b""),
+    ],
+)
+async def test_a_request_whose_headers_are_too_large_leaves_them_behind(
+    anyio_backend: object, more: dict[str, str], body: bytes
+) -> None:
+    broker = MemoryBroker()
+    await letters.bury(broker, "req.llama.standard.acme.llama", REQUEST | more, body, FAULT)
+    (letter,) = await kept(broker)
+    assert (letter.headers, letter.body) == ({}, "")
+    assert "were too large to keep" in letter.message
+    assert await stored(broker) == 0
 
 
 async def test_a_full_store_leaves_the_body_of_a_dead_letter_behind(

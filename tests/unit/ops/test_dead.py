@@ -145,8 +145,10 @@ def test_a_body_is_printed_as_what_it_is(body: bytes, shown: str) -> None:
 
 
 def test_a_body_in_the_store_is_told_where() -> None:
-    told = letters.describe(letter(headers=headers(**{"Body-Object": "acme.b1"}), body=""), True)
+    head = headers(**{"Body-Object": "acme.b1"})
+    told = letters.describe(letter(headers=head, body=""), True)
     assert told.endswith("\n\nthe body is the object acme.b1 of bucket payloads")
+    assert "of bucket" not in letters.describe(letter(headers=head), True)  # that is why it is no request
 
 
 # Back into the queue
