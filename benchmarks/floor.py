@@ -2,19 +2,23 @@
 
 One bare client publishes a request into the durable queue, another, in a process of its own, takes it by a
 standing pull and answers with one frame: no HTTP, no engine, no tokens beside it. Timed from the publish to
-the frame, at the rate at which the load of `overhead` starts requests.
+the frame, at the rate at which the load of `overhead` starts requests. `relayed`, a third one takes it and
+passes it on to the one that answers, as a scheduler does, and decides nothing.
 
-    python -m benchmarks.floor NATS_URL       the side that answers
+    python -m benchmarks.floor NATS_URL answers|relays|listens
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -31,17 +35,24 @@ WARM_UP = 20
 """Round trips before those that count."""
 
 
-def round_trips(rate: float, count: int) -> list[float]:
+_WORKER = "floor"
+
+
+def round_trips(rate: float, count: int, relayed: bool = False) -> list[float]:
     """Seconds from publish to frame of `count` requests, Poisson at `rate` a second."""
-    return uvloop.run(_measure(rate, count))
+    return uvloop.run(_measure(rate, count, ("listens", "relays") if relayed else ("answers",)))
 
 
-async def _measure(rate: float, count: int) -> list[float]:
+async def _measure(rate: float, count: int, others: tuple[str, ...]) -> list[float]:
     dice = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as scratch:
         async with NatsServer(Path(scratch)) as server:
             broker = await client.connect(BrokerConfig(url=server.url), "floor")
-            with fleet.helper([sys.executable, "-m", "benchmarks.floor", server.url]):
+            with contextlib.ExitStack() as stack:
+                for each in others:
+                    stack.enter_context(
+                        fleet.helper([sys.executable, "-m", "benchmarks.floor", server.url, each])
+                    )
                 async with broker, replies.Mailbox(broker, "floor") as mailbox, asyncio.TaskGroup() as group:
                     for number in range(WARM_UP):
                         await _one(broker, mailbox, f"warm-{number}")
@@ -66,14 +77,23 @@ async def _one(broker: base.Broker, mailbox: replies.Mailbox, number: str) -> fl
     return took
 
 
-async def _answer(url: str) -> None:
-    async with await client.connect(BrokerConfig(url=url), "floor-answers") as broker:
+async def _other(url: str, does: str) -> None:
+    async with await client.connect(BrokerConfig(url=url), f"floor-{does}") as broker:
         tasks: set[asyncio.Task[None]] = set()
 
-        def take(delivery: base.Delivery) -> None:
-            task = asyncio.create_task(_reply(broker, delivery))
+        def spawn(work: Coroutine[Any, Any, None]) -> None:
+            task = asyncio.create_task(work)
             tasks.add(task)
             task.add_done_callback(tasks.discard)
+
+        if does == "listens":
+            to = subjects.run(_WORKER)
+            await broker.subscribe(to, lambda message: spawn(_reply_to_relayed(broker, message)))
+            print("ready", flush=True)
+            await asyncio.Event().wait()
+
+        def take(delivery: base.Delivery) -> None:
+            spawn((_reply if does == "answers" else _relay)(broker, delivery))
 
         lapsed = asyncio.Event()
         puller = await broker.pull("floor", ServiceClass.STANDARD, take, lapsed.set)
@@ -85,10 +105,22 @@ async def _answer(url: str) -> None:
             await puller.ask(1_000_000)
 
 
+async def _relay(broker: base.Broker, delivery: base.Delivery) -> None:
+    headers = delivery.headers or {}
+    parcel = base.Parcel(delivery.subject, dict(headers), delivery.data, delivery.receipt)
+    await broker.relay(subjects.run(_WORKER), parcel, "{}")
+
+
+async def _reply_to_relayed(broker: base.Broker, message: base.Message) -> None:
+    delivery = await broker.relayed(message)
+    if delivery is not None:
+        await _reply(broker, delivery)
+
+
 async def _reply(broker: base.Broker, delivery: base.Delivery) -> None:
     await replies.Writer(broker, (delivery.headers or {})[subjects.REPLY_TO], delivery.attempt).end({})
     await delivery.ack()
 
 
 if __name__ == "__main__":
-    uvloop.run(_answer(sys.argv[1]))
+    uvloop.run(_other(*sys.argv[1:]))

@@ -1,7 +1,8 @@
 """What it costs that a scheduler hands requests out: a fleet that dispatches, against one whose workers pull.
 
 Both are whole fleets with the sim engine, stand for the whole run and are loaded in turn, with the load of
-`overhead`: nothing waits, so what is added is the way through the scheduler.
+`overhead`: nothing waits, so what is added is the way through the scheduler. Beside it what one bare process
+more on the way takes, which decides nothing (`floor`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import functools
 from typing import Any
 
-from benchmarks import fleet, journal, overhead, results
+from benchmarks import fleet, floor, journal, overhead, quiet, results
 from benchmarks.load import Load
 
 STREAMS = {1: 40, 32: 160}
@@ -35,7 +36,11 @@ def run(quick: bool) -> dict[str, Any]:
                 journal.paced_load, streams=streams, requests=max(streams, requests // share)
             )
             pairs = journal.pairs(f"{streams} streams", ups, rounds, foreign, of)
-            found[str(streams)] = journal.ttft(pairs)
+            rate = streams / (overhead.TTFT_MS + overhead.TOKENS * overhead.ITL_MS) * 1000
+            floors = [_floor(rate, max(streams, requests // share), foreign) for _ in range(rounds)]
+            found[str(streams)] = journal.ttft(pairs) | {
+                f"floor_p{p}_ms": results.spread([of[p] for of in floors]) for p in journal.PERCENTILES
+            }
     return {
         "rounds": rounds,
         "ttft_ms": overhead.TTFT_MS,
@@ -43,6 +48,20 @@ def run(quick: bool) -> dict[str, Any]:
         "tokens": overhead.TOKENS,
         "streams": found,
         "cores_used_by_others": max(foreign),
+    }
+
+
+def _floor(rate: float, count: int, foreign: list[float]) -> dict[int, float]:
+    """Milliseconds that a process on the way adds, by percentile."""
+    sides = []
+    for relayed in (False, True):
+        trips, cores = quiet.undisturbed(functools.partial(floor.round_trips, rate, count, relayed))
+        foreign.append(cores)
+        sides.append(trips)
+    without, beside = sides
+    return {
+        p: 1000 * (results.percentile(beside, p) - results.percentile(without, p))
+        for p in journal.PERCENTILES
     }
 
 

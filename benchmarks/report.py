@@ -347,7 +347,9 @@ _HANDING = """\
 
 What the way through the scheduler adds: a fleet that dispatches ("on") against one whose workers pull
 ("off"), with the load of "Added latency": {ttft_ms} ms to the first token, {itl_ms} ms between tokens,
-{tokens} tokens, {rounds} rounds. Other processes used {cores_used_by_others:.2f} cores at most.
+{tokens} tokens, {rounds} rounds. "Floor" is what one more process on the way adds on this machine that passes
+messages on and decides nothing, at that rate of requests and with no fleet beside it (`benchmarks/floor.py`).
+Other processes used {cores_used_by_others:.2f} cores at most.
 """
 
 _TAKEOVER = """\
@@ -444,12 +446,13 @@ def _handing(record: Record) -> str:
             f"{found[f'on_ttft_p{p}_ms']['median']:.2f}",
             f"{found[f'off_ttft_p{p}_ms']['median']:.2f}",
             _range(found[f"added_ttft_p{p}_ms"]),
+            _range(found[f"floor_p{p}_ms"]),
             _against(found[f"added_ttft_p{p}_ms"]["median"], 0.5 if p == 50 else None),
         ]
         for streams, found in record["streams"].items()
         for p in journal.PERCENTILES
     ]
-    head = ["streams", "", "on", "off", "added", "target"]
+    head = ["streams", "", "on", "off", "added", "floor", "target"]
     return _section(_HANDING.format_map(record), head, rows, record)
 
 

@@ -29,7 +29,9 @@ settings.register_profile(
 )
 settings.load_profile("same")
 
-ENGINE = re.compile(r"tests/(acceptance|contract/test_(adapter_engines|continuing|engines|vllm_engine))\b")
+ENGINE = re.compile(
+    r"tests/(acceptance|contract/test_(adapter_engines|continuing|engines|forcing|vllm_engine))\b"
+)
 """Files with tests of the real engine."""
 
 
