@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import os
 import re
 import socket
 import socketserver
@@ -33,6 +34,10 @@ ENGINE = re.compile(
     r"tests/(acceptance|contract/test_(adapter_engines|continuing|engines|forcing|vllm_engine))\b"
 )
 """Files with tests of the real engine."""
+
+
+# vLLM's threads wait for each other after each layer, and for long where a test beside it has their cores.
+os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import jsonschema
@@ -163,16 +163,7 @@ class Mill:
 
 
 @pytest.fixture(scope="module")
-def single_threaded() -> Iterator[None]:
-    """Each engine computes in one thread: two that share two processors wait for each other's threads."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        environment.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-async def mill(single_threaded: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mill]:
+async def mill(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mill]:
     async with Fleet(tmp_path_factory.mktemp("mill"), start_limit=START_LIMIT) as fleet:
         config = BrokerConfig(url=fleet.nats.url, ack_wait=300)
         ingress, _ = await asyncio.gather(
@@ -214,12 +205,27 @@ def core(worker: Part) -> psutil.Process:
     return found
 
 
-async def frozen(process: psutil.Process, streams: Streams) -> None:
-    """Stop it when every stream has begun, and one has come to the middle of a character."""
+async def caught(mill: Mill, victim: str, process: psutil.Process, group: asyncio.TaskGroup) -> Streams:
+    """The streams on the victim, read to their ends by `group`, with the process stopped in their midst."""
+    for _ in range(3):
+        streams = await begun(mill, victim)
+        reading = [group.create_task(stream.read()) for stream in streams.values()]
+        if await frozen(process, streams):
+            return streams
+        await asyncio.wait(reading)
+    raise AssertionError("a stream had always ended before another one was within a character")
+
+
+async def frozen(process: psutil.Process, streams: Streams) -> bool:
+    """Stop it when every stream has begun, and one has come to the middle of a character. False: one has
+    ended before, and it runs."""
     characters = streams["characters"]
 
+    def ended() -> bool:
+        return any(stream.reason for stream in streams.values())
+
     def due() -> bool:
-        return characters.within and min(stream.tokens for stream in streams.values()) >= EARLY
+        return ended() or (characters.within and min(each.tokens for each in streams.values()) >= EARLY)
 
     def quiet() -> bool:
         return time.monotonic() - max(stream.moved for stream in streams.values()) > QUIET
@@ -228,9 +234,11 @@ async def frozen(process: psutil.Process, streams: Streams) -> None:
         await until(due)
         process.suspend()
         await until(quiet)
-        if characters.within:
-            return
+        if characters.within and not ended():
+            return True
         process.resume()
+        if ended():
+            return False
 
 
 class Fault(NamedTuple):
@@ -261,12 +269,9 @@ async def test_streams_go_on(
 ) -> None:
     workers = await mill.pair()
     victim, other = workers
-    streams = await begun(mill, victim)
     process = FAULTS[fault].of(workers[victim])
     async with asyncio.TaskGroup() as group:
-        for stream in streams.values():
-            group.create_task(stream.read())
-        await frozen(process, streams)
+        streams = await caught(mill, victim, process, group)
         if FAULTS[fault].wakes:
             try:
                 await until(lambda: all(len(stream.epochs()) > 1 for stream in streams.values()))
