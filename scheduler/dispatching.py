@@ -139,6 +139,7 @@ class _Queue:
     waiting: dict[int, _Queued] = field(default_factory=dict)
     of_class: dict[ServiceClass, int] = field(default_factory=lambda: dict.fromkeys(ServiceClass, 0))
     sends: dict[str, Sends] = field(default_factory=dict)  # to each worker
+    context: int = 0  # tokens of its models' longest; 0 = nobody has told
     unserved_since: float = math.inf
     decide_soon: bool = False
     timer: asyncio.TimerHandle | None = None
@@ -426,6 +427,8 @@ class Dispatching:
         age = max(0.0, (now_ms - delivery.enqueued_ms) / 1000)
         left = (request.deadline_ms - now_ms) / 1000 if request.deadline_ms else math.inf
         prompt_tokens = max(1, bodies.size(self._broker, request) // 4)
+        if queue.context:  # what is longer is no text: an image, say
+            prompt_tokens = min(prompt_tokens, queue.context)
         item = Item(
             key=delivery.seq,
             tenant=request.subject.tenant,
@@ -511,6 +514,9 @@ class Dispatching:
         if beat.state == "gone":
             return
         self._beats[beat.worker] = beat
+        if (queue := self._queues.get(beat.base)) is not None:
+            longest = max((_within(card.context_tokens) for card in beat.models), default=0)
+            queue.context = max(queue.context, longest)
         self._observe(beat, beat.credit, beat.dispatched)
         self._compare(beat)
 

@@ -138,10 +138,10 @@ class Dispatcher:
             return
         sent.first = now
         self._predictor.erred(now - sent.at - sent.predicted)
-        missed = sent.hit - cached_tokens if cached_tokens is not None else 0
-        self._predictor.first(sent.slot, max(1.0, sent.tokens + missed), now - sent.at)
+        cached = self._running.estimated(cached_tokens) if cached_tokens is not None else float(sent.hit)
+        self._predictor.first(sent.slot, max(1.0, sent.tokens + sent.hit - cached), now - sent.at)
         if cached_tokens is not None:
-            self._confirm(sent, cached_tokens / BLOCK_TOKENS, 0, now)
+            self._confirm(sent, cached / BLOCK_TOKENS, 0, now)
 
     def finish(
         self, key: int, now: float, prompt_tokens: int, cached_tokens: int | None, output_tokens: int
@@ -391,8 +391,8 @@ class Dispatcher:
             self._shed(waiting, now, wait, TOO_LATE)
             return True
         item = waiting.item
-        if view.best < 0 or item.service_class not in self._config.sheddable:
-            return False
+        if view.best < 0 or item.done_tokens or item.service_class not in self._config.sheddable:
+            return False  # an answer that has begun is worth its end
         # The golden ratio spreads consecutive keys evenly over (0, 1), alike on every run.
         if (item.key * 0.6180339887498949) % 1.0 >= self.saturation() ** 5:
             return False

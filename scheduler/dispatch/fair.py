@@ -150,6 +150,7 @@ class Shares:
                 self._tenants.move_to_end(name)
                 continue
             self._weights -= tenant.weight
+            self._total = _less(self._total, self.counters[name] + math.log(tenant.weight))
             del self._tenants[name], self.counters[name]
 
 
@@ -157,6 +158,11 @@ def _add(a: float, b: float) -> float:
     """log(exp(a) + exp(b))."""
     high, low = max(a, b), min(a, b)
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+
+
+def _less(a: float, b: float) -> float:
+    """log(exp(a) - exp(b)); -inf where b is no less, as sums of floats may have it."""
+    return a + math.log1p(-math.exp(b - a)) if b < a else -math.inf
 
 
 class Rounds:

@@ -10,6 +10,9 @@ from scheduler.dispatch.lanes import RANKS, Lanes, Waiting
 from scheduler.dispatch.running import Running
 from scheduler.dispatch.types import Preempt
 
+STEPS = 8
+"""What a worker has not computed of its prompts is long when it fills so many steps."""
+
 
 class Preemption:
     """One at a time from a worker, for whose turn it is there once half his budget is gone."""
@@ -61,10 +64,14 @@ class Preemption:
 
     def _for(self, waiting: Waiting) -> Preempt | None:
         slot = waiting.slot
-        no_slot = bool(self._fleet.load[slot] >= self._fleet.slots[slot])
-        if not no_slot and not self._fleet.full[waiting.rank, slot]:
+        fleet = self._fleet
+        no_slot = bool(fleet.load[slot] >= fleet.slots[slot])
+        if no_slot or fleet.full[waiting.rank, slot]:
+            victim = self._running.victim(slot, waiting.item, no_slot)
+        elif fleet.pending[slot] > STEPS * fleet.step_tokens[slot]:
+            victim = self._running.longest_prompt(slot)
+        else:
             return None
-        victim = self._running.victim(slot, waiting.item, no_slot)
         if victim is None:
             return None
         self._taking[slot] = victim.item.key

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from broker.messages import ServiceClass
 from kvstate.accounts import Account
+from kvstate.budget import KV_CEILING
 from kvstate.lengths import Lengths
 from scheduler.dispatch.config import DispatchConfig
 from scheduler.dispatch.reserve import Reserve
@@ -123,7 +124,7 @@ class Running:
         known = len(self._on[slot]) - unseen
         account.foreign = 0.0
         if state.kv_total and state.running > known:
-            account.foreign = max(0.0, state.kv_total - state.kv_free - account.used())
+            account.foreign = max(0.0, KV_CEILING * state.kv_total - state.kv_free - account.peak())
 
     # Requests
 
@@ -167,6 +168,10 @@ class Running:
                     del self._batches[sent.slot]
         return sent
 
+    def estimated(self, tokens: float) -> float:
+        """As a prompt's bytes would have it that has so many `tokens` by an engine's count."""
+        return tokens / self._scale
+
     @property
     def with_batch(self) -> KeysView[int]:
         """Slots whose workers have batch requests."""
@@ -199,6 +204,11 @@ class Running:
         ):
             return batch[-1]
         return None
+
+    def longest_prompt(self, slot: int) -> Sent | None:
+        """The batch request there without a first token, whose prompt holds the others up most."""
+        computing = (each for each in self._batch(slot) if each.first is None)
+        return max(computing, key=lambda each: each.item.context - each.hit, default=None)
 
     def _batch(self, slot: int) -> Iterator[Sent]:
         on = self._on[slot].values()

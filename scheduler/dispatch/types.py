@@ -52,7 +52,8 @@ class WorkerState:
         running: requests that it holds and that have not ended, waiting ones included.
         prefill_held: prompt tokens of theirs that no step, nor the one under way, has computed.
         kv_total: room of its KV cache; 0 = unknown, not a limit.
-        kv_free: free now, prefix-cached blocks included.
+        kv_free: below the ceiling (`kvstate.budget`), and neither taken nor promised to requests there;
+            prefix-cached blocks are free.
         sends: how many of this dispatcher's sends to it the figures above include.
         serving: it takes requests; False while it drains.
         adapters: those loaded.

@@ -25,6 +25,7 @@ from kvstate.index import PrefixIndex
 from scheduler import dispatching, ledger
 from scheduler.config import SchedulerConfig
 from scheduler.dispatch.config import DispatchConfig
+from scheduler.dispatch.dispatcher import Dispatcher
 from scheduler.dispatch.types import Item
 from scheduler.service import Scheduler
 from tests.integration import command
@@ -360,6 +361,28 @@ async def test_large_bodies_and_what_is_no_request_come_through(
         assert frame.extra["code"] == "malformed_message"
         await caller.cleared()
         assert len(wire.sent) == 4
+    await engine.close()
+
+
+async def test_no_body_is_taken_for_a_longer_prompt_than_its_model_reads(
+    server: NatsServer, broker: Broker, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture has many more bytes than tokens."""
+    items: list[Item] = []
+    arrive = Dispatcher.arrive
+
+    def noted(dispatcher: Dispatcher, item: Item, now: float) -> None:
+        items.append(item)
+        arrive(dispatcher, item, now)
+
+    monkeypatch.setattr(Dispatcher, "arrive", noted)
+    engine = await sim.start(FAST.model_copy(update={"context_tokens": 2048}))
+    async with serving(broker, engine) as at, desk(server.url):
+        await led(at)
+        await (await caller.submit(3, user="x" * 40_000)).finishes()
+        await (await caller.submit(3)).finishes()
+    assert [item.prompt_tokens for item in items] == [2048, items[1].prompt_tokens]
+    assert items[1].prompt_tokens < 200
     await engine.close()
 
 

@@ -237,6 +237,29 @@ def test_batch_is_taken_back_for_an_interactive_request_that_would_wait_too_long
     assert world.arrive(back) == []
 
 
+def test_a_long_batch_prompt_is_taken_back_for_an_interactive_request_that_waits_for_its_steps() -> None:
+    world = World(workers=1)
+    world.arrive(item(1, service_class=BATCH, prompt=100 * STEP))
+    assert sent(world.tell("w0")) == []
+    assert world.arrive(item(2)) == []
+    for _ in range(5):
+        world.wait(0.15)
+        world.tell("w0")
+    assert [each.key for each in world.log if isinstance(each, Preempt)] == [1]
+    world.give_back("w0", 1)
+    assert sent(world.tell("w0")) == [2]
+
+
+def test_a_batch_prompt_that_takes_few_more_steps_is_left() -> None:
+    world = World(workers=1)
+    world.arrive(item(1, service_class=BATCH, prompt=4 * STEP))
+    world.arrive(item(2))
+    for _ in range(5):
+        world.wait(0.15)
+        world.tell("w0")
+    assert [each for each in world.log if isinstance(each, Preempt)] == []
+
+
 def someone_urgent(world: World, key: int = 900) -> None:
     """Came and went."""
     world.arrive(item(key, service_class=INTERACTIVE))
@@ -353,6 +376,23 @@ def test_a_worker_whose_room_becomes_known_remembers_no_more_prefixes_than_fit()
     assert decision.hit_tokens == 0
 
 
+def test_a_cache_is_as_large_as_it_says_though_tokens_are_longer_than_thought() -> None:
+    """Prompts are known by their bytes, and what is cached is counted in tokens: here half as many."""
+    world, prefixes = World(workers=1, kv=64 * 128), [tuple(range(n, n + 8)) for n in (0, 100, 200)]
+    for key in range(30):
+        world.wait(0.05)
+        world.arrive(item(key, prompt=8 * 128, hashes=prefixes[min(key, 2)]))
+        cached = 4 * 128 if key > 2 else 0
+        world.dispatcher.first(key, world.now, cached)
+        world.compute("w0")
+        world.running["w0"].pop(key)
+        world.dispatcher.finish(key, world.now, 4 * 128, cached, 4)
+        world.tell("w0")
+    (decision,) = world.arrive(item(100, prompt=8 * 128, hashes=prefixes[0]))
+    assert isinstance(decision, Send)
+    assert decision.hit_tokens == 8 * 128 - 1  # the last one is computed anyway
+
+
 def test_times_are_those_of_the_steps_that_a_worker_has_now() -> None:
     world = World(workers=1)
     world.tell("w0", step_tokens=8 * STEP)
@@ -446,6 +486,7 @@ def test_sheddable_classes_give_way_as_the_fleet_fills_up() -> None:
     assert world.dispatcher.saturation() >= 1
     refused = world.arrive(item(100, service_class=BATCH))
     assert [type(each) for each in refused] == [Shed]
+    assert world.arrive(item(101, service_class=BATCH, done=1)) == []  # its client has a part of it
 
 
 def test_kv_room_in_use_alone_makes_nobody_give_way() -> None:

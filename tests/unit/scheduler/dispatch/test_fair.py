@@ -71,6 +71,19 @@ def test_a_successor_misses_at_most_what_was_served_since_the_last_entry(
         assert -1e-3 <= used(fair, name, now) - known <= missed[name] / weight + 1.0
 
 
+def test_a_tenant_that_left_counts_in_nobodys_share() -> None:
+    fair = Shares(memory=10.0, burst=0)
+    for name in ("b", "c", "flooder"):  # who comes begins at the least of those there
+        fair.enter(name, 1.0, 1, 0.0)
+    fair.charge("flooder", 1e6, 0.0)
+    fair.leave("flooder", 1)
+    fair.charge("b", 30_000.0, 9.0)
+    fair.charge("c", 100.0, 9.0)
+    fair.enter("c", 1.0, 1, 11.0)
+    assert fair.counters.keys() == {"b", "c"}
+    assert fair.over("b", 11.0)
+
+
 def test_a_successor_goes_on_with_the_same_turns() -> None:
     fair, successor, weights = shares(), shares(), {"c": 2.0}
     for number, name in enumerate("abc"):
