@@ -316,8 +316,8 @@ Simulated (`headrace sim examples/fleet.toml`, [simulator.md](simulator.md)), ea
 requests: {workers} workers with {step_tokens} tokens a step and {kv_tokens:,} tokens of KV cache, one of
 {groups} prefixes of {prefix} tokens and {prompt:.0f} more in each prompt, one token as an answer;
 {seconds:.0f} s counted. "Good" are first tokens within {goal_ms:.0f} ms, which is the requests' deadline
-too: lanes refuse what can't meet it, the others never refuse. The fleet is full at {full} requests a second; what
-it then does at twice that rate, against what it did: {kept:.2f} (target ≥ 0.95).
+too: lanes refuse what can't meet it, the others never refuse. The fleet is full at {full} requests a
+second; what lanes do at twice that rate, against what they do at it: {kept:.2f} (target ≥ 0.95).
 """
 
 _FIDELITY = """\
@@ -366,7 +366,8 @@ processes' own start lies between. Other processes used {cores_used_by_others:.2
 _SIMULATED = """\
 {workers:,} workers with {rate:,.0f} requests a second, in proportion, under lanes: {requests:,} requests in
 {wall_s:.0f} s (CPU time {cpu_s:.0f} s, target ≤ 600), with {peak_mib:,} MiB of memory at most (target ≤
-4,096), where the engines' blocks have the dispatcher's 128 tokens: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms, hits {hit_rate:.3f}.
+4,096), where the engines' blocks have the dispatcher's 128 tokens: p50 {p50_ms:.1f} ms, p99 {p99_ms:.1f} ms,
+hits {hit_rate:.3f}.
 """
 
 
