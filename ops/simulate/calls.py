@@ -17,6 +17,7 @@ class Call:
         hashes: one a block of the engines; equal ones mean equal prefixes.
         shareable: of its prompt, what a cache that forgets nothing would have of earlier requests.
         max_tokens: the bound that the request names; 0 = none.
+        model: the adapter that it is for, `<name>@<version>`; "" = none, the base.
     """
 
     at: float
@@ -27,6 +28,7 @@ class Call:
     hashes: tuple[int, ...] = ()
     shareable: int = 0
     max_tokens: int = 0
+    model: str = ""
 
     def prefix(self, block_size: int) -> tuple[int, ...]:
         """What the dispatcher is told of `hashes`: those at the ends of its own, larger blocks."""

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from broker.messages import ServiceClass
 from kvstate import prefix
 from ops import schema, settings
+from scheduler.config import SchedulerConfig
 from scheduler.dispatch.config import DispatchConfig
 from workers.config import SimConfig
 
@@ -95,11 +96,16 @@ class StreamSection(Source):
     groups: int = Field(0, ge=0, description="prefixes that requests share; 0 = none shares one")
     zipf: float = Field(1.0, ge=0, description="prefix n is asked for as 1/n^s")
     prefix: int = Field(0, ge=0, description="tokens of each")
+    adapters: int = Field(0, ge=0, description="that requests are for, <name>-0@1 and so on; 0 = the base")
+    adapter_zipf: float = Field(1.0, ge=0, description="adapter n is asked for as 1/n^s")
     turns: float = Field(1.0, ge=1, description="mean number of a conversation's requests")
     think: float = Field(10.0, ge=0, description="mean time between two of them")
     prompt: LengthsSection = Field(description="what a request adds to its prefix, or its conversation")
     output: LengthsSection = Field(description="what it makes")
     max_tokens: int = Field(0, ge=0, description="the bound that requests name; 0 = none")
+
+    def adapter(self, number: int) -> str:
+        return f"{self.name}-{number}@1"
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -135,6 +141,10 @@ class FleetFile(BaseModel):
     stream: tuple[StreamSection, ...] = ()
     trace: tuple[TraceSection, ...] = ()
     dispatch: DispatchConfig = Field(DispatchConfig(), description="`[dispatch]` of the settings")
+    scheduler: SchedulerConfig = Field(SchedulerConfig(), description="`[scheduler]` of the settings")
+    plan: bool = Field(
+        True, description="adapters are placed by the planner; false: loaded when asked for alone"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -148,11 +158,18 @@ class FleetFile(BaseModel):
             names = [section.name for section in sections]
             if len(set(names)) < len(names):
                 raise ValueError(f"a name stands there twice among {', '.join(names)}")
+        if self.adapters and not any(section.engine.adapter_slots for section in self.workers):
+            raise ValueError("no worker takes adapters: give one engine.adapter_slots")
         return self
 
     @property
     def block_size(self) -> int:
         return self.workers[0].engine.block_size
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Those that requests are for."""
+        return tuple(each.adapter(n) for each in self.stream for n in range(each.adapters))
 
     @property
     def context(self) -> int:

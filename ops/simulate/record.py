@@ -27,6 +27,7 @@ class Record:
         cached: of its prompt, tokens that the worker's cache had; -1 before its first token.
         preempted: how often it was taken back from a worker.
         step_seconds, step_counts: engine steps, all of one entry as long as each other.
+        loads: how often a worker loaded an adapter. `cold`: requests that came to a worker without theirs.
         recomputed: how often an engine threw a request back for want of KV room.
         busy_s: seconds of workers' steps while requests waited anywhere. `kv_s`: the same by the share of the
             KV room that running requests held.
@@ -49,6 +50,8 @@ class Record:
     preempted: array[int] = field(default_factory=_ints)
     step_seconds: array[float] = field(default_factory=_floats)
     step_counts: array[int] = field(default_factory=_ints)
+    loads: int = 0
+    cold: int = 0
     recomputed: int = 0
     busy_s: float = 0.0
     kv_s: float = 0.0

@@ -51,13 +51,16 @@ def figures(fleet: FleetFile, record: Record) -> Figures:
     `hit_rate` is of what a cache that forgets nothing would have had, `cached_share` of all prompt tokens.
     `goodput` counts requests that ended and whose first token met their goal. `prediction_error_p90_ms` is
     what the time to the first token was off what was foretold at the send; `kv_use_while_queued` the mean
-    over workers that ran while requests waited somewhere, in the warm-up too.
+    over workers that ran while requests waited somewhere, in the warm-up too. `adapter_loads` are those of
+    the whole run, and `without_adapter` its requests that came to a worker which had yet to load theirs.
     """
     columns = _Columns(fleet, record)
     overall = _of(columns, columns.counted)
     seconds, counts = np.array(record.step_seconds), np.array(record.step_counts)
     return {
         **overall,
+        "adapter_loads": record.loads,
+        "without_adapter": record.cold,
         "engine_preemptions": record.recomputed,
         "kv_use_while_queued": _share(record.kv_s, record.busy_s),
         "step_ms": {f"p{p}": _ms(_weighted(seconds, counts, p)) if len(seconds) else None for p in (50, 99)},

@@ -5,17 +5,22 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from broker.messages import Credit, Heartbeat
 from ops.errors import SimulationError
+from ops.simulate.adapters import Adapters
 from ops.simulate.calls import Call
 from ops.simulate.engine import Engine
 from ops.simulate.fleet_file import FleetFile
+from ops.simulate.planning import SPACING, Ended, Planning
 from ops.simulate.policies import News, Policy
 from ops.simulate.record import Record
 from scheduler.dispatch.types import Item, Preempt, Send, Shed, WorkerState
+from scheduler.reconcile import Order
 from workers.config import SimConfig
 from workers.engines.step_model import Sequence, State
 
@@ -49,11 +54,14 @@ class Worker:
     name: str
     config: SimConfig
     engine: Engine[Run]
+    adapters: Adapters
     sends: int = 0
+    beats: int = 0
     uncomputed: int = 0
     began: float = 0.0
     free: int = 0
     told: float = -math.inf
+    lacking: dict[str, list[Run]] = field(default_factory=dict)  # who waits for an adapter
 
     @property
     def kv_total(self) -> int:
@@ -67,12 +75,32 @@ class Worker:
             seen=now,
             step_tokens=config.max_num_batched_tokens,
             slots_total=config.max_num_seqs,
-            running=len(model.running) + len(model.waiting),
+            running=len(model.running) + len(model.waiting) + sum(map(len, self.lacking.values())),
             prefill_held=self.uncomputed,
             kv_total=self.kv_total,
             kv_free=self.engine.kv_free(now),
             block_size=config.block_size,
             sends=self.sends,
+            adapters=self.adapters.there,
+            adapter_room=self.adapters.has_room,
+        )
+
+    def heartbeat(self) -> Heartbeat:
+        """What the planner reads of it."""
+        self.beats += 1
+        return Heartbeat(
+            worker=self.name,
+            engine="sim",
+            base=MODEL,
+            models=(),
+            started_ms=0,
+            seq=self.beats,
+            state="serving",
+            credit=Credit(slots_total=self.config.max_num_seqs),
+            adapters=tuple(self.adapters.states()),
+            slots=self.config.adapter_slots,
+            max_rank=self.config.max_rank,
+            adapters_in_memory=self.config.adapters_in_memory,
         )
 
     def expect(self, run: Run, tokens: int) -> None:
@@ -117,9 +145,13 @@ class _World:
         self._queued = 0  # requests that the policy keeps
         self._wake_at = math.inf
         self._moved = 0.0  # when something last came of anything
+        self._present: Counter[str] = Counter()  # requests that have not ended, by adapter
+        adapters = fleet.adapters if fleet.plan else ()
+        self._planning = Planning(MODEL, adapters, fleet.scheduler) if adapters else None
+        self._planned, self._plan_at = -math.inf, math.inf
         self.now = 0.0
         self._workers = {
-            name: Worker(name, section.engine, Engine(section.engine))
+            name: Worker(name, section.engine, Engine(section.engine), Adapters(section.engine))
             for section in fleet.workers
             for name in (f"{section.name}-{n}" for n in range(section.count))
         }
@@ -129,6 +161,8 @@ class _World:
             self._policy.state(worker.state(0.0), 0.0)
             worker.told = 0.0
             self._after(self._news.every * (n + 1) / len(self._workers), self._beat, worker)
+        if self._planning is not None:
+            self._plan_by(0.0)
         self._next_call()
         events, pop = self._events, heapq.heappop
         while self._more or self._open:
@@ -156,7 +190,7 @@ class _World:
         item = Item(
             key=number,
             tenant=call.tenant,
-            model=MODEL,
+            model=call.model or MODEL,
             service_class=source.service_class,
             arrived=call.at,
             deadline=deadline,
@@ -168,8 +202,54 @@ class _World:
         self._open[number] = _Open(call, item)
         self._moved = self.now
         self._queued += 1
+        if call.model:
+            self._present[call.model] += 1
+            if self._planning is not None and not self._planning.places(call.model):
+                self._plan_by(self.now)
         self._policy.arrive(item, self.now)
         self._decide()
+
+    # The planner
+
+    def _plan_by(self, at: float) -> None:
+        """Soon, and no sooner than it may."""
+        at = max(at, self._planned + SPACING)
+        if at < self._plan_at:
+            self._plan_at = at
+            heapq.heappush(self._events, (at, next(self._order), self._plan, at))
+
+    def _plan(self, due: float) -> None:
+        if due != self._plan_at or self._planning is None:
+            return  # another one is sooner
+        self._planned, self._plan_at = self.now, math.inf
+        beats = [worker.heartbeat() for worker in self._workers.values()]
+        for order in self._planning.round(self._present, beats, self.now):
+            self._after(self._send_s, self._ordered, order)
+        self._plan_by(self.now + self._fleet.scheduler.plan_interval)
+
+    def _ordered(self, order: Order) -> None:
+        worker = self._workers[order.worker]
+        worker.adapters.told(order.command)
+        self._load(worker)
+
+    def _load(self, worker: Worker) -> None:
+        if worker.adapters.load():
+            self._record.loads += 1
+            self._after(worker.config.load_ms / 1000, self._loaded, worker)
+
+    def _loaded(self, worker: Worker) -> None:
+        model = worker.adapters.loaded()
+        for run in worker.lacking.pop(model, ()):
+            self._begin(worker, run)
+        self._load(worker)
+        self._tell(worker, [], [])
+        if self._planning is not None and self._planning.done(worker.heartbeat(), self.now):
+            self._plan_by(self.now)
+
+    def _over(self, call: Call) -> None:
+        """It is in the system no more."""
+        if call.model:
+            self._present[call.model] -= 1
 
     # The policy decides
 
@@ -185,7 +265,7 @@ class _World:
             elif isinstance(decision, Shed):
                 self._record.shed[decision.key] = now
                 self._record.retry[decision.key] = decision.retry_after_s
-                del self._open[decision.key]
+                self._over(self._open.pop(decision.key).call)
             else:
                 self._after(self._send_s, self._take_back, decision)
         due = self._policy.next_due(now)
@@ -203,17 +283,35 @@ class _World:
     def _deliver(self, sent: Send) -> None:
         opened, worker = self._open[sent.key], self._workers[sent.worker]
         call, made = opened.call, opened.done
-        run = Run(call.prompt + made, call.output - made, call.hashes, number=sent.key)
+        run = Run(call.prompt + made, call.output - made, call.hashes, adapter=call.model, number=sent.key)
         opened.worker, opened.run = worker, run
         worker.sends += 1
         worker.expect(run, max(1, run.prompt_tokens - sent.hit_tokens))
+        if not call.model or worker.adapters.need(call.model):
+            self._begin(worker, run)
+        else:
+            self._record.cold += 1
+            worker.lacking.setdefault(call.model, []).append(run)
+            self._load(worker)
+
+    def _begin(self, worker: Worker, run: Run) -> None:
         self._change(worker, lambda: worker.engine.add(run, self.now))
+
+    def _leave(self, worker: Worker, run: Run) -> None:
+        """Its adapter is not needed for it any more."""
+        if run.adapter:
+            worker.adapters.leave(run.adapter)
+            self._load(worker)
 
     def _take_back(self, what: Preempt) -> None:
         opened = self._open.get(what.key)
         if opened is None or (run := opened.run) is None or (worker := opened.worker) is None:
             return
-        self._change(worker, lambda: worker.engine.abort(run, self.now))
+        if run in worker.lacking.get(run.adapter, ()):
+            worker.lacking[run.adapter].remove(run)
+        else:
+            self._change(worker, lambda: worker.engine.abort(run, self.now))
+        self._leave(worker, run)
         worker.expect(run, 0)
         opened.done += run.generated
         opened.worker = opened.run = None
@@ -282,7 +380,13 @@ class _World:
 
     def _ended(self, run: Run) -> _Ended:
         opened = self._open.pop(run.number)
+        self._over(opened.call)
+        if opened.worker is not None:
+            self._leave(opened.worker, run)
         made = opened.done + run.generated
+        if self._planning is not None and run.adapter:
+            took = self.now - self._record.sent[run.number]
+            self._planning.ended(Ended(run.adapter, run.prompt_tokens, run.generated, took))
         self._record.end[run.number] = self._moved = self.now
         self._record.made[run.number] = made
         return run.number, run.prompt_tokens, run.cached or 0, run.generated
@@ -306,7 +410,7 @@ class _World:
         if (
             self._open
             and self.now - self._moved > PATIENCE
-            and all(each.engine.idle for each in self._workers.values())
+            and all(each.engine.idle and not each.adapters.loading for each in self._workers.values())
         ):
             raise SimulationError(f"{len(self._open)} requests wait, and the policy sends them nowhere")
         if self.now >= worker.told + self._news.every:

@@ -30,10 +30,12 @@ def calls(fleet: FleetFile) -> Iterator[Call]:
 @dataclass(order=True, slots=True)
 class _Turn:
     """A conversation's next request. `length`: tokens of prompts and answers so far; `first`: the hash that
-    block 0 would have if the prefix were not shared; `known`: tokens of it that an earlier one has had."""
+    block 0 would have if the prefix were not shared; `adapter`: its number, -1 = none; `group`: that of its
+    prefix with that adapter; `known`: tokens of it that an earlier one has had."""
 
     at: float
     first: int
+    adapter: int = field(compare=False)
     group: int = field(compare=False)
     tenant: int = field(compare=False)
     length: int = field(compare=False)
@@ -47,6 +49,7 @@ class _Stream:
         self._rng = np.random.default_rng([fleet.seed, number])
         self._groups = _repeat(lambda n: self._zipf(section.groups, section.zipf, n))
         self._tenants = _repeat(lambda n: self._zipf(section.tenants, section.tenant_zipf, n))
+        self._adapters = _repeat(lambda n: self._zipf(section.adapters, section.adapter_zipf, n))
         self._added = _repeat(lambda n: self._lengths(section.prompt, n))
         self._outputs = _repeat(lambda n: self._lengths(section.output, n))
         self._dice = _repeat(lambda n: self._rng.random(n).tolist())
@@ -89,13 +92,15 @@ class _Stream:
     def _begin(self, at: float) -> _Turn:
         section = self._section
         self._conversations += 1
+        adapter = next(self._adapters) if section.adapters else -1
         group, known = -1, 0
         if section.groups:
-            group = next(self._groups)
+            # No cache is shared between adapters.
+            group = next(self._groups) + (adapter + 1) * section.groups
             known = section.prefix if group in self._seen else 0
             self._seen.add(group)
         base = (self._number << 52) + (self._conversations << 20)
-        return _Turn(at, base, group, next(self._tenants), section.prefix, known)
+        return _Turn(at, base, adapter, group, next(self._tenants), section.prefix, known)
 
     def _call(self, turn: _Turn, due: list[_Turn]) -> Call:
         """Its request; the conversation's next one, if there is one, is put into `due`."""
@@ -105,12 +110,16 @@ class _Stream:
         length = prompt + output
         if section.turns > 1 and length < self._context and next(self._dice) < 1 - 1 / section.turns:
             known = prompt // size * size
-            later = _Turn(turn.at + next(self._pauses), turn.first, turn.group, turn.tenant, length, known)
+            at = turn.at + next(self._pauses)
+            later = _Turn(at, turn.first, turn.adapter, turn.group, turn.tenant, length, known)
             heapq.heappush(due, later)
         shareable = min(turn.known, prompt - 1) // size * size
         hashes = self._hashes(turn, prompt // size)
         tenant = self._names[turn.tenant]
-        return Call(turn.at, self._number, tenant, prompt, output, hashes, shareable, section.max_tokens)
+        model = section.adapter(turn.adapter) if turn.adapter >= 0 else ""
+        return Call(
+            turn.at, self._number, tenant, prompt, output, hashes, shareable, section.max_tokens, model
+        )
 
     def _hashes(self, turn: _Turn, blocks: int) -> tuple[int, ...]:
         shared = self._prefix(turn.group)[:blocks]

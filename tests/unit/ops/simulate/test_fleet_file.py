@@ -37,9 +37,11 @@ def test_the_example() -> None:
     assert fleet.policies == POLICIES
 
 
-def test_every_key_of_the_example_is_explained_in_the_docs() -> None:
+@pytest.mark.parametrize("name", ["fleet", "tunes"])
+def test_every_key_of_the_examples_is_explained_in_the_docs(name: str) -> None:
     page = (EXAMPLE.parents[1] / "docs/simulator.md").read_text()
-    tree = tomllib.loads(EXAMPLE.read_text())
+    tree = tomllib.loads(EXAMPLE.with_stem(name).read_text())
+    fleet_file.load(EXAMPLE.with_stem(name))
     keys = {*tree, *tree["workers"][0], *tree["stream"][0]}
     assert {key for key in keys if f"`{key}" not in page and f"[{key}]" not in page} == set()
 
