@@ -41,11 +41,15 @@ def test_what_handing_out_adds_is_held_against_half_a_millisecond() -> None:
             f"on_ttft_p{p}_ms": spread(22.0 + added),
             f"off_ttft_p{p}_ms": spread(22.0),
             f"added_ttft_p{p}_ms": spread(added),
+            f"floor_p{p}_ms": spread(0.3),
         }
     record = {"ttft_ms": 20, "itl_ms": 20, "tokens": 40, "rounds": 6, "cores_used_by_others": 0.1}
     text = report._handing({**record, "streams": {"32": found}, **ORIGIN})
-    assert "| 32 | TTFT p50, ms | 22.40 | 22.00 | 0.40 (0.40 to 0.40) | ≤ 0.5: met |" in text
-    assert "| 32 | TTFT p99, ms | 22.90 | 22.00 | 0.90 (0.90 to 0.90) |" in text
+    assert (
+        "| 32 | TTFT p50, ms | 22.40 | 22.00 | 0.40 (0.40 to 0.40) | 0.30 (0.30 to 0.30) | ≤ 0.5: met |"
+        in text
+    )
+    assert "| 32 | TTFT p99, ms | 22.90 | 22.00 | 0.90 (0.90 to 0.90) | 0.30 (0.30 to 0.30) |" in text
 
 
 def test_a_takeover_is_held_against_a_second_at_its_longest() -> None:
