@@ -1,5 +1,6 @@
 """The dispatcher against other policies in the simulator: the scenario of examples/fleet.toml at several
-rates, up to more than the fleet can do. And what the simulator takes for 1,000 workers and a million of them.
+rates, up to more than the fleet can do. How long eight tenants wait beside one that floods the fleet. And what
+the simulator takes for 1,000 workers and a million of them.
 
 The goals are at 950 requests a second: p50 at most 25 ms, p99 at most 85 ms, prefix hits at least .93, and
 the times within 10 % of pushing with fresh state. They are the same on every machine; the simulator's speed
@@ -17,12 +18,30 @@ from benchmarks import results
 from kvstate import prefix
 from ops.simulate import command, fleet_file, report
 from ops.simulate.fleet_file import POLICIES, FleetFile, PolicyName
+from ops.simulate.record import Record
 
 FILE = Path(__file__).parent.parent / "examples/fleet.toml"
 RATES = (950, 1150, 1300)
 BEYOND = (1600, 2400, 4800)
 STURDY: tuple[PolicyName, ...] = ("lanes", "push_fresh", "consistent_hashing")
 WORKERS, REQUESTS = 1000, 1_000_000
+
+FAIR_RATES = (105, 210, 280, 330)
+FAIR: dict[str, Any] = {
+    "name": "fair",
+    "tenants": 8,
+    "prompt": {"mean": 300, "sigma": 0.5, "most": 2048},
+    "output": {"mean": 8, "sigma": 0.5, "most": 64},
+}
+FLOOD = FAIR | {"name": "flood", "rate": 2600.0, "tenants": 1}
+"""One tenant, who asks for some hundred times as much as each of the others."""
+FLOODED: dict[str, Any] = {
+    "workers": [
+        {"count": 8, "engine": {"max_num_batched_tokens": 512, "max_num_seqs": 32, "kv_blocks": 1024}}
+    ],
+    "duration": 12.0,
+    "warmup": 3.0,
+}
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -40,6 +59,7 @@ def run(quick: bool) -> dict[str, Any]:
         "seconds": fleet.duration - fleet.warmup,
         "rates": rates,
         "beyond": beyond,
+        "fairness": _fairness({"duration": 2.0, "warmup": 1.0} if quick else {}),
         "speed": _speed(REQUESTS // 100 if quick else REQUESTS),
     }
 
@@ -52,6 +72,39 @@ def _at(fleet: FleetFile, rate: int, policies: tuple[PolicyName, ...]) -> dict[s
         found[name] = {key: figures[key] for key in ("requests", "ttft_ms", "hit_rate", "goodput", "shed")}
         results.say(f"  {rate}/s {name}: {found[name]}")
     return found
+
+
+def _fairness(changes: dict[str, Any]) -> dict[str, Any]:
+    """Of the eight, alone and beside the flood, at each of their rates; and what the flood has by itself."""
+
+    def played(*streams: dict[str, Any]) -> tuple[FleetFile, Record]:
+        file = FleetFile.model_validate(FLOODED | {"stream": streams} | changes)
+        return file, command.play(file, "lanes")
+
+    found: dict[str, Any] = {"alone_s": _served(*played(FLOOD)), "rates": {}}
+    for rate in FAIR_RATES:
+        fair = FAIR | {"rate": float(rate)}
+        sides = {"alone": played(fair), "beside": played(fair, FLOOD)}
+        of = {
+            f"{side}_p{p}_ms": 1000 * results.percentile(_ttft(*run), p)
+            for side, run in sides.items()
+            for p in (50, 99)
+        }
+        found["rates"][str(rate)] = of | {"served_s": _served(*sides["beside"])}
+        results.say(f"  {rate}/s beside a flood: {found['rates'][str(rate)]}")
+    return found
+
+
+def _served(file: FleetFile, record: Record) -> float:
+    """First tokens a second."""
+    counted = sum(file.warmup <= first < file.duration for first in record.first)
+    return counted / (file.duration - file.warmup)
+
+
+def _ttft(file: FleetFile, record: Record) -> list[float]:
+    """Of the first stream's."""
+    each = zip(record.at, record.source, record.first, strict=True)
+    return [first - at for at, source, first in each if source == 0 and at >= file.warmup]
 
 
 def large(requests: int) -> FleetFile:

@@ -371,6 +371,12 @@ hits {hit_rate:.3f}.
 """
 
 
+_FAIRNESS = """\
+Eight tenants on eight workers, alone and beside one that asks for some hundred times as much as each of them;
+by itself that one is served {alone_s:,.0f} requests a second. TTFT of the eight:
+"""
+
+
 def _dispatcher(record: Record) -> str:
     rows = []
     smallest_of: dict[str, Record] = {}
@@ -491,7 +497,34 @@ def _policies(record: Record) -> str:
     *_, full, twice = record["beyond"]
     kept = record["beyond"][twice]["lanes"]["goodput"] / record["beyond"][full]["lanes"]["goodput"]
     text = _section(_POLICIES.format(**record, full=full, kept=kept), head, rows, record)
-    return "\n".join([text, _SIMULATED.format(**record["speed"])])
+    return "\n".join([text, _SIMULATED.format(**record["speed"]), *_fairness(record["fairness"])])
+
+
+def _fairness(found: Record) -> list[str]:
+    rows = []
+    for rate, of in found["rates"].items():
+        ratios = [of[f"beside_p{p}_ms"] / of[f"alone_p{p}_ms"] for p in (50, 99)]
+        rows.append(
+            [
+                rate,
+                *(f"{of[f'{side}_p{p}_ms']:.1f}" for p in (50, 99) for side in ("alone", "beside")),
+                f"{ratios[0]:.2f}",
+                f"{ratios[1]:.2f}",
+                _against(ratios[1], 1.1),
+                f"{of['served_s']:,.0f}",
+            ]
+        )
+    head = [
+        "requests/s",
+        "p50 alone, ms",
+        "beside",
+        "p99 alone, ms",
+        "beside",
+        "p50 ratio",
+        "p99 ratio",
+        "target",
+    ]
+    return [_FAIRNESS.format(**found), _table([*head, "served/s"], rows)]
 
 
 def _policy_goals(lanes: Record, fresh: Record) -> str:

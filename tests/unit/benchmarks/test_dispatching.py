@@ -92,3 +92,15 @@ def test_the_simulator_is_held_against_a_fleet() -> None:
     assert "| TTFT p99, ms | 400.0 | 480.0 | 1.20 | within 10 %: **missed** |" in text
     assert "| simulated | 500 | 80 | 4.2 | 4.0 | 80% | ≥ 0.5: met |" in text
     assert "| measured | 500 | 80 | 4.2 | 4.0 | 40% | ≥ 0.5: **missed** |" in text
+
+
+def test_what_a_flood_does_to_the_others_is_held_against_a_tenth() -> None:
+    alone = {"alone_p50_ms": 20.0, "alone_p99_ms": 60.0}
+    rates = {
+        "105": alone | {"beside_p50_ms": 22.0, "beside_p99_ms": 67.2, "served_s": 400.0},
+        "330": alone | {"beside_p50_ms": 21.0, "beside_p99_ms": 63.0, "served_s": 379.6},
+    }
+    text = "\n".join(report._fairness({"alone_s": 520.0, "rates": rates}))
+    assert "served 520 requests a second" in text
+    assert "| 105 | 20.0 | 22.0 | 60.0 | 67.2 | 1.10 | 1.12 | ≤ 1.1: **missed** | 400 |" in text
+    assert "| 330 | 20.0 | 21.0 | 60.0 | 63.0 | 1.05 | 1.05 | ≤ 1.1: met | 380 |" in text
