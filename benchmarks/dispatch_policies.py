@@ -1,6 +1,6 @@
 """The dispatcher against other policies in the simulator: the scenario of examples/fleet.toml at several
-rates, up to more than the fleet can do. How long eight tenants wait beside one that floods the fleet. And what
-the simulator takes for 1,000 workers and a million of them.
+rates, up to more than the fleet can do. How long eight tenants wait beside one that floods the fleet. And
+what the simulator takes for 1,000 workers and a million of them.
 
 The goals are at 950 requests a second: p50 at most 25 ms, p99 at most 85 ms, prefix hits at least .93, and
 the times within 10 % of pushing with fresh state. They are the same on every machine; the simulator's speed

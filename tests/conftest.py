@@ -31,9 +31,9 @@ settings.register_profile(
 settings.load_profile("same")
 
 ENGINE = re.compile(
-    r"tests/(acceptance|contract(?=/test_(adapter_engines|continuing|engines|forcing|vllm_engine)\b))"
+    r"tests/(acceptance|contract/test_(adapter_engines|continuing|engines|forcing|vllm_engine))\b"
 )
-"""Files with tests of the real engine, by the folder whose files share one."""
+"""Files with tests of the real engine."""
 
 
 # vLLM's threads wait for each other after each layer, and for long where a test beside it has their cores.
@@ -43,14 +43,13 @@ os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Of several processes one runs a whole file, whose servers are then started once, and one runs all files
-    that share a real engine: these take longest and come first."""
+    with the real engine, which take longest and come first."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            shared = ENGINE.match(path)
-            return shared[1] if shared else path
+            return "engine" if ENGINE.match(path) else path
 
     config.option.loadscopereorder = False
     return Files(config, log)
