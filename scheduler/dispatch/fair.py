@@ -115,17 +115,22 @@ class Shares:
         return [name for _, name in sorted(zip(map(self.counters.__getitem__, names), names, strict=True))]
 
     def over(self, name: str, now: float) -> bool:
-        """Whether it was served and asks for more than its share, beyond what chance and a burst explain."""
+        """Whether it was served and asks for more than its share, beyond what chance and a burst explain, and
+        was served no less than others on average."""
         return next(self.within((name,), now), None) is None
 
     def within(self, names: Iterable[str], now: float) -> Iterator[str]:
         """Those of these tenants, of which there is one at least, of which that is not so."""
         fade = now / self._memory
-        share = (math.exp(self._total - fade) + self._waiting) / self._weights
+        total = math.exp(self._total - fade)
+        share, mean = (total + self._waiting) / self._weights, total / self._weights
         for name in names:
             tenant = self._tenants[name]
-            used = math.exp(self.counters[name] - fade) + tenant.waiting / tenant.weight
-            if used <= OVER * share or (used - share) * tenant.weight <= self._burst:
+            served = math.exp(self.counters[name] - fade)
+            used = served + tenant.waiting / tenant.weight
+            # Else one that asks for little more than it, and for more than there is, would have all.
+            behind = served < mean * (1 - 1e-9)
+            if behind or used <= OVER * share or (used - share) * tenant.weight <= self._burst:
                 yield name
 
     def _least(self) -> float:

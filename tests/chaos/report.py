@@ -34,6 +34,7 @@ class Gap(NamedTuple):
     seconds: float
     until: float
     request: str
+    manner: Manner
 
     def meets(self, spans: Sequence[Span]) -> bool:
         return any(self.at <= span.until and span.since <= self.until for span in spans)
@@ -71,7 +72,7 @@ class Tally:
                 break
             gap = recovery_gap(seen, one.at, PACE, _WITHIN, still) if hit(seen, one) else None
             if gap is not None:
-                self.gaps.append(Gap(one.fault.kind, one.at, *gap, seen.ask.request_id))
+                self.gaps.append(Gap(one.fault.kind, one.at, *gap, seen.ask.request_id, manner))
 
 
 def hit(seen: Transcript, struck: Struck) -> bool:
@@ -121,13 +122,16 @@ def figures(
 
 def longest(
     tally: Tally, leaderless: Mapping[str, Sequence[Span]], began: float
-) -> list[tuple[str, str, float, float]]:
-    """Of the gaps with leaders: request, fault, when that struck in seconds since `began`, and how long."""
-    led = [gap for gap in tally.gaps if not any(gap.meets(spans) for spans in leaderless.values())]
-    led.sort(key=lambda gap: -gap.seconds)
-    return [
-        (gap.request, str(gap.kind), round(gap.at - began, 3), round(gap.seconds, 3)) for gap in led[:_SHOWN]
-    ]
+) -> dict[str, list[tuple[str, str, str, float, float]]]:
+    """Of the gaps with leaders, and of all others: request, its manner, fault, when that struck in seconds
+    since `began`, and how long."""
+    found: dict[str, list[tuple[str, str, str, float, float]]] = {_LED: [], "others": []}
+    for gap in sorted(tally.gaps, key=lambda gap: -gap.seconds):
+        of = found["others" if any(map(gap.meets, leaderless.values())) else _LED]
+        if len(of) < _SHOWN:
+            times = round(gap.at - began, 3), round(gap.seconds, 3)
+            of.append((gap.request, str(gap.manner), str(gap.kind), *times))
+    return found
 
 
 def _takeovers(spans: Sequence[Span], struck: Sequence[Struck]) -> dict[str, dict[str, float]]:

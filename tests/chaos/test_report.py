@@ -24,7 +24,7 @@ def told(
 ) -> dict[str, Any]:
     tally = report.Tally()
     for gap in gaps:
-        tally.gaps.append(report.Gap(Kind.KILL_WORKER, 10.0, gap, 10.0 + gap, "c1"))
+        tally.gaps.append(report.Gap(Kind.KILL_WORKER, 10.0, gap, 10.0 + gap, "c1", Manner.CHAT))
     run = {"seed": 1, "minutes": 1, "date": "", "machine": {"cores": 2, "cpu": "a"}, "failures": []}
     leaderless = {JOURNAL: journal, QUEUE: queue, SCHEDULERS: schedulers}
     return run | report.figures(tally, struck, leaderless, takeovers)

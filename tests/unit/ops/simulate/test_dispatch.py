@@ -9,7 +9,7 @@ import numpy as np
 from ops.simulate import command, report
 from ops.simulate.fleet_file import FleetFile, PolicyName
 from ops.simulate.record import Record
-from tests.unit.ops.simulate.fleets import fleet
+from tests.unit.ops.simulate.fleets import ENGINE, fleet
 
 
 def figures(file: FleetFile, policy: PolicyName = "lanes") -> dict[str, Any]:
@@ -107,3 +107,32 @@ def test_where_all_workers_are_needed_a_flood_finds_each_full_a_little_sooner() 
     beside = ttft(command.play(fleet(fair, hog, duration=4.0), "lanes"), "fair", 1.0)
     assert beside[0] < 2 * alone[0]
     assert beside[1] < 1.6 * alone[1]
+
+
+def test_pools_keep_interactive_requests_out_of_long_steps() -> None:
+    """Half the workers make small steps, for interactive requests; long prompts go to the others."""
+    small, large = ({**ENGINE, "kv_blocks": 4096, "max_num_batched_tokens": tokens} for tokens in (256, 4096))
+    chat = {"name": "chat", "class": "interactive", "rate": 30.0, "output": {"mean": 20}}
+    work = {"name": "work", "class": "batch", "rate": 4.0, "prompt": {"mean": 6000}, "output": {"mean": 20}}
+    pools = {"interactive": {"most_step_tokens": 256}, "batch": {"least_step_tokens": 4096}}
+    workers = [{"name": name, "count": 2, "engine": engine} for name, engine in (("s", small), ("l", large))]
+    waits = {
+        name: ttft(command.play(file, "lanes"), "chat", 2.0)[1]
+        for name, file in (
+            ("pools", fleet(chat, work, workers=workers, dispatch={"pools": pools})),
+            ("none", fleet(chat, work, workers=workers)),
+        )
+    }
+    assert waits["pools"] < 0.6 * waits["none"]
+
+
+def test_tenants_are_served_by_their_weights() -> None:
+    both = FAIR | {"rate": 600.0, "tenants": 1}
+    streams = both | {"name": "a", "weight": 3.0}, both | {"name": "b"}
+    record = command.play(fleet(*streams, duration=8.0), "lanes")
+    first, tenant = np.array(record.first), np.array(record.tenant)
+    served = {
+        name: np.count_nonzero((tenant == number) & (first >= 3.0) & (first < 8.0))
+        for number, name in enumerate(record.tenants)
+    }
+    assert 2.5 < served["a-0"] / served["b-0"] < 3.5

@@ -71,6 +71,20 @@ def test_a_successor_misses_at_most_what_was_served_since_the_last_entry(
         assert -1e-3 <= used(fair, name, now) - known <= missed[name] / weight + 1.0
 
 
+def test_who_was_served_less_than_others_is_not_above_his_share_whatever_he_asks_for() -> None:
+    """Else one that asks for little more than its share, and more than there is, would have all."""
+    fair = Shares(memory=10.0, burst=0)
+    fair.enter("a", 3.0, 100_000, 0.0)
+    fair.enter("b", 1.0, 100_000, 0.0)
+    fair.charge("a", 300.0, 0.0)
+    fair.charge("b", 100.0, 0.0)
+    assert fair.over("b", 0.0)
+    fair.charge("a", 300.0, 0.0)
+    assert not fair.over("b", 0.0)
+    fair.charge("b", 200.0, 0.0)
+    assert fair.over("b", 0.0)
+
+
 def test_a_tenant_that_left_counts_in_nobodys_share() -> None:
     fair = Shares(memory=10.0, burst=0)
     for name in ("b", "c", "flooder"):  # who comes begins at the least of those there
