@@ -56,12 +56,12 @@ async def bury(
         failed_ms=now_ms(),
         history=history,
     )
-    stowed = None
-    if not _fits(broker, letter):  # base64 and the envelope can make a message that just fitted too large
+    data, stowed = letter.model_dump_json().encode(), None
+    if not _fits(broker, data):  # base64 and the envelope can make a message that just fitted too large
         letter, stowed = await _smaller(broker, letter, body)
+        data = letter.model_dump_json().encode()
     once = {subjects.MSG_ID: subjects.letter_id(seq)} if seq else None
     try:
-        data = letter.model_dump_json().encode()
         kept = await (await broker.enqueue(subjects.dead(exc.code), data, once))
     except (errors.Overloaded, errors.TooLarge):
         if stowed is not None:
@@ -72,8 +72,8 @@ async def bury(
     _log.warning("a message went to the dead letters: %s", exc.message, extra={"code": exc.code})
 
 
-def _fits(broker: base.Broker, letter: DeadLetter) -> bool:
-    return len(letter.model_dump_json().encode()) + _HEADER_ROOM <= broker.max_payload
+def _fits(broker: base.Broker, letter: bytes) -> bool:
+    return len(letter) + _HEADER_ROOM <= broker.max_payload
 
 
 async def _smaller(broker: base.Broker, letter: DeadLetter, body: bytes) -> tuple[DeadLetter, Request | None]:
@@ -87,7 +87,8 @@ async def _smaller(broker: base.Broker, letter: DeadLetter, body: bytes) -> tupl
         return bare, None
     # As long as any name in the store.
     named = letter.headers | {subjects.BODY_OBJECT: subjects.body_object(request.subject.tenant, "0" * 32)}
-    if request.body_object or not _fits(broker, letter.model_copy(update={"headers": named, "body": ""})):
+    without_body = letter.model_copy(update={"headers": named, "body": ""})
+    if request.body_object or not _fits(broker, without_body.model_dump_json().encode()):
         return bare, None
     try:
         stowed = await bodies.put_away(broker, request)

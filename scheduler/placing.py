@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _LISTEN = 2.0
 """Times `lost_after` that a new scheduler listens before its first plan: else it would know of no worker."""
 
-_SPACING = 0.05
+SPACING = 0.05
 """Seconds from one plan to the next, however much is asked for."""
 
 
@@ -128,9 +128,9 @@ class Placing:
             elif self._led:
                 self._led = False
                 metrics.forget_plans()
-            await asyncio.sleep(_SPACING)
+            await asyncio.sleep(SPACING)
             try:
-                await asyncio.wait_for(self._wake.wait(), max(0.0, self._config.plan_interval - _SPACING))
+                await asyncio.wait_for(self._wake.wait(), max(0.0, self._config.plan_interval - SPACING))
             except TimeoutError:
                 continue
 
@@ -224,10 +224,7 @@ class Placing:
             self._spawn(self._carry_out(order))
 
     def _snapshot(self, base_model: str, serving: list[Heartbeat], now: float) -> view.Snapshot:
-        workers = tuple(
-            view.Worker(beat.worker, beat.slots, beat.max_rank, max(1, beat.credit.slots_total))
-            for beat in serving
-        )
+        workers = tuple(map(view.Worker.of, serving))
         adapters = {
             adapter.model: adapter
             for entry in self._entries.of_base(base_model)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
+
+from broker.messages import Heartbeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,11 @@ class Worker:
     slots: int
     max_rank: int
     sequences: int = 1
+
+    @classmethod
+    def of(cls, beat: Heartbeat) -> Self:
+        """As its heartbeat tells."""
+        return cls(beat.worker, beat.slots, beat.max_rank, max(1, beat.credit.slots_total))
 
 
 @dataclass(frozen=True, slots=True)

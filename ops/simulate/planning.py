@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 
 from broker.messages import Heartbeat, Latency, UsageEvent
 from broker.placement import Placement
@@ -12,19 +11,6 @@ from scheduler.config import SchedulerConfig
 from scheduler.demand import Demand
 from scheduler.reconcile import Order, Orders
 from scheduler.view import Adapter, Snapshot, Worker
-
-SPACING = 0.05
-"""Seconds between two plans at least, as the scheduler has it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A request that has ended: lengths in tokens, `took` in seconds from its send to its end."""
-
-    model: str
-    prompt: int
-    output: int
-    took: float
 
 
 class Planning:
@@ -38,12 +24,13 @@ class Planning:
         self._orders = Orders(config)
         self.placement = Placement(base=base)
 
-    def ended(self, request: Ended) -> None:
+    def ended(self, model: str, prompt: int, output: int, took: float) -> None:
+        """A request has ended: lengths in tokens, `took` in seconds from its send to its end."""
         self._demand.ended(
             UsageEvent(
                 request_id="",
                 tenant="",
-                model=request.model,
+                model=model,
                 base=self._base,
                 service_class="",
                 path="",
@@ -51,9 +38,9 @@ class Planning:
                 outcome="finished",
                 status=200,
                 finished_ms=0,
-                prompt_tokens=request.prompt,
-                completion_tokens=request.output,
-                latency=Latency(total=request.took, queue=0.0),
+                prompt_tokens=prompt,
+                completion_tokens=output,
+                latency=Latency(total=took, queue=0.0),
             )
         )
 
@@ -71,9 +58,7 @@ class Planning:
         for beat in beats:
             self._orders.heard(beat, now)
         demand = self._demand.of(self._base)
-        workers = tuple(
-            Worker(beat.worker, beat.slots, beat.max_rank, beat.credit.slots_total) for beat in beats
-        )
+        workers = tuple(map(Worker.of, beats))
         snapshot = Snapshot(self._base, workers, self._adapters, self._orders.barred(now))
         self.placement = planner.plan(snapshot, demand, self.placement, round(1000 * now), self._config)
         known = {model: adapter.current for model, adapter in self._adapters.items()}

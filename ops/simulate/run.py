@@ -16,10 +16,11 @@ from ops.simulate.adapters import Adapters
 from ops.simulate.calls import Call
 from ops.simulate.engine import Engine
 from ops.simulate.fleet_file import FleetFile
-from ops.simulate.planning import SPACING, Ended, Planning
+from ops.simulate.planning import Planning
 from ops.simulate.policies import News, Policy
 from ops.simulate.record import Record
 from scheduler.dispatch.types import Item, Preempt, Send, Shed, WorkerState
+from scheduler.placing import SPACING
 from scheduler.reconcile import Order
 from workers.config import SimConfig
 from workers.engines.step_model import Sequence, State
@@ -386,7 +387,7 @@ class _World:
         made = opened.done + run.generated
         if self._planning is not None and run.adapter:
             took = self.now - self._record.sent[run.number]
-            self._planning.ended(Ended(run.adapter, run.prompt_tokens, run.generated, took))
+            self._planning.ended(run.adapter, run.prompt_tokens, run.generated, took)
         self._record.end[run.number] = self._moved = self.now
         self._record.made[run.number] = made
         return run.number, run.prompt_tokens, run.cached or 0, run.generated

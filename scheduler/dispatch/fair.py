@@ -128,7 +128,7 @@ class Shares:
             tenant = self._tenants[name]
             served = math.exp(self.counters[name] - fade)
             used = served + tenant.waiting / tenant.weight
-            # Else one that asks for little more than it, and for more than there is, would have all.
+            # Else who asks for little more than his share, and for more than there is, would have all.
             behind = served < mean * (1 - 1e-9)
             if behind or used <= OVER * share or (used - share) * tenant.weight <= self._burst:
                 yield name

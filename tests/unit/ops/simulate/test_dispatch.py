@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import dispatch_policies
 from ops.simulate import command, report
 from ops.simulate.fleet_file import FleetFile, PolicyName
 from ops.simulate.record import Record
@@ -65,14 +66,8 @@ def test_room_is_kept_for_more_urgent_requests_while_such_come() -> None:
     assert found["engine_preemptions"] <= 0.01 * found["requests"]
 
 
-FAIR: dict[str, Any] = {
-    "name": "fair",
-    "rate": 210.0,
-    "tenants": 8,
-    "prompt": {"mean": 300, "sigma": 0.5, "most": 2048},
-    "output": {"mean": 8, "sigma": 0.5, "most": 64},
-}
-HOG = FAIR | {"name": "hog", "rate": 2600.0, "tenants": 1}
+FAIR = dispatch_policies.FAIR | {"rate": 210.0}
+HOG = dispatch_policies.FLOOD | {"name": "hog"}
 
 
 def ttft(record: Record, stream: str, since: float) -> tuple[float, float]:
