@@ -57,7 +57,8 @@ class Transcript:
     Attributes:
         visits: when an ingress was asked, in monotonic time, and its URL, in order.
         worker: who answered first, as far as it was told.
-        breaks: monotonic times at which a connection broke.
+        breaks: monotonic times at which a connection broke, or could not be made.
+        cut: those of them at which the answer had begun to come over that connection.
         finishes: (choice, reason) as they came.
         usages: the `usage` objects that came.
         dones: how many `[DONE]` came.
@@ -71,6 +72,7 @@ class Transcript:
     visits: list[tuple[float, str]] = field(default_factory=list)
     worker: str = ""
     breaks: list[float] = field(default_factory=list)
+    cut: list[float] = field(default_factory=list)
     tokens: list[Tokens] = field(default_factory=list)
     finishes: list[tuple[int, str]] = field(default_factory=list)
     usages: list[dict[str, object]] = field(default_factory=list)

@@ -145,8 +145,10 @@ class Request:
         url = self._url()
         self.seen.visits.append((time.monotonic(), url))
         self._pending, self._pause = b"", 0.0
+        begun = False
         try:
             async with self._open(url) as response:
+                begun = response.status_code == 200
                 await self._answered(response)
         except (httpx.TransportError, AttributeError) as exc:
             # So anyio says that a connection broke before it was asked where it leads.
@@ -154,6 +156,7 @@ class Request:
                 raise
             if self.seen.end is None:
                 self.seen.breaks.append(time.monotonic())
+                self.seen.cut += self.seen.breaks[-1:] if begun else []
                 # A connection that was never made asked nothing.
                 self._asked = self._asked or not isinstance(exc, httpx.ConnectError)
                 self._post = not self._asked or self.manner is Manner.KEYED

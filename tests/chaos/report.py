@@ -56,7 +56,7 @@ class Tally:
         self.manners[manner] += 1
         self.ends[seen.end] += 1
         self.resumed += len(seen.ingresses) > 1 and seen.end is not End.REFUSED
-        self.broken += bool(seen.tokens and seen.breaks)
+        self.broken += bool(seen.cut)
         problems = check(seen)
         if problems:
             self.bad.append((manner, seen, problems))

@@ -54,6 +54,18 @@ def test_what_a_change_of_leaders_held_up_stands_in_rows_of_its_own() -> None:
     assert run["recovery_gap_goal"]["met"]
 
 
+def test_a_connection_that_breaks_before_an_answer_breaks_no_stream() -> None:
+    """A server may close one that is kept alive just as the next request is on its way."""
+    seen, tally = answer(), report.Tally()
+    seen.breaks = [seen.started]
+    tally.add(Manner.CHAT, seen, ())
+    assert tally.broken == 0
+    seen.breaks.append(seen.tokens[0].at)
+    seen.cut = seen.breaks[1:]
+    tally.add(Manner.CHAT, seen, ())
+    assert tally.broken == 1
+
+
 def test_no_recovery_is_charged_with_an_ingress_that_stands_still() -> None:
     """Nor is it held against a stream that had left that one before."""
     seen = answer()
