@@ -9,6 +9,7 @@ request does not say.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import random
 import time
@@ -34,6 +35,8 @@ FULL = 0.85
 """Share of the KV cache in use from which on it counts as filled: prompts take their time."""
 MEAN_ANSWER = 200
 """Tokens of a long answer."""
+_TOLD = 0.02
+"""Seconds within which the worker is told of a step; the next begins meanwhile. None is as short."""
 _WORDS = ("mill", "river", "wheel", "stone", "grain", "water", "race", "gate", "flour", "miller", "sluice")
 
 
@@ -61,31 +64,41 @@ def mix(scale: int) -> list[Ask]:
 
 @dataclass
 class Steps:
-    """What the engine told after each step. `queued` are steps while requests waited outside of it."""
+    """What the engine told after each step, and `at` which monotonic time. `queued` are steps while requests
+    waited outside of it."""
 
     queued: list[EngineStats] = field(default_factory=list)
-    all: list[EngineStats] = field(default_factory=list)
+    at: list[float] = field(default_factory=list)
     asked: int = 0
     ended: int = 0
 
     def add(self, stats: EngineStats) -> None:
         held = REGISTRY.get_sample_value("headrace_running") or 0.0
-        self.all.append(stats)
+        self.at.append(time.monotonic())
         if self.asked - self.ended > held:
             self.queued.append(stats)
 
-    def figures(self, events: Sequence[UsageEvent], seconds: float, preemptions: int) -> dict[str, Any]:
+    def between(self, event: UsageEvent, ended: float) -> int:
+        """Steps that ended between a request's taking by the worker and the engine's first step with it."""
+        assert event.latency.total is not None
+        assert event.latency.queue is not None
+        taken = ended - (event.latency.total - event.latency.queue)
+        first = taken + stages.wait(event)
+        return bisect.bisect(self.at, first + _TOLD) - bisect.bisect(self.at, taken)
+
+    def figures(
+        self, events: Sequence[tuple[UsageEvent, float]], seconds: float, preemptions: int
+    ) -> dict[str, Any]:
         use = [1 - stats.kv_tokens_free / stats.kv_tokens_total for stats in self.queued]
         filled = next((at for at, share in enumerate(use) if share >= FULL), 0)
         use = use[filled:]
         waiting = [stats.waiting for stats in self.queued]
-        step = seconds / len(self.all)
-        waits = [stages.wait(event) / step for event in events]
+        waits = [self.between(*each) for each in events]
         return {
             "requests": len(events),
-            "output_tokens": sum(event.completion_tokens for event in events),
+            "output_tokens": sum(event.completion_tokens for event, _ in events),
             "seconds": seconds,
-            "steps": len(self.all),
+            "steps": len(self.at),
             "queued_steps": len(self.queued),
             "filling_steps": filled,
             "preemptions": preemptions,
@@ -93,7 +106,7 @@ class Steps:
             "kv_use_p10": results.percentile(use, 10),
             "waiting": sum(waiting) / len(waiting),
             "waiting_p99": results.percentile(waiting, 99),
-            "wait_steps_p50": results.percentile(waits, 50),
+            "wait_steps": sum(waits) / len(waits),
             "wait_steps_p99": results.percentile(waits, 99),
         }
 
@@ -120,13 +133,13 @@ async def measured(engine: Engine, asks: Sequence[Ask], *, dispatched: bool) -> 
         stack.enter_context(stages.each_step(engine, steps.add))
         started, before = time.monotonic(), engine.stats().preemptions
 
-        async def ask(each: Ask) -> UsageEvent:
+        async def ask(each: Ask) -> tuple[UsageEvent, float]:
             steps.asked += 1
             event = await stage.ask(engine.base, each.tokens, " ".join(dice.choices(_WORDS, k=each.words)))
             steps.ended += 1
             if event.completion_tokens != each.tokens:
                 raise RuntimeError(f"{event.completion_tokens} tokens of {each.tokens}")
-            return event
+            return event, stage.ended[event.request_id]
 
         dice = random.Random(5)
         events = await asyncio.gather(*map(ask, asks))

@@ -759,9 +759,9 @@ _HOSTILE = """\
 {model} on one vLLM worker (CPU) whose KV cache has room for {kv_tokens:,} tokens. Asked all at once:
 {requests} requests, long prompts (300 to 900 words), long answers ({mean_answer} tokens on average, as
 nobody is told) and bursts of eight short ones. The engine's figures after each step during which requests
-waited outside of it. "Wait" is from the worker's taking a request to the engine's first step with it, in
-steps of {step_ms:.0f} ms, the mean of the dispatched side. KV use is counted from when it first was 85 %.
-Every answer was complete. Other processes used {cores_used_by_others:.2f} cores meanwhile.
+waited outside of it. "Wait" are the steps that ended between the worker's taking a request and the engine's
+first step with it. KV use is counted from when it first was 85 %. Every answer was complete. Other processes
+used {cores_used_by_others:.2f} cores meanwhile.
 """
 
 
@@ -791,14 +791,12 @@ def _hostile(record: Record) -> str:
             f"{found['preemptions']}",
             f"{found['kv_use']:.1%} ({found['kv_use_p10']:.1%})",
             f"{found['waiting']:.2f} ({found['waiting_p99']:.0f})",
-            f"{found['wait_steps_p50']:.1f} ({found['wait_steps_p99']:.1f})",
+            f"{found['wait_steps']:.1f} ({found['wait_steps_p99']:.0f})",
         ]
         for side, found in record["sides"].items()
     ]
     found = record["sides"]["dispatched"]
-    text = _HOSTILE.format(
-        **record, requests=found["requests"], step_ms=1000 * found["seconds"] / found["steps"]
-    )
+    text = _HOSTILE.format(**record, requests=found["requests"])
     head = ["", "s", "preemptions", "KV use (p10)", "waiting in the engine (p99)", "wait, steps (p99)"]
     return _section(text, head, rows, record)
 

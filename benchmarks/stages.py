@@ -39,8 +39,8 @@ WORKER = "bench"
 
 @dataclass
 class Stage:
-    """A queue for requests of `base_model`, and what its worker tells. `alive` says whether there is one
-    still, or may yet be."""
+    """A queue for requests of `base_model`, and what its worker tells: `ended` are the monotonic times at
+    which its events came. `alive` says whether there is one still, or may yet be."""
 
     scratch: Path
     url: str
@@ -48,12 +48,14 @@ class Stage:
     broker: base.Broker
     mailbox: replies.Mailbox
     events: dict[str, UsageEvent] = field(default_factory=dict)
+    ended: dict[str, float] = field(default_factory=dict)
     beat: Heartbeat | None = None
     alive: Callable[[], bool] = lambda: True
 
     def on_usage(self, message: base.Message) -> None:
         event = UsageEvent.model_validate_json(message.data)
         self.events[event.request_id] = event
+        self.ended[event.request_id] = time.monotonic()
 
     def on_beat(self, message: base.Message) -> None:
         self.beat = Heartbeat.model_validate_json(message.data)
