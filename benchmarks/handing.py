@@ -14,9 +14,9 @@ from typing import Any
 from benchmarks import fleet, floor, journal, overhead, quiet, results
 from benchmarks.load import Load
 
-STREAMS = {1: 40, 32: 160}
+STREAMS = {1: 24, 32: 160}
 """Concurrent streams -> requests of one side in one round."""
-ROUNDS = 6
+ROUNDS = 4
 PACE = {"sim__ttft_ms": overhead.TTFT_MS, "sim__itl_ms": overhead.ITL_MS}
 
 

@@ -250,6 +250,7 @@ class Credit(_Wire):
     step_tokens: int = 0
     kv_tokens_free: int = 0
     kv_tokens_total: int = 0
+    kv_block_tokens: int = Field(16, description="tokens for which room is given out together")
     running: int = 0
     waiting: int = 0
     held: int = Field(0, description="requests that the worker has, in its engine or not")

@@ -39,6 +39,7 @@ class Account:
 
     Attributes:
         total: room of the KV cache.
+        block_size: tokens for which room is given out together.
         foreign: taken by requests that are not known here.
     """
 
@@ -49,9 +50,9 @@ class Account:
         ceilings: Mapping[str, float] = CEILINGS,
         ceiling: float = KV_CEILING,
     ) -> None:
-        self.total = total
+        self.total, self.block_size = total, block_size
         self.foreign = 0.0
-        self._rounding = block_size - 1  # what a request's last block may waste
+        self._rounding = (block_size - 1) / 2  # what requests' last blocks waste, on average
         self._ceilings = ceilings
         self._ceiling = ceiling
         self._held: dict[int, _Held] = {}
@@ -95,7 +96,7 @@ class Account:
     # Questions
 
     def used(self) -> float:
-        """Taken now, a request's last block counted as full."""
+        """Taken now, with what last blocks waste."""
         private = sum(held.private + self._rounding for held in self._held.values())
         return self._offset() + private
 

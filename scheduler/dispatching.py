@@ -802,6 +802,7 @@ def _state(beat: Heartbeat, credit: Credit, sends: int, adapter_room: bool) -> W
         prefill_held=_within(credit.prefill_tokens_held),
         kv_total=kv_total,
         kv_free=min(kv_total, _within(credit.kv_tokens_free)),
+        block_size=max(1, _within(credit.kv_block_tokens)),
         sends=sends,
         serving=beat.state == "serving",
         adapters=frozenset(each.model for each in beat.adapters if each.state in ("loading", "ready")),

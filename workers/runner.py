@@ -660,6 +660,7 @@ class Worker:
             step_tokens=stats.step_tokens,
             kv_tokens_free=int(kv),
             kv_tokens_total=stats.kv_tokens_total,
+            kv_block_tokens=stats.kv_block_tokens,
             running=stats.running,
             waiting=stats.waiting,
             held=self._running,

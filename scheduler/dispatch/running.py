@@ -113,10 +113,10 @@ class Running:
     def state(self, slot: int, state: WorkerState, unseen: int) -> None:
         """The worker said so. `unseen`: sends to it that this does not include."""
         account = self._accounts.get(slot)
-        if account is None or account.total != state.kv_total:
+        room = state.kv_total, state.block_size
+        if account is None or (account.total, account.block_size) != room:
             account = self._accounts[slot] = Account(
-                state.kv_total,
-                state.block_size,
+                *room,
                 {each.value: share for each, share in self._config.ceilings.items()},
             )
             for key, sent in self._on[slot].items():

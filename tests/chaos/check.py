@@ -31,6 +31,9 @@ class Ask:
     tokens: int
     choices: int = 1
     stream: bool = True
+    service_class: str = "standard"
+    tenant: str = "default"
+    timeout: int = 0  # seconds within which it wants to have begun and ended; 0 = any
 
     @property
     def prompt_ids(self) -> list[int]:

@@ -23,6 +23,11 @@ THINK = 1.0
 _AGAIN = 0.25
 _RETRY = (429, 502, 503)
 _REFUSALS = ("unavailable", "unconfirmed", "overloaded")
+_CLASSES = {"interactive": 46, "standard": 46, "batch": 8}
+_TOKENS = {"interactive": (20, 60), "standard": (20, 60), "batch": (80, 240)}
+_TENANTS = 4
+_TIMEOUTS = 0, 0, 0, 60
+"""Seconds; one that a request which nobody hangs up comes nowhere near."""
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 
@@ -86,13 +91,17 @@ class Client:
     def _ask(self, request_id: str) -> Request:
         dice = self._dice
         manner = dice.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+        service_class = dice.choices(list(_CLASSES), list(_CLASSES.values()))[0]
         ask = Ask(
             request_id=request_id,
             path=_COMPLETION if manner is Manner.COMPLETION else dice.choice((_CHAT, _CHAT, _COMPLETION)),
             prompt=f"{request_id} " + "x" * dice.randrange(200),
-            tokens=dice.randint(20, 60),
+            tokens=dice.randint(*_TOKENS[service_class]),
             choices=dice.randint(2, 3) if manner is Manner.CHOICES else 1,
             stream=manner is not Manner.WHOLE,
+            service_class=service_class,
+            tenant=f"t{self._number % _TENANTS}",
+            timeout=dice.choice(_TIMEOUTS),
         )
         leaves = dice.randrange(1, ask.tokens) if manner in (Manner.DETACHED, Manner.LEAVING) else 0
         return Request(self._http, ask, manner, leaves, self._ingresses, dice)
@@ -169,7 +178,13 @@ class Request:
         return self._dice.choice(others or urls or ["http://127.0.0.1:9"])
 
     def _open(self, url: str) -> AbstractAsyncContextManager[httpx.Response]:
-        headers = {"X-Request-Id": self._ask.request_id}
+        headers = {
+            "X-Request-Id": self._ask.request_id,
+            "X-Headrace-Tenant": self._ask.tenant,
+            "X-Priority": self._ask.service_class,
+        }
+        if self._ask.timeout:
+            headers["X-Headrace-Timeout"] = str(self._ask.timeout)
         if self._last_id:
             headers["Last-Event-ID"] = self._last_id
         if not self._post:

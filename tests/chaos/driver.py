@@ -79,6 +79,7 @@ async def run(
             "machine": machine(),
             **report.figures(tally, stage.struck, stage.leaderless, stage.takeovers),
             "longest_gaps": report.longest(tally, stage.leaderless, began),
+            "preempted": stage.preempted,
             "restarts": stage.restarts,
             "failures": failures,
         }

@@ -16,6 +16,7 @@ _CREDITS = (
     Credit(requests=_MUCH, slots_free=_MUCH, slots_total=_MUCH, step_tokens=_MUCH, kv_tokens_free=_MUCH),
     Credit(slots_free=1000, slots_total=1000, step_tokens=2048, kv_tokens_free=10**6, kv_tokens_total=10**6),
     Credit(slots_free=-5, step_tokens=-5, kv_tokens_free=-_MUCH, held=-_MUCH, prefill_tokens_held=-1),
+    Credit(kv_tokens_total=1000, kv_block_tokens=-_MUCH),
     Credit(),
 )
 _GARBAGE = b"", b"[]", b"\xff{", b'{"worker": 7}', b"9" * 10_000

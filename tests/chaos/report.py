@@ -21,13 +21,14 @@ _WITHIN = 0.5
 _STILL = Kind.STOP_INGRESS, Kind.CUT_INGRESS
 """While these last nothing can come to whoever reads there: that is no recovery's time."""
 _NEAR = 15.0
-_LED = "with leaders"
+_LED, _BATCH = "with leaders", "batch may give way"
 _LEASED, _NODE_LOST = "takeover", "and a node is lost"
 _SHOWN = 20
 
 
 class Gap(NamedTuple):
-    """A stream's silence of so many seconds after a fault; `at` and `until` are monotonic time."""
+    """A stream's silence of so many seconds after a fault; `at` and `until` are monotonic time. `of_batch`:
+    it may as well have given way to others."""
 
     kind: Kind
     at: float
@@ -35,6 +36,7 @@ class Gap(NamedTuple):
     until: float
     request: str
     manner: Manner
+    of_batch: bool = False
 
     def meets(self, spans: Sequence[Span]) -> bool:
         return any(self.at <= span.until and span.since <= self.until for span in spans)
@@ -72,7 +74,8 @@ class Tally:
                 break
             gap = recovery_gap(seen, one.at, PACE, _WITHIN, still) if hit(seen, one) else None
             if gap is not None:
-                self.gaps.append(Gap(one.fault.kind, one.at, *gap, seen.ask.request_id, manner))
+                of_batch = seen.ask.service_class == "batch"
+                self.gaps.append(Gap(one.fault.kind, one.at, *gap, seen.ask.request_id, manner, of_batch))
 
 
 def hit(seen: Transcript, struck: Struck) -> bool:
@@ -92,9 +95,9 @@ def figures(
     leaderless: Mapping[str, Sequence[Span]],
     takeovers: Sequence[Span],
 ) -> dict[str, Any]:
-    gaps: dict[str, list[float]] = {name: [] for name in ("all", _LED, *leaderless)}
+    gaps: dict[str, list[float]] = {name: [] for name in ("all", _LED, _BATCH, *leaderless)}
     for gap in sorted(tally.gaps):
-        led = next((name for name, spans in leaderless.items() if gap.meets(spans)), _LED)
+        led = _row(gap, leaderless)
         for name in "all", led, str(gap.kind):
             gaps.setdefault(name, []).append(gap.seconds)
     spread = {kind: _distribution(found) for kind, found in gaps.items()}
@@ -120,6 +123,12 @@ def figures(
     }
 
 
+def _row(gap: Gap, leaderless: Mapping[str, Sequence[Span]]) -> str:
+    """Where it counts."""
+    led = _BATCH if gap.of_batch else _LED
+    return next((name for name, spans in leaderless.items() if gap.meets(spans)), led)
+
+
 def longest(
     tally: Tally, leaderless: Mapping[str, Sequence[Span]], began: float
 ) -> dict[str, list[tuple[str, str, str, float, float]]]:
@@ -127,7 +136,7 @@ def longest(
     since `began`, and how long."""
     found: dict[str, list[tuple[str, str, str, float, float]]] = {_LED: [], "others": []}
     for gap in sorted(tally.gaps, key=lambda gap: -gap.seconds):
-        of = found["others" if any(map(gap.meets, leaderless.values())) else _LED]
+        of = found[_LED if _row(gap, leaderless) == _LED else "others"]
         if len(of) < _SHOWN:
             times = round(gap.at - began, 3), round(gap.seconds, 3)
             of.append((gap.request, str(gap.manner), str(gap.kind), *times))
@@ -163,7 +172,8 @@ def table(told: dict[str, Any]) -> str:
         f"{told['broken']} of which broke in mid-stream",
         f"faults     {told['faults']}: {faults}; {told['elections']} elections of the journal's leader, "
         f"{told['changes_of_scheduler']} times no scheduler led",
-        f"streams    {told['interrupted']} interrupted, {told['hung']} hung",
+        f"streams    {told['interrupted']} interrupted, {told['hung']} hung; "
+        f"{told['preempted']} of batch were to give way",
         "tokens     " + ", ".join(f"{told[f'tokens_{kind}']} {kind}" for kind in _TOKENS),
         f"otherwise  {wrong} wrong; {len(told['failures'])} failures of the fleet",
         f"recovery gap, s      {'n':>6} {'p50':>7} {'p99':>7} {'max':>7}",

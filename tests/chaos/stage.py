@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from broker import client, errors, subjects
 from broker.base import Message
-from broker.messages import Dispatch, Heartbeat, Sent
+from broker.messages import Command, Dispatch, Heartbeat, Sent
 from tests.chaos import liar
 from tests.chaos.plan import Fault, Kind
 from tests.chaos.proxy import Proxy
@@ -42,8 +42,13 @@ _QUEUE_ELECTED = (
     f"$JS.EVENT.ADVISORY.CONSUMER.LEADER_ELECTED.{subjects.REQUESTS}.*",
 )
 _SETTINGS: dict[str, dict[str, object]] = {
-    # Shorter than many an answer, so that a drain hands some of them over.
-    "worker": {"sim__ttft_ms": 20, "sim__itl_ms": PACE * 1000, "worker__drain_timeout": 0.5},
+    # The drain is shorter than many an answer, and so hands some of them over.
+    "worker": {
+        "sim__ttft_ms": 20,
+        "sim__itl_ms": PACE * 1000,
+        "sim__max_num_seqs": 12,  # few enough that batch gives way while workers are down
+        "worker__drain_timeout": 0.5,
+    },
     "ingress": {"ingress__drain_timeout": 20},
     "scheduler": {},
 }
@@ -75,6 +80,7 @@ class Stage:
             leader, so far.
         takeovers: from the last word of a scheduler that led to the first request that the next one handed
             out, so far.
+        preempted: batch requests that were to give way to others.
         restarts: processes that were started again since they ended before they were ready.
     """
 
@@ -87,6 +93,7 @@ class Stage:
         self._epoch = 0  # and which one's turn that was
         self._left = math.inf  # when the one before said so last; inf = its successor has handed out since
         self._beats: dict[str, bytes] = {}  # the last heartbeat of each worker
+        self.preempted = 0
         self.restarts = 0
         self._struck: set[tuple[str, int]] = set()  # under a fault now
         self._fleet = Fleet(data, self.cluster)
@@ -111,6 +118,7 @@ class Stage:
             await broker.subscribe(subjects.DISPATCH, self._led)
             await broker.subscribe("run.*", self._handed_out)
             await broker.subscribe(subjects.ALL_HEARTBEATS, self._heard)
+            await broker.subscribe("ctl.*", self._told)
             broker.on_reconnect(self._deaf)
             self._broker = broker
             nodes = [urlsplit(node.url) for node in self.cluster.nodes]
@@ -248,6 +256,9 @@ class Stage:
         if sent.epoch == self._epoch and self._left < math.inf:
             self.takeovers.append(Span(self._left, time.monotonic()))
             self._left = math.inf
+
+    def _told(self, message: Message) -> None:
+        self.preempted += Command.model_validate_json(message.data).do == "preempt"
 
     def _heard(self, message: Message) -> None:
         self._beats[subjects.name(message.subject.partition(".")[2])] = message.data

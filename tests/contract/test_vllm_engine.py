@@ -218,6 +218,7 @@ async def test_each_step_is_told(engine: base.Engine) -> None:
     assert len(steps) >= 8
     held = max(stats.kv_tokens_total - stats.kv_tokens_free for stats in seen)
     assert held == 64  # 34 prompt tokens and 8 more, in blocks of 32
+    assert seen[-1].kv_block_tokens == 32
 
 
 async def test_the_callers_request_id_is_the_engines(engine: base.Engine) -> None:

@@ -514,6 +514,7 @@ async def test_lies_and_garbage_cost_no_request(
         lies = [
             News(worker="w1", credit=Credit(slots_free=10**30, step_tokens=-5), dispatched=(1, 10**30)),
             News(worker="w1", credit=Credit(held=-(10**30), kv_tokens_free=10**40), dispatched=(-1, -1)),
+            News(worker="w1", credit=Credit(kv_tokens_total=9, kv_block_tokens=-5), dispatched=(0, 0)),
             News(worker="nobody", credit=Credit(), dispatched=(0, 0), done=((1, 2, 3, 4),)),
             News(worker="w1", credit=Credit(), dispatched=(0, 0), first=((9, -3),), done=((9, -1, 9, -7),)),
         ]

@@ -373,6 +373,25 @@ async def test_a_disconnect_frees_the_worker_and_its_metrics_tell(
     assert found[cancelled] == before.get(cancelled, 0) + 1
 
 
+async def test_an_answers_head_tells_how_it_was_served(https: list[httpx.AsyncClient]) -> None:
+    body = chat("the same long prompt, " * 100, 5)
+    assert (await https[0].post(CHAT, json=body)).status_code == 200
+
+    async def handed_out() -> httpx.Response | None:
+        response = await https[1].post(CHAT, json=body)
+        return response if "predicted" in response.headers["server-timing"] else None
+
+    response = await until(handed_out)
+    assert text(response.content)
+    times = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
+    assert times.keys() == {"queue", "ttft", "predicted"}
+    assert float(times["queue"]) >= 0
+    assert float(times["ttft"]) >= 5  # of the engine alone
+    assert float(times["predicted"]) > 0
+    cached, prompt = map(int, response.headers["x-headrace-prefix-hit"].split("/"))
+    assert prompt / 2 < cached < prompt
+
+
 async def test_a_worker_before_another_server(fleet: Fleet, https: list[httpx.AsyncClient]) -> None:
     server = await fleet.start("sim-engine", sim__model="front", sim__ttft_ms=5, sim__itl_ms=5)
     async with connected(server.url) as direct:

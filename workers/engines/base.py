@@ -39,6 +39,7 @@ class EngineStats:
         max_running: slots: the most sequences one step may hold; 0 while it can take none at all.
         step_tokens: token budget of one step (`max_num_batched_tokens`).
         kv_tokens_total, kv_tokens_free: KV-cache room in tokens; 0 total = unknown or unlimited.
+        kv_block_tokens: tokens for which room is given out together.
         preemptions: running sequences thrown back for want of KV room, ever.
         steps: steps done, ever.
         skipped: waiting sequences that the last step passed over, as for want of an adapter slot.
@@ -50,6 +51,7 @@ class EngineStats:
     step_tokens: int
     kv_tokens_total: int
     kv_tokens_free: int
+    kv_block_tokens: int = 1
     preemptions: int = 0
     steps: int = 0
     skipped: int = 0

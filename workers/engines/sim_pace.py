@@ -101,6 +101,7 @@ class StepPacer:
             step_tokens=config.max_num_batched_tokens,
             kv_tokens_total=config.kv_blocks * config.block_size,
             kv_tokens_free=model.pool.available * config.block_size,
+            kv_block_tokens=config.block_size,
             preemptions=model.preemptions,
             steps=model.steps,
             skipped=model.skipped,

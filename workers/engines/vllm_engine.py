@@ -10,6 +10,7 @@ import gc
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,7 @@ class VllmEngine:
             step_tokens=int(scheduler.max_num_batched_tokens),
             kv_tokens_total=self._kv_blocks * self._block_tokens,
             kv_tokens_free=self._kv_blocks * self._block_tokens,
+            kv_block_tokens=self._block_tokens,
         )
         self.base = str(app.state.openai_serving_models.base_model_paths[0].name)
         served = {getattr(route, "path", "") for route in app.routes}
@@ -252,12 +254,10 @@ class VllmEngine:
             return
         self._llm.tell_first_tokens()
         old = self._stats
-        self._stats = EngineStats(
+        self._stats = replace(
+            old,
             running=scheduler.num_running_reqs,
             waiting=scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs,
-            max_running=old.max_running,
-            step_tokens=old.step_tokens,
-            kv_tokens_total=old.kv_tokens_total,
             kv_tokens_free=round((1 - scheduler.kv_cache_usage) * self._kv_blocks) * self._block_tokens,
             preemptions=old.preemptions + (iteration.num_preempted_reqs if iteration is not None else 0),
             steps=old.steps + 1,

@@ -194,6 +194,7 @@ async def test_preempted_requests_still_send_exactly_their_tokens() -> None:
         assert answer["choices"][0]["text"] == expected(50, prompt=sim.tokenize(str(body["prompt"])))
     assert stats.preemptions > 0
     assert stats.kv_tokens_free == stats.kv_tokens_total
+    assert stats.kv_block_tokens == 4
 
 
 @pytest.mark.anyio

@@ -308,6 +308,20 @@ def test_one_class_alone_fills_the_kv_room() -> None:
     assert 0.8 <= len(world.running["w0"]) * 1000 / 10_000 <= 0.95
 
 
+def test_room_that_is_given_out_in_large_blocks_is_room_for_fewer() -> None:
+    held = {}
+    for size in (1, 128):
+        world = World(workers=1, slots=64)
+        kv = {"kv_total": 8192, "kv_free": 8192, "block_size": size}
+        world.tell("w0", **kv)
+        world.arrive(*(item(key, prompt=130) for key in range(64)))
+        for _ in range(64):
+            world.uncomputed["w0"].clear()
+            world.tell("w0", **kv)
+        held[size] = len(world.running["w0"])
+    assert held[128] <= 0.75 * held[1]
+
+
 def test_kv_room_that_falls_free_is_kept_for_the_most_urgent_that_needs_it() -> None:
     world = World(workers=1, slots=64, kv=10_000)
     someone_urgent(world)
