@@ -32,8 +32,9 @@ class Load:
     mean_output: float
 
 
-KV_CEILING = 0.95
-"""Share of the KV cache to fill: the last blocks are for guesses that were too low."""
+KV_CEILING = 0.97
+"""Share of the KV cache to fill: the last blocks are for guesses that were too low. By `benchmarks hostile` a
+ceiling of .95 had 84.8 % of the room used and no request of 128 preempted by the engine, .98 86.5 % and two."""
 
 
 def prefill_free(load: Load) -> float:
