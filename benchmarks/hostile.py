@@ -36,7 +36,7 @@ FULL = 0.85
 MEAN_ANSWER = 200
 """Tokens of a long answer."""
 _TOLD = 0.02
-"""Seconds within which the worker is told of a step; the next begins meanwhile. None is as short."""
+"""Seconds within which the worker is told of a step, while the next runs already. No step is as short."""
 _WORDS = ("mill", "river", "wheel", "stone", "grain", "water", "race", "gate", "flour", "miller", "sluice")
 
 
@@ -79,7 +79,8 @@ class Steps:
             self.queued.append(stats)
 
     def between(self, event: UsageEvent, ended: float) -> int:
-        """Steps that ended between a request's taking by the worker and the engine's first step with it."""
+        """Steps that ended between a request's taking by the worker and the engine's first step with it. Its
+        times are counted back from `ended`, when its event came: a moment late, and far less than a step."""
         assert event.latency.total is not None
         assert event.latency.queue is not None
         taken = ended - (event.latency.total - event.latency.queue)

@@ -458,7 +458,7 @@ def _handing(record: Record) -> str:
             _against(found[f"added_ttft_p{p}_ms"]["median"], 0.5 if p == 50 else None),
         ]
         for streams, found in record["streams"].items()
-        for p in journal.PERCENTILES
+        for p in (journal.PERCENTILES if int(streams) > 1 else (50,))  # one has too few requests for more
     ]
     head = ["streams", "", "on", "off", "added", "floor", "target"]
     return _section(_HANDING.format_map(record), head, rows, record)

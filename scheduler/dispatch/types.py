@@ -54,6 +54,7 @@ class WorkerState:
         kv_total: room of its KV cache; 0 = unknown, not a limit.
         kv_free: below the ceiling (`kvstate.budget`), and neither taken nor promised to requests there;
             prefix-cached blocks are free.
+        block_size: tokens for which that room is given out together.
         sends: how many of this dispatcher's sends to it the figures above include.
         serving: it takes requests; False while it drains.
         adapters: those loaded.

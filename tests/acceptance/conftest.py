@@ -88,6 +88,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet
     settings = {
         "worker.metrics_port": metrics_port,
         "worker.adapter_turn": 0.5,
+        "scheduler.lost_after": 1.0,  # busy processors may silence a healthy worker for some time
         "vllm.max_num_seqs": SLOTS,
         "vllm.adapter_slots": ADAPTER_SLOTS,
         "vllm.adapters_in_memory": ADAPTER_SLOTS + 1,

@@ -16,6 +16,10 @@ import openai
 
 from tests.acceptance.conftest import MODEL
 
+NOISE = 0.5
+"""By how much the logit of a greedy token may be below the highest, as another run sees them: bf16 has 8
+significant bits, and logits are about 20."""
+
 _ID = re.compile(rb"(\d+)-(\d+)-(\d+)")
 
 
@@ -90,7 +94,7 @@ class Stream:
         response.aiter_bytes = self._teed(
             response.aiter_bytes()
         )  # what the client reads, whatever its HTTP library
-        return str(response.headers["x-headrace-worker"])
+        return str(response.headers.get("x-headrace-worker", ""))  # untold where it waited for long
 
     async def leave(self) -> None:
         await self._answer.response.aclose()
@@ -155,6 +159,20 @@ class Stream:
         elif event.type == "message_delta":
             self.usage = event.usage.output_tokens
             self.reason = event.delta.stop_reason
+
+
+async def lead(clients: Clients, messages: list[dict[str, str]], text: str) -> float:
+    """By how much another token was likelier than the one taken, at most, in a greedy answer."""
+    prompt = (await clients.post("/tokenize", {"messages": messages}))["tokens"]
+    said = await clients.post("/tokenize", {"prompt": text, "add_special_tokens": False})
+    whole = [*prompt, *said["tokens"]]
+    asked = {"prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+    told = (await clients.post("/v1/completions", asked))["choices"][0]["prompt_logprobs"]
+    leads: list[float] = [
+        max(other["logprob"] for other in likely.values()) - likely[str(token)]["logprob"]
+        for token, likely in list(zip(whole, told, strict=True))[len(prompt) :]
+    ]
+    return max(leads)
 
 
 def kinds(events: list[Event]) -> list[str]:

@@ -24,7 +24,7 @@ from broker.config import BrokerConfig
 from broker.messages import Heartbeat, UsageEvent
 from ops import demo_model
 from tests.acceptance.conftest import ROOT, START_LIMIT
-from tests.acceptance.streams import Clients, Stream, kinds
+from tests.acceptance.streams import NOISE, Clients, Stream, kinds, lead
 from tests.integration.fleet import Fleet, Part
 from tests.waiting import until
 from workers import recovery
@@ -37,10 +37,6 @@ EARLY = 8
 QUIET = 0.05
 """Seconds without a byte after which all that was on its way is here. After 0.25 a worker that was stopped
 takes itself for lost."""
-NOISE = 0.5
-"""By how much the logit of a greedy token may be below the highest, as another run sees them: bf16 has 8
-significant bits, and logits are about 20."""
-
 NAMES = {"type": "array", "items": {"type": "string", "minLength": 4, "maxLength": 9}, "minItems": 6}
 LIST = {
     "type": "object",
@@ -147,19 +143,6 @@ class Mill:
         """Of workers under a request, as its journal tells."""
         (subject,) = await self.broker.counts(subjects.REPLIES, f"out.*.*.{request_id}")
         return len(recovery.died(await replies.journal(self.broker, subject, 0)))
-
-    async def lead(self, text: str) -> float:
-        """By how much another token was likelier than the one taken, at most, in a greedy answer to ASK."""
-        prompt = (await self.clients.post("/tokenize", {"messages": ASK}))["tokens"]
-        said = await self.clients.post("/tokenize", {"prompt": text, "add_special_tokens": False})
-        whole = [*prompt, *said["tokens"]]
-        asked = {"prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
-        told = (await self.clients.post("/v1/completions", asked))["choices"][0]["prompt_logprobs"]
-        leads: list[float] = [
-            max(other["logprob"] for other in likely.values()) - likely[str(token)]["logprob"]
-            for token, likely in list(zip(whole, told, strict=True))[len(prompt) :]
-        ]
-        return max(leads)
 
 
 @pytest.fixture(scope="module")
@@ -306,8 +289,8 @@ async def drift(mill: Mill, text: str, undisturbed: str) -> dict[str, Any]:
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, undisturbed, strict=False))
     return {
         "differs from character": None if text == undisturbed else len(list(alike)),
-        "lead": await mill.lead(text),
-        "lead in the undisturbed run": await mill.lead(undisturbed),
+        "lead": await lead(mill.clients, ASK, text),
+        "lead in the undisturbed run": await lead(mill.clients, ASK, undisturbed),
     }
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from broker import base, subjects
+from broker.messages import Command, Dispatch
 from tests.acceptance.conftest import SLOTS, Fleet
-from tests.acceptance.streams import Clients, Stream
+from tests.acceptance.streams import NOISE, Clients, Stream, lead
 from tests.waiting import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.vllm, pytest.mark.timeout(180)]
@@ -26,9 +27,13 @@ async def clients(fleet: Fleet) -> AsyncIterator[Clients]:
         yield made
 
 
+def said(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
 def asked(tier: str, content: str, tokens: int) -> dict[str, Any]:
     return {
-        "messages": [{"role": "user", "content": content}],
+        "messages": said(content),
         "max_tokens": tokens,
         "temperature": 0,
         "service_tier": tier,
@@ -37,25 +42,37 @@ def asked(tier: str, content: str, tokens: int) -> dict[str, Any]:
     }
 
 
-async def test_batch_gives_way_with_its_progress(clients: Clients) -> None:
-    asks = [asked("flex", f"Tell of {n} mills.", TOKENS) for n in range(2 * SLOTS)]
-    batch = [Stream(clients, "chat", ask) for ask in asks]
-    read = [asyncio.create_task(_read(each)) for each in batch]
-    await until(lambda: sum(each.tokens >= BEGUN for each in batch) >= SLOTS)
-    urgent = await _read(Stream(clients, "chat", asked("priority", "What is the capital of France?", 8)))
-    assert "Paris" in urgent.text
-    assert not any(task.done() for task in read)
-    await asyncio.gather(*read)
-    for each in batch:
-        assert (len(each.ids), each.usage, each.reason) == (TOKENS, TOKENS, "length"), each.request_id
-    gave_way = [n for n, each in enumerate(batch) if len(each.epochs()) > 1]
-    assert 1 <= len(gave_way) < SLOTS
-    # Alone it says the same, until bf16 sums, which depend on what runs beside it, choose another word.
-    alone = await _read(Stream(clients, "chat", asks[gave_way[0]]))
-    pairs = zip(alone.ids, batch[gave_way[0]].ids, strict=True)
-    assert sum(itertools.takewhile(bool, (a == b for a, b in pairs))) >= BEGUN
-
-
-async def _read(stream: Stream) -> Stream:
+async def read(stream: Stream) -> Stream:
     await stream.begin()
     return await stream.read()
+
+
+async def test_batch_gives_way_with_its_progress(fleet: Fleet, clients: Clients) -> None:
+    words: list[Dispatch] = []
+    taken_back: list[str] = []
+
+    def commanded(message: base.Message) -> None:
+        command = Command.model_validate_json(message.data)
+        if command.do == "preempt":
+            taken_back.append(command.request.partition(".")[2])
+
+    await fleet.broker.subscribe(
+        subjects.DISPATCH, lambda told: words.append(Dispatch.model_validate_json(told.data))
+    )
+    await fleet.broker.subscribe(subjects.ALL_COMMANDS, commanded)
+    await until(lambda: words and words[-1].bases)  # else workers pull, and nobody is preempted
+    prompts = [f"Tell of {number} mills." for number in range(2 * SLOTS)]
+    batch = [Stream(clients, "chat", asked("flex", prompt, TOKENS)) for prompt in prompts]
+    reading = [asyncio.create_task(read(each)) for each in batch]
+    await until(lambda: sum(each.tokens >= BEGUN for each in batch) >= SLOTS)
+    urgent = await read(Stream(clients, "chat", asked("priority", "What is the capital of France?", 8)))
+    assert "Paris" in urgent.text
+    assert not any(task.done() for task in reading)
+    await asyncio.gather(*reading)
+    for each in batch:
+        assert (len(each.ids), each.usage, each.reason) == (TOKENS, TOKENS, "length"), each.request_id
+    gave_way = [n for n, each in enumerate(batch) if each.request_id in taken_back]
+    assert 1 <= len(gave_way) < SLOTS
+    for number in gave_way:
+        assert len(batch[number].epochs()) > 1
+        assert await lead(clients, said(prompts[number]), batch[number].text) <= NOISE

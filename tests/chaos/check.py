@@ -16,6 +16,7 @@ class End(StrEnum):
 
     COMPLETE = "complete"
     REFUSED = "refused"  # 429 or 503, before any output: try again later
+    LATE = "too late"  # its deadline passed
     LEFT = "left"  # the client went away on purpose
     INTERRUPTED = "interrupted"  # it began, or was accepted, and ended in an error
     HUNG = "hung"  # nothing came for too long
@@ -33,7 +34,7 @@ class Ask:
     stream: bool = True
     service_class: str = "standard"
     tenant: str = "default"
-    timeout: int = 0  # seconds within which it wants to have begun and ended; 0 = any
+    timeout: float = 0  # seconds within which it is to have ended; 0 = any
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -61,7 +62,7 @@ class Transcript:
         visits: when an ingress was asked, in monotonic time, and its URL, in order.
         worker: who answered first, as far as it was told.
         breaks: monotonic times at which a connection broke, or could not be made.
-        cut: those of them at which the answer had begun to come over that connection.
+        cut: how many of them once the answer had begun to come over that connection.
         finishes: (choice, reason) as they came.
         usages: the `usage` objects that came.
         dones: how many `[DONE]` came.
@@ -75,7 +76,7 @@ class Transcript:
     visits: list[tuple[float, str]] = field(default_factory=list)
     worker: str = ""
     breaks: list[float] = field(default_factory=list)
-    cut: list[float] = field(default_factory=list)
+    cut: int = 0
     tokens: list[Tokens] = field(default_factory=list)
     finishes: list[tuple[int, str]] = field(default_factory=list)
     usages: list[dict[str, object]] = field(default_factory=list)

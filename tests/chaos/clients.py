@@ -21,13 +21,15 @@ the ack wait and an election together."""
 THINK = 1.0
 """Mean seconds between two requests of a client."""
 _AGAIN = 0.25
+_CLOCKS = 0.1
+"""Seconds by which clocks of one machine, read to a millisecond, and what lies between may differ."""
 _RETRY = (429, 502, 503)
 _REFUSALS = ("unavailable", "unconfirmed", "overloaded")
 _CLASSES = {"interactive": 46, "standard": 46, "batch": 8}
 _TOKENS = {"interactive": (20, 60), "standard": (20, 60), "batch": (80, 240)}
 _TENANTS = 4
-_TIMEOUTS = 0, 0, 0, 60
-"""Seconds; one that a request which nobody hangs up comes nowhere near."""
+_TIMEOUTS = 0, 0, 0, 3
+"""Seconds, of which some are given: an answer that nothing holds up takes less."""
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 
@@ -165,7 +167,7 @@ class Request:
                 raise
             if self.seen.end is None:
                 self.seen.breaks.append(time.monotonic())
-                self.seen.cut += self.seen.breaks[-1:] if begun else []
+                self.seen.cut += begun
                 # A connection that was never made asked nothing.
                 self._asked = self._asked or not isinstance(exc, httpx.ConnectError)
                 self._post = not self._asked or self.manner is Manner.KEYED
@@ -231,7 +233,12 @@ class Request:
         elif status == 409 and self._post and self.seen.breaks:
             self._post = False
         elif status not in _RETRY:
-            self._end(End.INTERRUPTED, f"{status} {code}")
+            self._end(End.LATE if self._is_late(code) else End.INTERRUPTED, f"{status} {code}")
+
+    def _is_late(self, code: str) -> bool:
+        """Whether it was refused for its deadline, which has passed."""
+        waited = time.monotonic() - self.seen.started
+        return code == "deadline_exceeded" and 0 < self._ask.timeout <= waited + _CLOCKS
 
     def _end(self, end: End, fault: str = "") -> None:
         self.seen.end, self.seen.fault = end, fault
@@ -275,7 +282,8 @@ class Request:
         if isinstance(fault, dict):
             code = str(fault.get("code"))
             refused = not self.seen.tokens and not self.seen.breaks and code in _REFUSALS
-            self._end(End.REFUSED if refused else End.INTERRUPTED, f"{code}: {fault.get('message')}")
+            end = End.LATE if self._is_late(code) else End.REFUSED if refused else End.INTERRUPTED
+            self._end(end, f"{code}: {fault.get('message')}")
             return
         self._choices(chunk)
 

@@ -13,7 +13,8 @@ from tests.chaos.plan import ELECTION, Kind
 from tests.chaos.stage import JOURNAL, PACE, SCHEDULERS, Span, Struck
 
 GOAL = 1.0
-"""Seconds within which 99 in 100 recovery gaps end, while journal, queue and schedulers have leaders."""
+"""Seconds within which 99 in 100 recovery gaps end, while journal, queue and schedulers have leaders; but
+those of batch, which leaves the room to others."""
 
 _TOKENS = ("lost", "doubled", "reordered", "foreign")
 _WITHIN = 0.5
@@ -21,7 +22,7 @@ _WITHIN = 0.5
 _STILL = Kind.STOP_INGRESS, Kind.CUT_INGRESS
 """While these last nothing can come to whoever reads there: that is no recovery's time."""
 _NEAR = 15.0
-_LED, _BATCH = "with leaders", "batch may give way"
+_LED, _BATCH = "with leaders", "batch, so"
 _LEASED, _NODE_LOST = "takeover", "and a node is lost"
 _SHOWN = 20
 
@@ -97,8 +98,8 @@ def figures(
 ) -> dict[str, Any]:
     gaps: dict[str, list[float]] = {name: [] for name in ("all", _LED, _BATCH, *leaderless)}
     for gap in sorted(tally.gaps):
-        led = _row(gap, leaderless)
-        for name in "all", led, str(gap.kind):
+        row = _row(gap, leaderless)
+        for name in "all", row, str(gap.kind):
             gaps.setdefault(name, []).append(gap.seconds)
     spread = {kind: _distribution(found) for kind, found in gaps.items()}
     return {
@@ -124,7 +125,7 @@ def figures(
 
 
 def _row(gap: Gap, leaderless: Mapping[str, Sequence[Span]]) -> str:
-    """Where it counts."""
+    """That of the table in which it counts."""
     led = _BATCH if gap.of_batch else _LED
     return next((name for name, spans in leaderless.items() if gap.meets(spans)), led)
 

@@ -118,7 +118,7 @@ class Stage:
             await broker.subscribe(subjects.DISPATCH, self._led)
             await broker.subscribe("run.*", self._handed_out)
             await broker.subscribe(subjects.ALL_HEARTBEATS, self._heard)
-            await broker.subscribe("ctl.*", self._told)
+            await broker.subscribe(subjects.ALL_COMMANDS, self._commanded)
             broker.on_reconnect(self._deaf)
             self._broker = broker
             nodes = [urlsplit(node.url) for node in self.cluster.nodes]
@@ -257,7 +257,7 @@ class Stage:
             self.takeovers.append(Span(self._left, time.monotonic()))
             self._left = math.inf
 
-    def _told(self, message: Message) -> None:
+    def _commanded(self, message: Message) -> None:
         self.preempted += Command.model_validate_json(message.data).do == "preempt"
 
     def _heard(self, message: Message) -> None:

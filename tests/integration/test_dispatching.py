@@ -209,11 +209,11 @@ async def test_who_dispatches_knows_what_a_worker_says_that_it_caches(
 async def test_requests_are_handed_out_while_a_scheduler_leads(
     server: NatsServer, broker: Broker, caller: Caller, wire: Wire
 ) -> None:
-    engine = await sim.start(FAST)
+    engine = await sim.start(FAST.model_copy(update={"block_size": 32}))
     async with serving(broker, engine) as at:
         await (await caller.submit(4)).finishes()
         assert not wire.sent
-        async with desk(server.url):
+        async with desk(server.url) as lead:
             await led(at)
             calls = [
                 await caller.submit(4, service_class=each) for each in ("interactive", "standard", "batch")
@@ -224,6 +224,8 @@ async def test_requests_are_handed_out_while_a_scheduler_leads(
             assert [(to, each.number) for to, each in wire.sent] == [("w1", 1), ("w1", 2), ("w1", 3)]
             await until(lambda: sum(len(each.done) for each in wire.news) == 3)
             assert sum(len(each.first) for each in wire.news) == 3
+            (account,) = lead.scheduler._dispatching._queues["sim"].dispatcher._running._accounts.values()
+            assert (account.total, account.block_size) == (FAST.kv_blocks * 32, 32)
         await pulls(at)
         await (await caller.submit(4)).finishes()
         assert len(wire.sent) == 3

@@ -311,7 +311,7 @@ def test_one_class_alone_fills_the_kv_room() -> None:
 def test_room_that_is_given_out_in_large_blocks_is_room_for_fewer() -> None:
     held = {}
     for size in (1, 128):
-        world = World(workers=1, slots=64)
+        world = World(workers=1, slots=64, kv=8192)  # which tells of other blocks first
         kv = {"kv_total": 8192, "kv_free": 8192, "block_size": size}
         world.tell("w0", **kv)
         world.arrive(*(item(key, prompt=130) for key in range(64)))
