@@ -65,8 +65,8 @@ async def test_batch_gives_way_with_its_progress(fleet: Fleet, clients: Clients)
     batch = [Stream(clients, "chat", asked("flex", prompt, TOKENS)) for prompt in prompts]
     reading = [asyncio.create_task(read(each)) for each in batch]
     await until(lambda: sum(each.tokens >= BEGUN for each in batch) >= SLOTS)
-    urgent = await read(Stream(clients, "chat", asked("priority", "What is the capital of France?", 8)))
-    assert "Paris" in urgent.text
+    urgent = await read(Stream(clients, "chat", asked("priority", "What is a sluice?", 8)))
+    assert len(urgent.ids) == 8
     assert not any(task.done() for task in reading)
     await asyncio.gather(*reading)
     for each in batch:
