@@ -34,7 +34,7 @@ class Load:
 
 KV_CEILING = 0.95
 """Share of the KV cache to fill: the last blocks are for guesses that were too low. At .97 the engines of the
-simulator's small caches preempt 2 in 100 requests, and real vLLM has as much in use (`benchmarks hostile`)."""
+simulator's small caches preempt 2 % of the requests; real vLLM has no more in use (`benchmarks hostile`)."""
 
 
 def prefill_free(load: Load) -> float:
