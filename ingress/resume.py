@@ -37,13 +37,15 @@ async def find(broker: base.Broker, tenant: str, request_id: str, known: bool = 
     """The subject of the reply to a request; of an id that was used at two ingresses, the newer one's.
 
     `known`: whether the caller has read of the reply already. Who reads live may have a frame before the
-    journal has it, and another node's copy is later still: such a caller is not told at once that there is
-    nothing.
+    journal has it: such a caller is not told at once that there is nothing.
     Raises errors.NotFound where the journal has none of it, errors.Unavailable.
     """
     give_up_at = time.monotonic() + (_SETTLE if known else 0.0)
     while True:
-        newest = await broker.last(subjects.REPLIES, subjects.replies_to(tenant, request_id))
+        named = subjects.replies_to(tenant, request_id)
+        newest = await broker.last(subjects.REPLIES, named)
+        # A copy that has just come back lags behind for seconds.
+        newest = newest or await broker.last(subjects.REPLIES, named, leader=True)
         if newest is not None:
             return newest.subject
         if time.monotonic() >= give_up_at:

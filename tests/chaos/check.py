@@ -16,7 +16,6 @@ class End(StrEnum):
 
     COMPLETE = "complete"
     REFUSED = "refused"  # 429 or 503, before any output: try again later
-    LATE = "too late"  # its deadline passed
     LEFT = "left"  # the client went away on purpose
     INTERRUPTED = "interrupted"  # it began, or was accepted, and ended in an error
     HUNG = "hung"  # nothing came for too long
@@ -34,7 +33,7 @@ class Ask:
     stream: bool = True
     service_class: str = "standard"
     tenant: str = "default"
-    timeout: float = 0  # seconds within which it is to have ended; 0 = any
+    timeout: int = 0  # seconds within which it is to have ended; 0 = any
 
     @property
     def prompt_ids(self) -> list[int]:

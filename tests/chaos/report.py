@@ -22,7 +22,7 @@ _WITHIN = 0.5
 _STILL = Kind.STOP_INGRESS, Kind.CUT_INGRESS
 """While these last nothing can come to whoever reads there: that is no recovery's time."""
 _NEAR = 15.0
-_LED, _BATCH = "with leaders", "batch, so"
+_LED, _BATCH = "with leaders", "batch"
 _LEASED, _NODE_LOST = "takeover", "and a node is lost"
 _SHOWN = 20
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from broker import errors, subjects
+from broker import base, errors, subjects
 from broker.memory import MemoryBroker
 from ingress import resume
 
@@ -21,8 +21,18 @@ async def test_a_reply_is_found_by_tenant_and_request() -> None:
         await resume.find(broker, "other", "one")
 
 
+async def test_a_copy_that_lags_behind_hides_no_reply() -> None:
+    class Lagging(MemoryBroker):
+        async def last(self, stream: str, subject: str, *, leader: bool = False) -> base.Record | None:
+            return await super().last(stream, subject, leader=True) if leader else None
+
+    broker = Lagging()
+    await broker.publish(SUBJECT, b"frame")
+    assert await resume.find(broker, "acme", "one") == SUBJECT
+
+
 async def test_who_read_of_a_reply_waits_until_the_journal_has_it() -> None:
-    """Frames reach who reads live before they are stored, and other nodes' copies later still."""
+    """Frames reach who reads live before they are stored."""
     broker = MemoryBroker()
     finding = asyncio.create_task(resume.find(broker, "acme", "one", known=True))
     stranger = asyncio.create_task(resume.find(broker, "acme", "one"))
