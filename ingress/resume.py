@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 import time
@@ -44,8 +45,9 @@ async def find(broker: base.Broker, tenant: str, request_id: str, known: bool = 
     while True:
         named = subjects.replies_to(tenant, request_id)
         newest = await broker.last(subjects.REPLIES, named)
-        # A copy that has just come back lags behind for seconds.
-        newest = newest or await broker.last(subjects.REPLIES, named, leader=True)
+        if newest is None:  # a copy that has just come back lags behind for seconds
+            with contextlib.suppress(errors.Unavailable):  # there may be no leader
+                newest = await broker.last(subjects.REPLIES, named, leader=True)
         if newest is not None:
             return newest.subject
         if time.monotonic() >= give_up_at:
