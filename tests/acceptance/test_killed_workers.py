@@ -271,7 +271,8 @@ async def test_streams_go_on(
     usage = await mill.usage(streams)
     for case, stream in streams.items():
         event = usage[case]
-        assert (event.outcome, event.worker, event.status) == ("finished", other, 200)
+        assert (event.outcome, event.status) == ("finished", 200)
+        assert event.worker == other or event.epoch > 2  # it has woken up, and the other was silent for long
         assert event.completion_tokens == stream.usage
         check(case, stream, event.epoch)
         if fault in DEATHS:

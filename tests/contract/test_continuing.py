@@ -167,8 +167,15 @@ def joined(before: Any, after: Any) -> Any:
 
 def _join(before: Any, after: Any, key: str, pieces: list[Any]) -> Any:
     match before, after:
-        case (dict(), dict()) if before.keys() >= after.keys() and before.get("finish_reason") is None:
-            return before | {name: _join(before[name], after[name], name, pieces) for name in after}
+        case (dict(), dict()) if before.get("finish_reason") is None and (
+            before.keys() >= after.keys() or after.get("finish_reason")
+        ):
+            more = {name: value for name, value in after.items() if name not in before}
+            both = before.keys() & after.keys()
+            return before | more | {name: _join(before[name], after[name], name, pieces) for name in both}
+        case (None, str()) if key == "finish_reason":
+            pieces.append(True)  # its last piece, which may be empty, may come by itself or with others
+            return after
         case (str(), str()) | (list(), list()) if key in _PIECES:
             pieces.append(before and after)
             return before + after
@@ -239,6 +246,7 @@ LOGPROB = {"token": "b"}
 def test_pieces_are_joined_however_the_answer_was_cut() -> None:
     ends = chunk("", "stop") + USAGE + b"data: [DONE]\n\n"
     assert told(chunk("a") + chunk("b") + ends) == told(chunk("ab") + ends)
+    assert told(chunk("a") + chunk("b", "stop", stop_reason=2)) == told(chunk("ab", "stop", stop_reason=2))
 
 
 def call(arguments: str, **more: Any) -> bytes:
