@@ -795,8 +795,7 @@ def _hostile(record: Record) -> str:
         ]
         for side, found in record["sides"].items()
     ]
-    found = record["sides"]["dispatched"]
-    text = _HOSTILE.format(**record, requests=found["requests"])
+    text = _HOSTILE.format(**record, requests=record["sides"]["dispatched"]["requests"])
     head = ["", "s", "preemptions", "KV use (p10)", "waiting in the engine (p99)", "wait, steps (p99)"]
     return _section(text, head, rows, record)
 

@@ -41,9 +41,9 @@ async def find(broker: base.Broker, tenant: str, request_id: str, known: bool = 
     journal has it: such a caller is not told at once that there is nothing.
     Raises errors.NotFound where the journal has none of it, errors.Unavailable.
     """
+    named = subjects.replies_to(tenant, request_id)
     give_up_at = time.monotonic() + (_SETTLE if known else 0.0)
     while True:
-        named = subjects.replies_to(tenant, request_id)
         newest = await broker.last(subjects.REPLIES, named)
         if newest is None:  # a copy that has just come back lags behind for seconds
             with contextlib.suppress(errors.Unavailable):  # there may be no leader

@@ -29,9 +29,6 @@ _log = logging.getLogger(__name__)
 _LISTEN = 2.0
 """Times `lost_after` that a new scheduler listens before its first plan: else it would know of no worker."""
 
-SPACING = 0.05
-"""Seconds from one plan to the next, however much is asked for."""
-
 
 class Placing:
     """Owned by the scheduler's event loop; `run` is the leader's one task."""
@@ -128,9 +125,11 @@ class Placing:
             elif self._led:
                 self._led = False
                 metrics.forget_plans()
-            await asyncio.sleep(SPACING)
+            await asyncio.sleep(planner.SPACING)
             try:
-                await asyncio.wait_for(self._wake.wait(), max(0.0, self._config.plan_interval - SPACING))
+                await asyncio.wait_for(
+                    self._wake.wait(), max(0.0, self._config.plan_interval - planner.SPACING)
+                )
             except TimeoutError:
                 continue
 

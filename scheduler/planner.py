@@ -27,6 +27,9 @@ from scheduler.view import Adapter, Snapshot, Wanted, Worker
 RIVAL = 1.5
 """A placed adapter gives way to one that nobody holds and that is asked for so many times as much."""
 
+SPACING = 0.05
+"""Seconds from one plan to the next, however much is asked for."""
+
 GIVE_UP = 3
 """Workers on which an adapter may fail before it is its files that are to blame."""
 

@@ -20,7 +20,7 @@ from ops.simulate.planning import Planning
 from ops.simulate.policies import News, Policy
 from ops.simulate.record import Record
 from scheduler.dispatch.types import Item, Preempt, Send, Shed, WorkerState
-from scheduler.placing import SPACING
+from scheduler.planner import SPACING
 from scheduler.reconcile import Order
 from workers.config import SimConfig
 from workers.engines.step_model import Sequence, State

@@ -37,6 +37,7 @@ EARLY = 8
 QUIET = 0.05
 """Seconds without a byte after which all that was on its way is here. After 0.25 a worker that was stopped
 takes itself for lost."""
+
 NAMES = {"type": "array", "items": {"type": "string", "minLength": 4, "maxLength": 9}, "minItems": 6}
 LIST = {
     "type": "object",

@@ -56,11 +56,12 @@ async def test_batch_gives_way_with_its_progress(fleet: Fleet, clients: Clients)
         if command.do == "preempt":
             taken_back.append(command.request.partition(".")[2])
 
-    await fleet.broker.subscribe(
+    dispatch = await fleet.broker.subscribe(
         subjects.DISPATCH, lambda told: words.append(Dispatch.model_validate_json(told.data))
     )
-    await fleet.broker.subscribe(subjects.ALL_COMMANDS, commanded)
+    commands = await fleet.broker.subscribe(subjects.ALL_COMMANDS, commanded)
     await until(lambda: words and words[-1].bases)  # else workers pull, and nobody is preempted
+    await dispatch.close()
     prompts = [f"Tell of {number} mills." for number in range(2 * SLOTS)]
     batch = [Stream(clients, "chat", asked("flex", prompt, TOKENS)) for prompt in prompts]
     reading = [asyncio.create_task(read(each)) for each in batch]
@@ -71,6 +72,7 @@ async def test_batch_gives_way_with_its_progress(fleet: Fleet, clients: Clients)
     await asyncio.gather(*reading)
     for each in batch:
         assert (len(each.ids), each.usage, each.reason) == (TOKENS, TOKENS, "length"), each.request_id
+    await commands.close()
     gave_way = [n for n, each in enumerate(batch) if each.request_id in taken_back]
     assert 1 <= len(gave_way) < SLOTS
     for number in gave_way:

@@ -126,8 +126,8 @@ def figures(
 
 def _row(gap: Gap, leaderless: Mapping[str, Sequence[Span]]) -> str:
     """That of the table in which it counts."""
-    led = _BATCH if gap.of_batch else _LED
-    return next((name for name, spans in leaderless.items() if gap.meets(spans)), led)
+    leaderless_then = (name for name, spans in leaderless.items() if gap.meets(spans))
+    return next(leaderless_then, _BATCH if gap.of_batch else _LED)
 
 
 def longest(

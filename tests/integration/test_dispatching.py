@@ -129,11 +129,16 @@ async def wire(broker: Broker) -> Wire:
     return made
 
 
+def dispatcher(of: Desk) -> Dispatcher:
+    """What it decides with, once it leads."""
+    return of.scheduler._dispatching._queues["sim"].dispatcher
+
+
 class Told:
     """What the dispatcher of a desk is told from now on."""
 
     def __init__(self, of: Desk) -> None:
-        self.dispatcher = of.scheduler._dispatching._queues["sim"].dispatcher
+        self.dispatcher = dispatcher(of)
         self.arrived: list[Item] = []
         self.finished: list[int] = []
         arrive, finish = self.dispatcher.arrive, self.dispatcher.finish
@@ -224,7 +229,7 @@ async def test_requests_are_handed_out_while_a_scheduler_leads(
             assert [(to, each.number) for to, each in wire.sent] == [("w1", 1), ("w1", 2), ("w1", 3)]
             await until(lambda: sum(len(each.done) for each in wire.news) == 3)
             assert sum(len(each.first) for each in wire.news) == 3
-            (account,) = lead.scheduler._dispatching._queues["sim"].dispatcher._running._accounts.values()
+            (account,) = dispatcher(lead)._running._accounts.values()
             assert (account.total, account.block_size) == (FAST.kv_blocks * 32, 32)
         await pulls(at)
         await (await caller.submit(4)).finishes()

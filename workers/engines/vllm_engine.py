@@ -144,7 +144,7 @@ class VllmEngine:
         self.app: ASGIApp = _heeding_disconnects(app)
         config = llm.vllm_config
         self._kv_blocks = max(0, (config.cache_config.num_gpu_blocks or 0) - 1)  # one is vLLM's null block
-        self._block_tokens = int(config.cache_config.block_size)
+        block_tokens = int(config.cache_config.block_size)
         lora = config.lora_config
         self.adapter_slots = int(lora.max_loras) if lora else 0
         self.adapters_in_memory = int(lora.max_cpu_loras) if lora else 0
@@ -156,9 +156,9 @@ class VllmEngine:
             waiting=0,
             max_running=int(scheduler.max_num_seqs),
             step_tokens=int(scheduler.max_num_batched_tokens),
-            kv_tokens_total=self._kv_blocks * self._block_tokens,
-            kv_tokens_free=self._kv_blocks * self._block_tokens,
-            kv_block_tokens=self._block_tokens,
+            kv_tokens_total=self._kv_blocks * block_tokens,
+            kv_tokens_free=self._kv_blocks * block_tokens,
+            kv_block_tokens=block_tokens,
         )
         self.base = str(app.state.openai_serving_models.base_model_paths[0].name)
         served = {getattr(route, "path", "") for route in app.routes}
@@ -258,7 +258,7 @@ class VllmEngine:
             old,
             running=scheduler.num_running_reqs,
             waiting=scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs,
-            kv_tokens_free=round((1 - scheduler.kv_cache_usage) * self._kv_blocks) * self._block_tokens,
+            kv_tokens_free=round((1 - scheduler.kv_cache_usage) * self._kv_blocks) * old.kv_block_tokens,
             preemptions=old.preemptions + (iteration.num_preempted_reqs if iteration is not None else 0),
             steps=old.steps + 1,
             skipped=scheduler.num_skipped_waiting_reqs,

@@ -15,6 +15,7 @@ from benchmarks import __main__ as command
 from benchmarks import adapters, gpu_adapters, report, results, stages
 from benchmarks.gpu_adapters import Gpu, Nap
 from broker.messages import Latency, UsageEvent
+from tests.unit.benchmarks import usage
 from workers import metrics
 from workers.engines.base import EngineStats
 
@@ -22,19 +23,7 @@ TITLE = "Adapters and sleep on a GPU"
 
 
 def event(wait: float, prefill: float) -> UsageEvent:
-    return UsageEvent(
-        request_id="r",
-        tenant="bench",
-        model="a@1",
-        base="m",
-        service_class="standard",
-        path=stages.PATH,
-        worker=stages.WORKER,
-        outcome="finished",
-        status=200,
-        finished_ms=0,
-        latency=Latency(engine_wait=wait, prefill=prefill),
-    )
+    return usage.event(Latency(engine_wait=wait, prefill=prefill))
 
 
 NAPS = [Nap(0.5, 0.2, 0.3, 70_000, 3_000), Nap(0.7, 0.1, 0.2, 70_002, 3_002)]

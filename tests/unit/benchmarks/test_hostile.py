@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import hostile
-from broker.messages import Latency, UsageEvent
+from broker.messages import Latency
+from tests.unit.benchmarks import usage
 
 
 @pytest.mark.parametrize(
@@ -20,17 +21,4 @@ from broker.messages import Latency, UsageEvent
 def test_a_wait_counts_the_steps_that_ended_meanwhile(taken: float, first: float, steps: int) -> None:
     told = hostile.Steps(at=[10.1, 10.2, 10.4, 10.5, 10.6])
     latency = Latency(queue=7.0, engine_wait=first - taken, total=7.0 + 20.0 - taken)
-    event = UsageEvent(
-        request_id="r1",
-        tenant="t",
-        model="m",
-        base="m",
-        service_class="batch",
-        path="/v1/completions",
-        worker="w1",
-        outcome="finished",
-        status=200,
-        finished_ms=0,
-        latency=latency,
-    )
-    assert told.between(event, ended=20.0) == steps
+    assert told.between(usage.event(latency), ended=20.0) == steps

@@ -35,6 +35,13 @@ def fill(world: World, name: str, held: int = STEP) -> None:
 # Where
 
 
+def compute_all(world: World, times: int, **state: object) -> None:
+    """So many times w0 has computed its prompts, and tells how it is."""
+    for _ in range(times):
+        world.uncomputed["w0"].clear()
+        world.tell("w0", **state)
+
+
 def test_a_request_goes_where_its_prefix_is() -> None:
     world = World(workers=3)
     warm(world, "w2")
@@ -288,9 +295,7 @@ def test_no_class_takes_more_than_its_share_of_the_kv_room_where_others_come() -
     world.tell("w0", **kv)
     batch = [item(key, service_class=BATCH, prompt=1000, max_tokens=100) for key in range(20)]
     world.arrive(*batch)
-    for _ in range(20):
-        world.uncomputed["w0"].clear()
-        world.tell("w0", **kv)
+    compute_all(world, 20, **kv)
     held = len(world.running["w0"])
     assert 1 <= held <= 0.4 * 10_000 / 1000
     world.arrive(item(100, prompt=1000, max_tokens=100))
@@ -302,9 +307,7 @@ def test_one_class_alone_fills_the_kv_room() -> None:
     kv = {"kv_total": 10_000, "kv_free": 10_000}
     world.tell("w0", **kv)
     world.arrive(*(item(key, service_class=BATCH, prompt=1000, max_tokens=100) for key in range(20)))
-    for _ in range(20):
-        world.uncomputed["w0"].clear()
-        world.tell("w0", **kv)
+    compute_all(world, 20, **kv)
     assert 0.8 <= len(world.running["w0"]) * 1000 / 10_000 <= 0.95
 
 
@@ -315,9 +318,7 @@ def test_room_that_is_given_out_in_large_blocks_is_room_for_fewer() -> None:
         kv = {"kv_total": 8192, "kv_free": 8192, "block_size": size}
         world.tell("w0", **kv)
         world.arrive(*(item(key, prompt=130) for key in range(64)))
-        for _ in range(64):
-            world.uncomputed["w0"].clear()
-            world.tell("w0", **kv)
+        compute_all(world, 64, **kv)
         held[size] = len(world.running["w0"])
     assert held[128] <= 0.75 * held[1]
 
