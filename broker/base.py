@@ -147,6 +147,11 @@ class Broker(abc.ABC):
         """Where what this client pulls is delivered; names its pulls to a third party, see `bounce`."""
 
     @abc.abstractmethod
+    def now_ms(self) -> float:
+        """Unix time in ms by the broker's clock, which messages are stamped with: all its clients tell
+        deadlines and ages by that one. Until the broker has told it, by this machine's."""
+
+    @abc.abstractmethod
     async def publish(
         self, subject: str, data: bytes = b"", headers: dict[str, str] | None = None, reply: str = ""
     ) -> None:

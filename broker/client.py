@@ -13,6 +13,7 @@ import functools
 import itertools
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -31,6 +32,7 @@ from tenacity import (
 )
 
 from broker import base, errors, subjects, tail, topology
+from broker.clock import Clock
 from broker.config import BrokerConfig
 from broker.connection import Connection
 from broker.messages import ServiceClass
@@ -62,6 +64,10 @@ _MAKING = 10.0
 _TRIES = 3
 _STORED_BY = 1.0
 """Seconds by which a change that was on its way is stored."""
+_CLOCK_EVERY = 30.0
+"""Seconds after which the broker is asked for the time again: quartz drifts by some ms meanwhile."""
+_CLOCK_AGAIN = 1.0
+"""The same where it has not answered."""
 _RECOVER_AFTER = 0.5
 """Seconds between a pull that was refused and the next try."""
 
@@ -127,6 +133,8 @@ class NatsBroker(base.Broker):
         self._heard = tail.Tail(_TAIL_SECONDS, _TAIL_BYTES)  # others' frames
         self._repeats: set[asyncio.Task[None]] = set()
         self._repeating: set[str] = set()  # replies that are being published again
+        self._clock = Clock()
+        self._following: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         try:
@@ -168,6 +176,43 @@ class NatsBroker(base.Broker):
             if self._make_streams:
                 patient = self._nc.jetstream(timeout=max(self._config.timeout, _MAKING))
                 await topology.ensure(patient, self._config)
+        await self._learn_clock()
+        self._keep_clock()
+
+    async def _learn_clock(self) -> None:
+        """Without its streams the broker can't tell the time: who doesn't make them does without it."""
+        end = time.monotonic() + max(self._config.timeout, _MAKING)
+        while not await self._read_clock() and self._make_streams:
+            if time.monotonic() > end:
+                raise errors.Unavailable("it does not tell the time")
+            await asyncio.sleep(_CLOCK_AGAIN)
+
+    def _keep_clock(self) -> None:
+        """Follow it, from now on."""
+        if self._following is not None:
+            self._following.cancel()
+        self._following = asyncio.create_task(self._follow_clock())
+
+    async def _follow_clock(self) -> None:
+        while True:
+            answered = await self._read_clock()
+            await asyncio.sleep(_CLOCK_EVERY if answered else _CLOCK_AGAIN)
+
+    async def _read_clock(self) -> bool:
+        """Whether the broker told the time: each answer of JetStream's that describes a stream does."""
+        if not self._nc.is_connected:
+            return False  # the question would wait, with those before it
+        asked = time.monotonic()
+        try:
+            answer = await self._api(f"STREAM.INFO.{subjects.REQUESTS}", {})
+            at = datetime.fromisoformat(answer["ts"])
+        except (errors.Unavailable, KeyError, TypeError, ValueError):
+            return False
+        self._clock.told(asked, at.timestamp() * 1000, time.monotonic())
+        return True
+
+    def now_ms(self) -> float:
+        return self._clock.at_ms(time.monotonic()) if self._clock.known else time.time() * 1000
 
     @property
     def connected(self) -> bool:
@@ -542,8 +587,9 @@ class NatsBroker(base.Broker):
 
     async def close(self) -> None:
         self._closing = True
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
+        for task in (self._reconnecting, self._following):
+            if task is not None:
+                task.cancel()
         for watch in list(self._watches):
             watch.stop()
         if self._nc.is_connected:
@@ -597,6 +643,7 @@ class NatsBroker(base.Broker):
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         self._reconnecting = asyncio.create_task(self._restore())
+        self._keep_clock()  # another node's may be another
         self.reconnected()
         # What was on its way when the connection broke may have arrived or not.
         self._repeat(self._tail.keys(asyncio.get_running_loop().time()), self._tail)

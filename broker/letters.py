@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from broker import base, bodies, errors, subjects
 from broker.messages import Attempt, DeadLetter, Request, parse_request
-from broker.replies import Writer, now_ms
+from broker.replies import Writer
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ async def bury(
         subject=subject.encode("utf-8", "backslashreplace").decode(),
         headers=dict(headers or {}),
         body=base64.b64encode(body).decode(),
-        failed_ms=now_ms(),
+        failed_ms=int(broker.now_ms()),
         history=history,
     )
     data, stowed = letter.model_dump_json().encode(), None

@@ -211,6 +211,9 @@ class MemoryBroker(base.Broker):
     def connected(self) -> bool:
         return self._connected and not self._closed
 
+    def now_ms(self) -> float:
+        return self.hub.clock() * 1000
+
     @property
     def max_payload(self) -> int:
         return self.hub.max_payload

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -42,7 +41,7 @@ _LOOK_AGAIN = 0.5
 _PAGE = 256
 """Frames read from the journal, and handed out, at once to a reader who is behind."""
 _CLOCKS_APART = 60_000
-"""Milliseconds that a reader's clock and the broker's may differ; half the default dedup window."""
+"""Milliseconds that a reader may be wrong about the broker's clock; half the default dedup window."""
 
 
 class Writer:
@@ -69,7 +68,7 @@ class Writer:
 
     async def beat(self, worker: str, left: str = "") -> None:
         """Say that `worker` has the request; or, with `left`, why it gives it to another unfinished."""
-        extra: dict[str, Any] = {"worker": worker, "at": _stamp()}
+        extra: dict[str, Any] = {"worker": worker, "at": _stamp(self._broker)}
         if left:
             extra["left"] = left
         await self._send(FrameKind.BEAT, extra=extra)
@@ -85,7 +84,8 @@ class Writer:
     ) -> None:
         """`timing`: what `Frame.extra` says of it."""
         self.head_sent = True
-        extra: dict[str, Any] = {"status": status, "headers": headers, "worker": worker, "at": _stamp()}
+        at = _stamp(self._broker)
+        extra: dict[str, Any] = {"status": status, "headers": headers, "worker": worker, "at": at}
         if timing:
             extra["timing"] = dict(timing)
         await self._send(FrameKind.HEAD, payload, tokens, extra)
@@ -94,10 +94,10 @@ class Writer:
         await self._send(FrameKind.DATA, payload, tokens)
 
     async def end(self, usage: dict[str, int]) -> None:
-        await self._send(FrameKind.END, extra={"usage": usage, "at": _stamp()})
+        await self._send(FrameKind.END, extra={"usage": usage, "at": _stamp(self._broker)})
 
     async def error(self, exc: errors.HeadraceError) -> None:
-        extra: dict[str, Any] = {"status": exc.status, "code": exc.code, "at": _stamp()}
+        extra: dict[str, Any] = {"status": exc.status, "code": exc.code, "at": _stamp(self._broker)}
         if exc.retry_after is not None:
             extra["retry_after"] = exc.retry_after
         await self._send(FrameKind.ERROR, exc.body(), extra=extra)
@@ -197,7 +197,7 @@ async def note_queued(broker: base.Broker, reply_to: str, seq: int) -> None:
     """Say in the journal that a request waits as number `seq` of REQUESTS, so that who asks for its reply
     by its id finds it before a worker has it. Said once or twice, early or late: readers take it so. Without
     a broker it is not said."""
-    extra = {"worker": "", "queued": seq, "at": _stamp()}
+    extra = {"worker": "", "queued": seq, "at": _stamp(broker)}
     with contextlib.suppress(errors.Unavailable):
         await broker.publish(reply_to, codec.encode(Frame(QUEUED_EPOCH, 0, FrameKind.BEAT, extra=extra)))
 
@@ -209,13 +209,9 @@ def _split(payload: bytes, at: int) -> tuple[bytes, bytes]:
     return payload[:at], payload[at:]
 
 
-def now_ms() -> int:
-    return int(time.time() * 1000)
-
-
-def _stamp() -> float:
+def _stamp(broker: base.Broker) -> float:
     """Unix time in ms to the microsecond: frames take less than a millisecond on their way."""
-    return round(time.time() * 1000, 3)
+    return round(broker.now_ms(), 3)
 
 
 async def last_frame(broker: base.Broker, reply_to: str, since_ms: float) -> Frame | None:
@@ -269,7 +265,7 @@ class Stream:
             False  # what the assembler holds can't be continued: the journal must be read from its start
         )
         self._lag: float | None = None  # loop time since which the journal lacks what must be there
-        self._since_ms = time.time() * 1000 - _CLOCKS_APART
+        self._since_ms = broker.now_ms() - _CLOCKS_APART
         self._asked_again = 0.0  # loop time
         self._looked: tuple[int, int] | None = None  # the journal's end and our epoch at the last look
         self._read_end = 0  # sequence of the last frame that the journal gave us

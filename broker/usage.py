@@ -17,7 +17,7 @@ async def unrun(broker: base.Broker, request: Request, fault: errors.HeadraceErr
     """What is told of a request that was deleted from the queue: its end, to all who follow it, and its
     usage event."""
     await replies.Writer(broker, request.reply_to, LAST_EPOCH, seq).error(fault)
-    await publish(broker, event(request, fault, ""), seq)
+    await publish(broker, event(request, fault, "", broker.now_ms()), seq)
 
 
 def failed(event: UsageEvent, status: int, code: str) -> UsageEvent:
@@ -36,6 +36,7 @@ def event(
     request: Request,
     fault: errors.HeadraceError | None,
     worker: str,
+    finished_ms: float,
     *,
     status: int = 0,
     epoch: int = 1,
@@ -63,6 +64,6 @@ def event(
         completion_tokens=completion_tokens,
         gpu_seconds=gpu_seconds,
         epoch=epoch,
-        finished_ms=replies.now_ms(),
+        finished_ms=int(finished_ms),
         latency=latency or Latency(),
     )

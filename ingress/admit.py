@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,8 +134,9 @@ def traceparent(headers: Mapping[bytes, bytes]) -> str:
     return given.decode("ascii") if _TRACEPARENT.fullmatch(given) else ""
 
 
-def deadline_ms(headers: Mapping[bytes, bytes], service_class: ServiceClass, config: IngressConfig) -> int:
-    """Unix time in ms: now plus `X-Headrace-Timeout` seconds, or the class's default."""
+def timeout(headers: Mapping[bytes, bytes], service_class: ServiceClass, config: IngressConfig) -> float:
+    """Seconds that a request may take: `X-Headrace-Timeout`, or its class's default.
+    Raises errors.InvalidType."""
     seconds = config.deadlines.get(service_class, 600.0)
     given = headers.get(b"x-headrace-timeout")
     if given is not None:
@@ -149,7 +149,7 @@ def deadline_ms(headers: Mapping[bytes, bytes], service_class: ServiceClass, con
                 "X-Headrace-Timeout must be seconds, more than 0 and at most a week, "
                 f"not {given.decode('latin-1')!r}"
             )
-    return int((time.time() + seconds) * 1000)
+    return seconds
 
 
 class Tenants:

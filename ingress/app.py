@@ -80,7 +80,7 @@ class Ingress:
         """`GET /v1/requests/<id>/stream`: a reply to this tenant, on from where its reader was."""
         headers = dict(scope["headers"])
         # Whether it is a stream shows when it begins.
-        relay = Relay(send, scope["path"], request_id, streaming=False, live=False)
+        relay = Relay(send, scope["path"], request_id, streaming=False)
         status = 499
         try:
             tenant = self._tenants.of(headers)
@@ -170,7 +170,6 @@ class Ingress:
             async with replies.following(self._broker, request.reply_to, self._config.max_unread) as stream:
                 claim = await self._claim(request, relay.after is not None)
                 if not claim.ours:
-                    relay.live = False
                     relay.told = []  # the first one's choice stands, whatever it was
                     try:
                         return await self._read_on(stream, relay, receive, claim.seq)
@@ -306,7 +305,7 @@ class Ingress:
             reply_to=subjects.reply(tenant, mailbox, request_id),
             path=path,
             body=body,
-            deadline_ms=admit.deadline_ms(headers, service_class, config),
+            deadline_ms=int(self._broker.now_ms() + admit.timeout(headers, service_class, config) * 1000),
             traceparent=admit.traceparent(headers),
             asked="" if asked.model == choice.model else asked.model,
             prefix=prompt.hashes(asked.body, len(body), choice.model),
@@ -429,7 +428,7 @@ async def serve(
     """
     address = config.host, config.port
     listener = socket.create_server(address, family=addresses.family(config.host), backlog=2048)
-    name = config.name or f"ingress-{replies.now_ms():x}-{listener.getsockname()[1]}"
+    name = config.name or f"ingress-{int(broker.now_ms()):x}-{listener.getsockname()[1]}"
     async with replies.Mailbox(broker, name, config.max_unread) as mailbox, Catalogue(broker) as catalogue:
         ingress = Ingress(config, broker, mailbox, catalogue)
         server = _Server(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import orjson
 
 from broker import base, bodies, errors, replies, subjects, usage
-from broker.messages import QUEUED_EPOCH, Frame, Request
+from broker.messages import QUEUED_EPOCH, Frame, FrameKind, Request
 from ingress import metrics, resume
 from ingress.config import IngressConfig
 from ingress.http import Receive, disconnected
@@ -128,6 +128,7 @@ class Exchange:
                 if gone.done():
                     return self.too_slow() if self._relay.cut() else errors.Cancelled("the client went away")
                 if frames:
+                    self._observe_transit(frames)
                     self._taken = self._taken or _from_worker(frames)
                     self._quiet_since = time.monotonic()
                     self._absence.heard()
@@ -200,11 +201,18 @@ class Exchange:
         self._ack.add_done_callback(self._on_ack)
         return True
 
+    def _observe_transit(self, frames: list[Frame]) -> None:
+        now_ms = self._broker.now_ms()
+        for frame in frames:
+            at = frame.extra.get("at")
+            if frame.kind is not FrameKind.BEAT and isinstance(at, (int, float)):
+                metrics.FRAME.observe(max(0.0, now_ms - at) / 1000)
+
     def _patience(self) -> float:
         """Seconds until something is due: a keep-alive, the deadline, the broker's acknowledgement."""
         now = time.monotonic()
         left = min(
-            self._request.deadline_ms / 1000 - time.time(),
+            (self._request.deadline_ms - self._broker.now_ms()) / 1000,
             self._quiet_since + self._config.keepalive - now,
         )
         if self._ack is not None and not self._ack.done():
@@ -238,7 +246,7 @@ class Exchange:
                 )
         elif not self._taken and time.monotonic() - self._published_at >= self._config.publish_timeout:
             return errors.Unavailable("the broker did not accept the request in time")
-        if time.time() * 1000 >= self._request.deadline_ms:
+        if self._broker.now_ms() >= self._request.deadline_ms:
             return errors.DeadlineExceeded("the request's deadline passed")
         return None
 
@@ -273,7 +281,7 @@ class Exchange:
         its client's second try, at another ingress. Raises errors.DuplicateRequest when it is.
         """
         # Without the sequence: deleting the queued message is ours, not the scheduler's.
-        body = orjson.dumps({"at": replies.now_ms()})
+        body = orjson.dumps({"at": self._broker.now_ms()})
         seq: int | None = None
         deleted = False
         while not self._stream.finished:

@@ -25,7 +25,6 @@ class Relay:
 
     Attributes:
         status: as sent to the client; 0 before anything was.
-        live: frames come straight from their worker, not from the journal.
         worker: who answers, once known.
         after: what the client has of the answer already; None = nothing.
         first_payload_at: `time.monotonic()` of the first payload byte sent.
@@ -33,7 +32,7 @@ class Relay:
         cut: tells whether the connection was ended from here, because its client read nothing.
     """
 
-    def __init__(self, send: Send, path: str, request_id: str, streaming: bool, live: bool = True) -> None:
+    def __init__(self, send: Send, path: str, request_id: str, streaming: bool) -> None:
         self._send = send
         self._path = path
         self._streaming = streaming
@@ -44,7 +43,6 @@ class Relay:
         self._sse = False
         self._at_boundary = True
         self.status = 0
-        self.live = live
         self.worker = ""
         self.after: sse.Position | None = None
         self._joined = False  # the frame that `after` names has come by
@@ -73,13 +71,11 @@ class Relay:
             elif frame.kind is FrameKind.BEAT:
                 self.worker = frame.extra.get("worker", "")
             elif frame.kind is FrameKind.END:
-                self._observe_transit(frame)
                 if self._sse and self.after is not None and not self._joined:
                     raise sse.not_there()
                 await self._finish(b"".join(parts))
                 return True
             elif frame.kind is FrameKind.ERROR:
-                self._observe_transit(frame)
                 await self._pass_on(b"".join(parts))
                 await self._break(
                     frame.extra.get("status", 500), frame.payload, frame.extra.get("retry_after")
@@ -118,7 +114,6 @@ class Relay:
     # Head
 
     async def _begin(self, frame: Frame) -> bytes:
-        self._observe_transit(frame)
         self._head = frame
         self.worker = frame.extra.get("worker", self.worker)
         content_type = frame.extra.get("headers", {}).get("content-type", "").encode("latin-1")
@@ -200,8 +195,3 @@ class Relay:
         if not self._at_boundary:
             event = b"\n\n" + event
         await self._send({"type": "http.response.body", "body": event})
-
-    def _observe_transit(self, frame: Frame) -> None:
-        at = frame.extra.get("at")
-        if self.live and isinstance(at, (int, float)):
-            metrics.FRAME.observe(max(0.0, time.time() - at / 1000))

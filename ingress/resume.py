@@ -116,7 +116,7 @@ class _Waiting:
             if now >= self._note_at:
                 self._note_at = now + replies.NOTE_AGAIN
                 await replies.note_queued(self._broker, request.reply_to, self._seq)
-        if 0 < self._deadline_ms <= replies.now_ms():
+        if 0 < self._deadline_ms <= self._broker.now_ms():
             return errors.DeadlineExceeded("the request's deadline passed in the queue")
         return None
 

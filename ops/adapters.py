@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping
 
 from broker import artifacts, base, entries, errors
@@ -62,7 +61,7 @@ async def _sweep(broker: base.Broker, args: argparse.Namespace) -> None:
             f"the catalogue's entries {', '.join(unreadable)} can't be read, and may name any of the files: "
             "nothing was removed"
         )
-    removed = await artifacts.sweep(broker, declared.values(), (time.time() - args.age) * 1000)
+    removed = await artifacts.sweep(broker, declared.values(), broker.now_ms() - args.age * 1000)
     for name in removed:
         print(name)
     catalogue.tell(args.command, f"{len(removed)} objects removed that no version names")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from broker import errors
+from broker.base import Broker
 from broker.config import BrokerConfig
 from broker.placement import Placement, Placements
 from ops.child import Child
@@ -89,8 +91,8 @@ class Workers:
         self._on_gone(child.name)
 
 
-async def follow(workers: Workers, bounds: Range, config: BrokerConfig, began_ms: int) -> None:
-    """Resize for ever. What was asked for before `began_ms`, unix time, is another run's, and void."""
+async def follow(workers: Workers, bounds: Range, config: BrokerConfig, began: float) -> None:
+    """Resize for ever. What was asked for before `began`, by `time.monotonic`, is another run's, and void."""
     from broker import client  # loads nats-py: not for an `up` that does not autoscale
 
     started = [child.ready for child in workers.children]
@@ -99,19 +101,20 @@ async def follow(workers: Workers, bounds: Range, config: BrokerConfig, began_ms
     while True:
         try:
             async with await client.connect(config, "headrace up", make_streams=False) as broker:
-                await _follow(workers, bounds, Placements(broker), str(facts["base"]), began_ms)
+                await _follow(workers, bounds, broker, str(facts["base"]), began)
         except errors.Unavailable as exc:
             logger.warning("autoscaling waits for the broker: %s", exc.message)
             await asyncio.sleep(_RETRY)
 
 
-async def _follow(workers: Workers, bounds: Range, placements: Placements, base: str, began_ms: int) -> None:
-    changed = asyncio.Event()
+async def _follow(workers: Workers, bounds: Range, broker: Broker, base: str, began: float) -> None:
+    changed, placements = asyncio.Event(), Placements(broker)
     placements.on_change = lambda name: changed.set()
     await placements.watch()
     while True:
         changed.clear()
         placed = placements.bases.get(base)
+        began_ms = broker.now_ms() - (time.monotonic() - began) * 1000
         if placed is not None and placed.made_ms >= began_ms:
             _apply(workers, bounds, placed)
         await changed.wait()

@@ -150,10 +150,6 @@ def targets(given: Iterable[tuple[str, int]]) -> tuple[Target, ...]:
     return found
 
 
-def now_ms() -> int:
-    return int(time.time() * 1000)
-
-
 # I/O
 
 

@@ -12,7 +12,7 @@ from broker.config import BrokerConfig
 from broker.entries import Capability, ModelEntry, Price
 from broker.messages import ServiceClass
 from ops import catalogue, listings
-from ops.catalogue import Action, Catalogue, now_ms
+from ops.catalogue import Action, Catalogue
 
 _CAPABILITIES = get_args(Capability)
 _TAG = re.compile(r"([A-Za-z]{2,3})(?:[-_][A-Za-z0-9]{1,8})*")
@@ -198,7 +198,7 @@ async def declare(
             raise errors.InvalidRequest(
                 f"--min-replicas is an adapter's, and {name!r} is {catalogue.a(entry.kind)}"
             )
-        update = {**changes, "updated_ms": now_ms()}
+        update = {**changes, "updated_ms": int(broker.now_ms())}
         if prices:
             present = entry.price.model_dump() if entry.price is not None else {}
             update["price"] = Price(**{"cached": prices.get("input", 0.0), **present, **prices})
@@ -218,7 +218,7 @@ async def lead(broker: base.Broker, name: str, changes: Mapping[str, Any]) -> Mo
         catalogue.check_free(name, entry, changes["kind"])
         if entry is None or entry.vacant:
             entry = ModelEntry(name=name, kind=changes["kind"], last=entry.last if entry is not None else 0)
-        return entry.model_copy(update={**changes, "updated_ms": now_ms()})
+        return entry.model_copy(update={**changes, "updated_ms": int(broker.now_ms())})
 
     return _there(await entries.change(broker, name, changed))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from prometheus_client import start_http_server
 from pydantic import ValidationError
 
-from broker import addresses, base, client, errors, registry, replies, subjects
+from broker import addresses, base, client, errors, registry, subjects
 from broker import messages as wire
 from broker.messages import Answer, Command, PoolBeat
 from ops import pool_file, pool_metrics, ports, targets
@@ -287,7 +287,7 @@ class Pool:
         At our start, and after an engine's life, its card is told anew: that of the file, where it says
         something. While its engine announces another one, the fleet's word stands.
         """
-        now_ms = replies.now_ms()
+        now_ms = int(self._broker.now_ms())
         for instance in self._instances.values():
             name = instance.base.name
             rests = instance.state in ("cold", "failed")  # no worker of ours announces it

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import time
 from collections.abc import Awaitable, Callable
 
 from broker import base, client, entries, errors, routes, subjects
@@ -78,13 +77,13 @@ async def _store(broker: base.Broker, file: routes_file.RoutesFile, trained: rou
                 f"{name!r} is the name of a model of kind {entry.kind}: choose another --router"
             )
         targets = tuple(entries.Target(model=model) for model in file.models)
-        now = int(time.time() * 1000)
+        now = int(broker.now_ms())
         if entry is None:
             return ModelEntry(name=name, kind="router", targets=targets, updated_ms=now)
         return entry.model_copy(update={"targets": targets, "updated_ms": now})
 
     await entries.change(broker, name, declared)
-    learned = trained.learned.model_copy(update={"learned_ms": int(time.time() * 1000)})
+    learned = trained.learned.model_copy(update={"learned_ms": int(broker.now_ms())})
     stored = await routes.put(broker, learned, trained.tables)
     print(f"router {name}, version {stored.version}: {', '.join(r.name for r in stored.routes)}")
     for model in file.models:

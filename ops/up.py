@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Coroutine, Iterator, Mapping
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from broker import addresses, replies
+from broker import addresses
 from broker.config import BrokerConfig
 from broker.server import NatsServer
 from ops import autoscale, logs, notices, parts, pool_file, ports, service, targets
@@ -88,7 +89,7 @@ class _Fleet:
     def __init__(self, settings: Settings, options: Options) -> None:
         self._settings = settings
         self._options = options
-        self._began_ms = replies.now_ms()
+        self._began = time.monotonic()
         self._logs = settings.data / "logs"
         self._metrics: dict[str, str] = {}  # the URL of each part that was ready, by its name
         self._flags = dict(options.flags or {})
@@ -150,7 +151,7 @@ class _Fleet:
             return []
         grace = self._settings.worker.drain_timeout + _GRACE
         scaled = autoscale.Workers(workers, lambda n: self._worker(n, broker.url), group, grace, self._untell)
-        return [autoscale.follow(scaled, self._options.autoscale, broker, self._began_ms)]
+        return [autoscale.follow(scaled, self._options.autoscale, broker, self._began)]
 
     def _bounds(self) -> dict[str, str]:
         """The scheduler asks for no more workers than may be."""

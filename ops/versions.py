@@ -8,7 +8,7 @@ from typing import NamedTuple
 from broker import artifacts, base, entries, errors
 from broker.entries import File, ModelEntry, Version
 from ops import peft
-from ops.catalogue import check_free, now_ms
+from ops.catalogue import check_free
 
 
 class Pushed(NamedTuple):
@@ -53,13 +53,13 @@ async def push(
         made = None
         if found is None:
             number = max([entry.last, *(version.number for version in entry.versions)]) + 1
-            made = found = _version(number, adapter, files, source)
+            made = found = _version(number, adapter, files, source, broker.now_ms())
         return entry.model_copy(
             update={
                 "versions": (*entry.versions, made) if made else entry.versions,
                 "current": found.number if activate else entry.current,
                 "last": max(entry.last, found.number),
-                "updated_ms": now_ms(),
+                "updated_ms": int(broker.now_ms()),
             }
         )
 
@@ -93,7 +93,9 @@ def check_base(entry: ModelEntry, on: str) -> None:
         )
 
 
-def _version(number: int, adapter: peft.Adapter, files: tuple[File, ...], source: str) -> Version:
+def _version(
+    number: int, adapter: peft.Adapter, files: tuple[File, ...], source: str, now_ms: float
+) -> Version:
     return Version(
         number=number,
         digest=adapter.digest,
@@ -101,7 +103,7 @@ def _version(number: int, adapter: peft.Adapter, files: tuple[File, ...], source
         targets=adapter.targets,
         size=adapter.size,
         files=files,
-        pushed_ms=now_ms(),
+        pushed_ms=int(now_ms),
         source=source,
     )
 
@@ -119,7 +121,7 @@ async def rollback(broker: base.Broker, name: str, number: int = 0) -> tuple[int
             what = f"no version {number}" if number else f"no version before its current one, {entry.current}"
             raise errors.NotFound(f"adapter {name!r} has {what}; there are: {_numbers(entry)}")
         moved = (entry.current, wanted)
-        return entry.model_copy(update={"current": wanted, "updated_ms": now_ms()})
+        return entry.model_copy(update={"current": wanted, "updated_ms": int(broker.now_ms())})
 
     await entries.change(broker, name, to)
     return moved
@@ -149,7 +151,7 @@ async def remove(broker: base.Broker, name: str, number: int = 0) -> tuple[Versi
             )
         gone = (version,)
         left = tuple(each for each in entry.versions if each.number != number)
-        return entry.model_copy(update={"versions": left, "last": last, "updated_ms": now_ms()})
+        return entry.model_copy(update={"versions": left, "last": last, "updated_ms": int(broker.now_ms())})
 
     await entries.change(broker, name, without)
     await artifacts.remove(broker, (file for version in gone for file in version.files))

@@ -24,7 +24,7 @@ from typing import Any, Concatenate, ParamSpec
 import orjson
 from pydantic import ValidationError
 
-from broker import base, bodies, entries, errors, replies, subjects, usage
+from broker import base, bodies, entries, errors, subjects, usage
 from broker.messages import (
     UNTOLD,
     Answer,
@@ -348,7 +348,7 @@ class Dispatching:
         except (errors.Unavailable, TimeoutError):
             return
         now = time.monotonic()
-        dispatcher.resume(entry.served, now - entry.age(), now)
+        dispatcher.resume(entry.served, now - entry.age(self._broker.now_ms()), now)
 
     async def _rest(self) -> None:
         """Take nothing more: what comes once another leads it would not find."""
@@ -404,7 +404,7 @@ class Dispatching:
     def _on_delivery(self, base_model: str, queue: _Queue, delivery: base.Delivery) -> None:
         if self._queues.get(base_model) is not queue:
             return  # stopped meanwhile: its ack wait, or who leads now, hands it on
-        now, now_ms = time.monotonic(), replies.now_ms()
+        now, now_ms = time.monotonic(), self._broker.now_ms()
         try:
             request = parse_request(delivery.subject, delivery.headers, delivery.data)
         except errors.MalformedMessage:
@@ -696,7 +696,7 @@ class Dispatching:
         fault: errors.HeadraceError = errors.Overloaded(
             f"it would not be served in time: {shed.why}", retry_after=shed.retry_after_s
         )
-        if 0 < queued.request.deadline_ms <= replies.now_ms():
+        if 0 < queued.request.deadline_ms <= self._broker.now_ms():
             fault = errors.DeadlineExceeded("the request's deadline passed in the queue")
         self._spawn(self._end(queued, fault))
 

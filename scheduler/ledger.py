@@ -13,7 +13,7 @@ from typing import Annotated
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from broker import base, replies, subjects
+from broker import base, subjects
 
 MOST = 1024
 """Tenants of a class that are kept: those that were served most. The others begin with the least of these."""
@@ -36,9 +36,9 @@ class Entry(BaseModel):
     at_ms: int = 0
     served: dict[str, dict[str, Tokens]] = Field(default_factory=dict)
 
-    def age(self) -> float:
+    def age(self, now_ms: float) -> float:
         """Seconds since."""
-        return max(0.0, (replies.now_ms() - self.at_ms) / 1000)
+        return max(0.0, now_ms - self.at_ms) / 1000
 
 
 async def write(broker: base.Broker, base_model: str, served: Served) -> None:
@@ -47,7 +47,7 @@ async def write(broker: base.Broker, base_model: str, served: Served) -> None:
         service_class: dict(heapq.nlargest(MOST, tenants.items(), key=lambda each: each[1]))
         for service_class, tenants in served.items()
     }
-    entry = orjson.dumps({"at_ms": replies.now_ms(), "served": most})
+    entry = orjson.dumps({"at_ms": int(broker.now_ms()), "served": most})
     await broker.put(subjects.KV_LEASES, subjects.shares(base_model), entry)
 
 

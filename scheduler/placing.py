@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from broker import base, entries, errors, registry, replies, subjects
+from broker import base, entries, errors, registry, subjects
 from broker.messages import Answer, Heartbeat, UsageEvent
 from broker.placement import Placement, Placements
 from scheduler import autoscale, metrics, planner, view
@@ -203,12 +203,12 @@ class Placing:
         with metrics.PLAN_SECONDS.time():
             # In a thread: the lease is renewed and lost workers are noticed meanwhile.
             placed = await asyncio.to_thread(
-                planner.plan, snapshot, demand, previous, replies.now_ms(), self._config
+                planner.plan, snapshot, demand, previous, int(self._broker.now_ms()), self._config
             )
         target = self._target(base_model, serving, now)
         placed = placed.model_copy(update={"replicas": target.replicas, "reason": target.reason})
         if self._new or placed != previous:
-            placed = placed.model_copy(update={"made_ms": replies.now_ms(), "by": self._name})
+            placed = placed.model_copy(update={"made_ms": int(self._broker.now_ms()), "by": self._name})
             await self._placements.put(placed)
             self._tell(previous, placed)
         self._plans[base_model] = placed

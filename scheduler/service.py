@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 from prometheus_client import start_http_server
 
-from broker import addresses, base, bodies, errors, fleet, letters, registry, replies, subjects, usage
+from broker import addresses, base, bodies, errors, fleet, letters, registry, subjects, usage
 from broker.messages import ModelCard, Request, ServiceClass, parse_request
 from scheduler import metrics
 from scheduler.config import SchedulerConfig
@@ -141,7 +141,7 @@ class Scheduler:
         self._dispatching.on_heartbeat(beat)
         if not self.leads:
             return
-        now_ms = replies.now_ms()
+        now_ms = int(self._broker.now_ms())
         for card in beat.models:
             if not subjects.fits(card.id):
                 continue  # no request can name it
@@ -158,7 +158,7 @@ class Scheduler:
 
     async def _forget(self, now: float) -> None:
         """Let go of models that no worker has served for `forget_after`."""
-        now_ms = replies.now_ms()
+        now_ms = int(self._broker.now_ms())
         for name, entry in list(self._registry.entries.items()):
             if self._fleet.card(name, now) is not None:
                 continue
@@ -245,7 +245,7 @@ class Scheduler:
         except errors.MalformedMessage as exc:
             await self._end(record, exc, "malformed")
             return
-        if 0 < deadline_ms <= replies.now_ms():
+        if 0 < deadline_ms <= self._broker.now_ms():
             fault = errors.DeadlineExceeded("the request's deadline passed in the queue")
             await self._end(record, fault, "expired")
 

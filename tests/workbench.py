@@ -104,7 +104,7 @@ class Call:
         return b"".join(f.payload for f in self.frames if f.kind in (FrameKind.HEAD, FrameKind.DATA))
 
     async def cancel(self) -> None:
-        body = orjson.dumps({"seq": self.stored.seq, "at": replies.now_ms()})
+        body = orjson.dumps({"seq": self.stored.seq, "at": self.broker.now_ms()})
         await self.broker.publish(f"cancel.{self.request.key}", body)
 
 

@@ -133,7 +133,7 @@ class Job:
         self._sent = sent
         self.delivery = delivery
         self.tap = Tap()
-        self.timing = Timing(queued=max(0.0, time.time() - delivery.enqueued_ms / 1000))
+        self.timing = Timing(queued=max(0.0, broker.now_ms() - delivery.enqueued_ms) / 1000)
         self.acked = False
         self._engine = engine
         self._worker = worker
@@ -152,7 +152,7 @@ class Job:
         self.stopped = asyncio.Event()
         self._limit: asyncio.Timeout | None = None
         self._beat: asyncio.Task[None] | None = None
-        self._abort_sent_ms = 0
+        self._abort_sent_ms = 0.0
         self._held_head: ASGIMessage | None = None
         self._body = b""
         self._status = 0
@@ -192,7 +192,7 @@ class Job:
             return False
         return True if self._complete and self._status < 400 else None
 
-    def stop(self, fault: errors.HeadraceError, asked_ms: int = 0) -> None:
+    def stop(self, fault: errors.HeadraceError, asked_ms: float = 0) -> None:
         """End the run early: with `fault` as its error frame, or, if a HandBack, in another worker.
 
         Args:
@@ -208,8 +208,13 @@ class Job:
     @property
     def over(self) -> bool:
         """Whether nobody waits for it any more, whoever runs it."""
+        left = self.left()
+        return self.stopped.is_set() or (left is not None and left <= 0)
+
+    def left(self) -> float | None:
+        """Seconds until its deadline, below 0 past it; None for one without."""
         deadline_ms = self.request.deadline_ms
-        return self.stopped.is_set() or bool(deadline_ms and deadline_ms <= time.time() * 1000)
+        return (deadline_ms - self._broker.now_ms()) / 1000 if deadline_ms else None
 
     @property
     def movable(self) -> bool:
@@ -260,8 +265,7 @@ class Job:
         elif self._engine.died.done():
             self.stop(HandBack("the engine died"))  # not of this request
         timer = None
-        if self.request.deadline_ms:
-            left = self.request.deadline_ms / 1000 - time.time()
+        if (left := self.left()) is not None:
             timer = asyncio.get_running_loop().call_later(left, self._expire)
         try:
             if self._fault is None:
@@ -306,7 +310,7 @@ class Job:
                 _log.exception("the engine's app failed", extra=self.log_extra())
             self.stop(errors.EngineFailed(f"the engine failed on this request: {type(exc).__name__}"))
         if self._abort_sent_ms:
-            metrics.ABORT.observe(max(0.0, time.time() - self._abort_sent_ms / 1000))
+            metrics.ABORT.observe(max(0.0, self._broker.now_ms() - self._abort_sent_ms) / 1000)
 
     def _scope(self) -> Scope:
         request = self.request
@@ -589,6 +593,7 @@ class Job:
             self.request,
             self._fault,
             self._worker,
+            self._broker.now_ms(),
             status=self._status,
             epoch=self.epoch,
             gpu_seconds=self.timing.gpu_seconds,

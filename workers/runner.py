@@ -19,7 +19,7 @@ from prometheus_client import start_http_server
 from pydantic import ValidationError
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
-from broker import addresses, base, bodies, errors, replies, subjects
+from broker import addresses, base, bodies, errors, subjects
 from broker.messages import UNTOLD, Credit, Heartbeat, News, Request, Sent, ServiceClass, parse_request
 from kvstate import budget
 from kvstate.uncomputed import Uncomputed
@@ -49,7 +49,7 @@ class Worker:
         self._broker = broker
         self._engine = engine
         self._state: Literal["serving", "draining", "asleep", "gone"] = "serving"
-        self._started_ms = replies.now_ms()
+        self._started_ms = int(broker.now_ms())
         self._held = held.Held(broker, self.name, self._started_ms)
         self._caching = Caching(broker, self.name, self._started_ms, engine.blocks)
         self._jobs: dict[str, Job] = {}
@@ -480,7 +480,7 @@ class Worker:
         adapter = await self._control.serves(job)
         if adapter:
             job.label(job.request.subject.model)
-        verdict = screening.screen(job.request, self._engine, adapter)
+        verdict = screening.screen(job.request, self._engine, self._broker.now_ms(), adapter)
         if verdict is None and job.request.body_object:
             verdict = await self._fetch_body(job)
         if job.delivery.attempt > 1 or self._touch.lost:
@@ -550,11 +550,11 @@ class Worker:
             key = subjects.cancelled(message.subject)
         except ValueError:
             return  # no request has such a name
-        job = self._jobs.get(key)
+        job, now_ms = self._jobs.get(key), self._broker.now_ms()
         if job is None:
-            self._tombstones.add(key)
+            self._tombstones.add(key, now_ms)
         else:
-            job.stop(errors.Cancelled("the caller went away"), screening.cancelled_at(message))
+            job.stop(errors.Cancelled("the caller went away"), screening.cancelled_at(message, now_ms))
 
     def _preempt(self, key: str) -> bool:
         """Give a running request back, with its progress; whether it is here, and can be continued."""

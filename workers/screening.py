@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections import OrderedDict
 from typing import Any
 
@@ -20,7 +19,7 @@ _AT = (b"@", b"\\u0040")
 """How JSON may write what every adapter version's name holds."""
 
 _CLOCKS_APART = 60_000
-"""Milliseconds that a worker's clock and the broker's may differ."""
+"""Milliseconds that a worker may be wrong about the broker's clock, for a while: it was set, say."""
 
 
 class Tombstones:
@@ -31,8 +30,8 @@ class Tombstones:
         self._limit = limit
         self._keys: OrderedDict[str, float] = OrderedDict()
 
-    def add(self, key: str) -> None:
-        self._keys[key] = time.time() * 1000
+    def add(self, key: str, now_ms: float) -> None:
+        self._keys[key] = now_ms
         if len(self._keys) > self._limit:
             self._keys.popitem(last=False)
 
@@ -51,17 +50,19 @@ class Tombstones:
         return cancelled
 
 
-def cancelled_at(message: base.Message) -> int:
+def cancelled_at(message: base.Message, now_ms: float) -> float:
     """Unix time in ms at which the caller says it went away; now, when it doesn't say."""
     try:
         return int(orjson.loads(message.data)["at"])
     except (ValueError, KeyError, TypeError):
-        return replies.now_ms()
+        return now_ms
 
 
-def screen(request: Request, engine: Engine, adapter: bool = False) -> errors.HeadraceError | None:
+def screen(
+    request: Request, engine: Engine, now_ms: float, adapter: bool = False
+) -> errors.HeadraceError | None:
     """None when the request may run, else why not. `adapter`: it asks for an adapter of the engine's base."""
-    if request.deadline_ms and request.deadline_ms <= time.time() * 1000:
+    if request.deadline_ms and request.deadline_ms <= now_ms:
         return errors.DeadlineExceeded("the request's deadline passed in the queue")
     cards = {card.id: card for card in engine.models}
     card = engine.models[0] if adapter else cards.get(request.subject.model)
@@ -141,6 +142,7 @@ async def _answered(broker: base.Broker, request: Request, delivery: base.Delive
         request,
         None,
         next((f.extra["worker"] for f in frames if f.epoch == end.epoch and "worker" in f.extra), ""),
+        broker.now_ms(),
         status=next((f.extra["status"] for f in said if f.kind is FrameKind.HEAD), 200),
         epoch=end.epoch,
         **{name: figures.get(name, 0) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")},

@@ -31,8 +31,7 @@ async def before_stop(job: Job, wanted: asyncio.Future[Any], what: str) -> bool:
     """Wait until `wanted` is done, or `job` is stopped, or its deadline passes, which stops it. Whether
     `wanted` is done then; else it has been cancelled."""
     stopped: asyncio.Future[Any] = asyncio.ensure_future(job.stopped.wait())
-    left = job.request.deadline_ms / 1000 - time.time() if job.request.deadline_ms else None
-    await asyncio.wait([wanted, stopped], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([wanted, stopped], timeout=job.left(), return_when=asyncio.FIRST_COMPLETED)
     if not wanted.done() and not job.stopped.is_set():
         job.stop(errors.DeadlineExceeded(f"the request's deadline passed while it waited {what}"))
     stopped.cancel()

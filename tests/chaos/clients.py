@@ -27,8 +27,7 @@ _CLASSES = {"interactive": 46, "standard": 46, "batch": 8}
 _TOKENS = {"interactive": (20, 60), "standard": (20, 60), "batch": (80, 240)}
 _TENANTS = 4
 _TIMEOUTS = 0, 0, 0, 60
-"""Seconds, of which some are given: more than clocks are wrong by and than any request takes. A worker whose
-clock is ahead refuses requests that much too early (docs/faults.md)."""
+"""Seconds, of which some are given: more than any request takes, and far less than clocks are wrong by."""
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 

@@ -23,10 +23,12 @@ class Kind(StrEnum):
     KILL_INGRESS = "kill ingress"
     STOP_INGRESS = "stop ingress"
     CUT_INGRESS = "cut ingress"
+    SKEW_INGRESS = "skew ingress"
     DRAIN_INGRESS = "drain ingress"
     KILL_SCHEDULER = "kill scheduler"
     STOP_SCHEDULER = "stop scheduler"
     CUT_SCHEDULER = "cut scheduler"
+    SKEW_SCHEDULER = "skew scheduler"
     KILL_NATS = "kill nats"
 
     @property
@@ -55,10 +57,12 @@ _WAYS = {
     Kind.KILL_INGRESS: _Way(10, 0.2, 1.5, 4.0),
     Kind.STOP_INGRESS: _Way(5, 0.5, 3.0, 2.0),
     Kind.CUT_INGRESS: _Way(5, 0.5, 3.0, 2.0),
+    Kind.SKEW_INGRESS: _Way(4, 0.2, 1.5, 4.0),
     Kind.DRAIN_INGRESS: _Way(5, 0.0, 0.0, 5.0),
     Kind.KILL_SCHEDULER: _Way(8, 0.2, 1.5, 4.0),
     Kind.STOP_SCHEDULER: _Way(5, 0.5, 5.0, 3.0),
     Kind.CUT_SCHEDULER: _Way(5, 0.5, 5.0, 3.0),
+    Kind.SKEW_SCHEDULER: _Way(4, 0.2, 1.5, 4.0),
     # An election takes nats-server up to 9 s, and a second node lost before its end is one too many.
     Kind.KILL_NATS: _Way(7, 0.5, 3.0, 20.0),
 }

@@ -25,8 +25,8 @@ from tests.chaos.proxy import Proxy
 from tests.integration.cluster import NatsCluster
 from tests.integration.fleet import Fleet, Part
 
-SKEW = 45.0
-"""Seconds by which a wrong clock is ahead, or behind: cancels bear with a minute."""
+SKEW = 3600.0
+"""Seconds by which a wrong clock is ahead, or behind."""
 SIZES = {"worker": 4, "ingress": 2, "scheduler": 2, "nats": 3}
 PACE = 0.02
 """Seconds between two tokens of a stream."""
@@ -183,7 +183,7 @@ class Stage:
         await self._fill(fault.kind.part, fault.slot, **more)
 
     async def _skew(self, fault: Fault) -> None:
-        await self._kill(fault, ahead=SKEW if self._generation["worker", fault.slot] % 2 else -SKEW)
+        await self._kill(fault, ahead=SKEW if self._generation[fault.kind.part, fault.slot] % 2 else -SKEW)
 
     async def _lie(self, fault: Fault) -> None:
         name = self._names["worker", fault.slot]
@@ -290,6 +290,8 @@ class Stage:
         Kind.MUTE_WORKER: _mute,
         Kind.LIE_WORKER: _lie,
         Kind.SKEW_WORKER: _skew,
+        Kind.SKEW_INGRESS: _skew,
+        Kind.SKEW_SCHEDULER: _skew,
         Kind.DRAIN_WORKER: _drain,
         Kind.KILL_INGRESS: _kill,
         Kind.STOP_INGRESS: _stop,

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from tests.chaos import test_chaos
 from tests.chaos.plan import ELECTION, SPARED, Fault, Kind, plan
 from tests.chaos.stage import SIZES
 
@@ -23,6 +24,12 @@ def test_ten_minutes_hold_200_faults_of_every_kind(seed: int) -> None:
     assert kinds.keys() == set(Kind)
     assert [fault.at for fault in faults] == sorted(fault.at for fault in faults)
     assert all(0 < fault.at < 600 and 0 <= fault.slot < SIZES[fault.kind.part] for fault in faults)
+
+
+def test_the_runs_two_minutes_hold_every_kind_and_one_loss_of_a_node() -> None:
+    kinds = Counter(fault.kind for fault in plan(test_chaos.SEED, test_chaos.MINUTES * 60, SIZES))
+    assert kinds.keys() == set(Kind)
+    assert kinds[Kind.KILL_NATS] == 1
 
 
 @pytest.mark.parametrize("seed", range(20))

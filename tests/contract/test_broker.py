@@ -356,6 +356,24 @@ async def test_a_delivery_tells_what_it_is(broker: Broker) -> None:
     assert not second.headers
 
 
+async def test_its_clock_is_the_brokers_whatever_this_machines_shows(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = time.time
+    first = await fleet.connect()
+    monkeypatch.setattr(time, "time", lambda: right() + 3600)
+    broker = await fleet.connect()
+    assert abs(broker.now_ms() - first.now_ms()) < 60_000
+    await enqueue(broker, b"a")
+    puller, box = await pull(broker)
+    await puller.ask(1)
+    (delivery,) = await box.take(1)
+    assert abs(broker.now_ms() - delivery.enqueued_ms) < 60_000
+    record = await broker.record(subjects.REQUESTS, delivery.seq)
+    assert record is not None
+    assert abs(broker.now_ms() - record.stored_ms) < 60_000
+
+
 async def test_what_was_queued_before_the_first_pull_is_delivered_in_order(broker: Broker) -> None:
     await enqueue(broker, b"a", b"b", b"c")
     puller, box = await pull(broker)

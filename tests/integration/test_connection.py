@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,39 @@ async def raised() -> AsyncIterator[list[dict[str, Any]]]:
     loop.set_exception_handler(lambda _, context: found.append(context))
     yield found
     loop.set_exception_handler(None)
+
+
+async def test_its_clock_is_followed_as_soon_as_it_tells_the_time(
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + 3600)
+    config = BrokerConfig(url=server.url)
+    async with await client.connect(config, "first", make_streams=False) as first:
+        assert abs(first.now_ms() / 1000 - time.time()) < 60  # nobody knows better yet
+        async with await client.connect(config, "second") as second:
+            assert abs(second.now_ms() / 1000 - right()) < 60
+            await until(lambda: abs(first.now_ms() - second.now_ms()) < 60_000)
+        following = first._following
+    assert following is not None
+    await until(following.cancelled)
+
+
+async def test_its_clock_is_asked_again_by_who_reconnects(
+    server: NatsServer, broker: NatsBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    api = broker._api
+
+    async def spy(call: str, *rest: Any) -> dict[str, Any]:
+        asked.append(call)
+        return await api(call, *rest)
+
+    monkeypatch.setattr(broker, "_api", spy)
+    await server.stop()
+    await until(lambda: not broker.connected)
+    await server.start()
+    await until(lambda: "STREAM.INFO.REQUESTS" in asked)
 
 
 async def hearing(reader: NatsBroker, subject: str) -> list[int]:

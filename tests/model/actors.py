@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +107,7 @@ def ask(number: int, mailbox: str, streams: bool, choices: int, tokens: int, dea
         reply_to=subjects.reply(TENANT, mailbox, name),
         path=PATH,
         body=orjson.dumps(body),
-        deadline_ms=replies.now_ms() + int(deadline * 1000),
+        deadline_ms=int((time.time() + deadline) * 1000),
     )
     return Asked(request, streams, choices, tokens, prompt)
 
@@ -165,7 +166,7 @@ class Reader:
     async def read_on(self, client: Client) -> None:
         """As one who comes late: what `ingress.app` does for a reply that is read again."""
         name = self.asked.request.request_id
-        relay = _Relay(_nowhere, resume.PATH, name, streaming=False, live=False)
+        relay = _Relay(_nowhere, resume.PATH, name, streaming=False)
         relay.reader = self
         try:
             subject = await resume.find(client, TENANT, name)

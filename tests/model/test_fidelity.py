@@ -86,7 +86,7 @@ async def _asked(file: FleetFile, asked: Sequence[Call]) -> list[Answer]:
             request = _request(call, file.block_size, str(source.service_class), f"r{number}")
             if not source.deadline_ms:
                 return await _answer(broker, box, request)
-            deadline = replies.now_ms() + int(source.deadline_ms)
+            deadline = int(broker.now_ms() + source.deadline_ms)
             refused = await _answer(broker, box, dataclasses.replace(request, deadline_ms=deadline))
             if np.isnan(refused.told):
                 return refused

@@ -94,7 +94,7 @@ class Fleet(RuleBasedStateMachine):
             self.server.queue("sim", service_class)
         await self.ingress.start()
         card = ModelCard(id="sim", base="sim", paths=(PATH,))
-        await registry.Registry(self.ingress).put(card, replies.now_ms())
+        await registry.Registry(self.ingress).put(card, int(self.ingress.now_ms()))
         self.mailbox = replies.Mailbox(self.ingress, "box")
         await self.mailbox.__aenter__()
         self.spawn(self._serve())

@@ -147,9 +147,8 @@ async def test_the_first_comment_comes_after_one_keepalive_however_long_the_brok
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = SimpleNamespace(at=1000.0)
-    now = SimpleNamespace(monotonic=lambda: clock.at, time=lambda: clock.at)
-    monkeypatch.setattr(exchange, "time", now)
-    broker, comments = MemoryBroker(), []
+    monkeypatch.setattr(exchange, "time", SimpleNamespace(monotonic=lambda: clock.at))
+    broker, comments = MemoryBroker(clock=lambda: clock.at), []
 
     async def send(message: Any) -> None:
         if message.get("body"):

@@ -64,4 +64,4 @@ async def test_an_answer_that_has_ended_had_begun(broker: MemoryBroker) -> None:
 async def test_what_is_older_than_the_request_is_anothers(broker: MemoryBroker) -> None:
     await said(broker)
     await broker.sync()
-    assert await progress.of(broker, REPLY, replies.now_ms() + 60_000) == (False, 0)
+    assert await progress.of(broker, REPLY, broker.now_ms() + 60_000) == (False, 0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import orjson
 import pytest
 
-from broker import codec, errors, replies, subjects
+from broker import codec, errors, subjects
 from broker.memory import MemoryBroker
 from broker.messages import Frame, FrameKind, Request, UsageEvent
 from tests.waiting import LIMIT, until
@@ -32,7 +32,7 @@ class Delivery:
     seq: int = 1
     attempt: int = 1
     pending: int = 0
-    enqueued_ms: float = field(default_factory=replies.now_ms)
+    enqueued_ms: float = field(default_factory=lambda: time.time() * 1000)
     receipt: str = ""
     verdicts: list[str] = field(default_factory=list)
 
@@ -349,7 +349,7 @@ async def test_stop_disconnects_the_app_and_what_it_still_says_is_nobodys(anyio_
     before = metric("headrace_abort_seconds_count")
     run = asyncio.create_task(failure(bench, "cancelled"))
     await until(lambda: bench.engine.running)
-    bench.job.stop(errors.Cancelled("gone"), replies.now_ms())
+    bench.job.stop(errors.Cancelled("gone"), time.time() * 1000)
     bench.job.stop(errors.DeadlineExceeded("too late to matter"))
     await run
     assert all(b"too late" not in f.payload for f in await bench.frames())

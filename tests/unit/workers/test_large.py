@@ -26,7 +26,8 @@ ROOMY = FAST.model_copy(update={"context_tokens": 8192, "kv_blocks": 1024})
 
 
 class Clock:
-    now = time.time()
+    def __init__(self) -> None:
+        self.now = time.time()
 
     def __call__(self) -> float:
         return self.now

@@ -49,7 +49,8 @@ from workers.job import Touch
 
 
 class Clock:
-    now = time.time()
+    def __init__(self) -> None:
+        self.now = time.time()
 
     def __call__(self) -> float:
         return self.now
@@ -878,7 +879,7 @@ async def test_a_request_that_was_answered_is_counted_once_and_acked(
     await writer.head(400, {}, "dead", b"no", [])
     await writer.end({"prompt_tokens": 9, "cached_tokens": 4, "completion_tokens": 2})
     if counted:
-        told = usage.event(call.request, None, "dead", status=400, prompt_tokens=9)
+        told = usage.event(call.request, None, "dead", broker.now_ms(), status=400, prompt_tokens=9)
         await usage.publish(broker, told, delivery.seq)
     await delivery.nak()
     engine = WaxEngine(hold)
