@@ -67,7 +67,7 @@ class Dispatcher:
         self._preemption = Preemption(config, self._fleet, self._lanes, self._running)
         self._explained = Explanations(config.explained)
         self._dirty: dict[int, None] = {}  # slots to be served, in order
-        self._refused: list[Decision] = []
+        self._decided: list[Decision] = []  # since the last call of `decide`
         self._kept_at = -math.inf
 
     # What happens
@@ -80,24 +80,24 @@ class Dispatcher:
             item = replace(item, deadline=math.inf)  # its first token was in time, or late already
         shares = self._shares[RANKS[item.service_class]]
         shares.enter(item.tenant, item.weight, item.context, now)
-        waiting = Waiting(item, RANKS[item.service_class])
+        waiting = Waiting(item, RANKS[item.service_class], tuned=item.model != self._fleet.base)
         waiting.over = shares.over(item.tenant, now)
-        if self._fleet.note_arrival(waiting.row, now):
-            self._kept_at = -math.inf
+        if self._fleet.note_arrival(waiting.row, now) or now >= self._kept_at + KEPT_FOR:
+            self._keep(now)
         self._queue[item.key] = waiting
         view = self._scorer.view(waiting, now)
-        if self._is_shed(waiting, view, now):
+        if self._is_shed(waiting, view, now) or self._sent_at_once(waiting, view, now):
             return
         self._put(waiting, view, now)
         self._deadlines.watch(waiting, now)
 
     def cancel(self, key: int) -> bool:
         """Drop it from the queue. False: it is not there."""
-        waiting = self._queue.pop(key, None)
+        waiting = self._queue.get(key)
         if waiting is None:
             return False
         self._places.lift(waiting)
-        self._shares[waiting.rank].leave(waiting.item.tenant, waiting.item.context)
+        self._leave(waiting)
         return True
 
     def state(self, state: WorkerState, now: float) -> None:
@@ -218,13 +218,13 @@ class Dispatcher:
         for preempt in self._preemption.take_back(now):
             self._explained.take_back(preempt)
             out.append(preempt)
-        out += self._refused
-        self._refused = []
+        out += self._decided
+        self._decided = []
         return out
 
     def next_due(self, now: float) -> float:
         """When `decide` has something to do even if nothing happens before; inf = never."""
-        if self._dirty or self._refused or self._places.stranded():
+        if self._dirty or self._decided or self._places.stranded():
             return now
         return max(now, min(self._deadlines.due(), self._preemption.due()))
 
@@ -294,8 +294,13 @@ class Dispatcher:
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
         """Send the worker what it takes. False: there is more to do for it."""
         skipped: set[int] = set()  # rows of the lanes
-        left = MOVES
-        while len(self._lanes) and self._fleet.open(slot, now):
+        left, sent = MOVES, -1
+        while True:
+            if sent < len(out):
+                sent = len(out)
+                skipped |= self._fleet.full_rows(slot, now, tuned=bool(self._lanes.tuned))
+            if all(2 * rank in skipped for rank in self._lanes.ranks()):
+                return True
             if not left:
                 return False
             waiting = self._lanes.next(slot, skipped, now) or self._places.steal(slot, skipped, now)
@@ -303,7 +308,7 @@ class Dispatcher:
                 return True
             item = waiting.item
             over = self._lanes.over(waiting, now)
-            if not self._fleet.takes(slot, item.service_class, over, now, item.model):
+            if self._lanes.tuned and not self._fleet.takes(slot, item.service_class, over, now, item.model):
                 skipped.update(range(2 * waiting.rank + over, 2 * waiting.rank + 2))
                 continue
             if waiting.version != self._fleet.version:
@@ -317,7 +322,7 @@ class Dispatcher:
                 self._give_up(waiting, now)
                 left -= 1
             elif self._running.fits(slot, item, self._fleet.fills_as(slot, item.service_class, over), now):
-                self._send(waiting, over, now, predicted, out)
+                self._send_next(waiting, over, now, predicted, out)
             else:
                 self._fill_in(waiting, over, now, out)
                 self._no_room(waiting, now)
@@ -325,7 +330,6 @@ class Dispatcher:
                     left -= 1
                     continue
                 skipped |= {2 * waiting.rank, 2 * waiting.rank + 1}
-        return True
 
     def _moved(self, waiting: Waiting, view: View, now: float) -> bool:
         """Whether another worker is better for it now, to whose lane it goes."""
@@ -361,17 +365,44 @@ class Dispatcher:
                 predicted = self._predictor.after(slot, float(fleet.pending[slot]) + waiting.cost)
                 if now + predicted <= item.deadline:
                     before.passed += item.context
-                    self._send(waiting, over, now, predicted, out)
+                    self._send_next(waiting, over, now, predicted, out)
 
-    def _send(self, waiting: Waiting, over: bool, now: float, predicted: float, out: list[Decision]) -> None:
-        item, slot = waiting.item, waiting.slot
-        worker = self._fleet[slot].worker
-        tokens = float(self._fleet.pending[slot]) + waiting.cost
-        hit = max(0, round(item.context - waiting.cost))
+    def _sent_at_once(self, waiting: Waiting, view: View, now: float) -> bool:
+        """Send one that has just come to the best worker for it, where that takes it and nobody waits."""
+        slot, item, fleet = view.best, waiting.item, self._fleet
+        if slot < 0 or slot in self._dirty or self._lanes.counts[-1, slot] or self._places.stranded():
+            return False
+        if not fleet.takes(slot, item.service_class, waiting.over, now, item.model):
+            return False
+        waiting.cost, waiting.placed = view.uncached.item(slot), now
+        predicted = self._predictor.after(slot, fleet.pending.item(slot) + waiting.cost)
+        rights = fleet.fills_as(slot, item.service_class, waiting.over)
+        if now + predicted > item.deadline or not self._running.fits(slot, item, rights, now):
+            return False
+        self._places.compare(waiting, view)
+        self._send(waiting, slot, waiting.over, now, predicted, self._decided)
+        self._touch(slot)
+        return True
+
+    def _send_next(
+        self, waiting: Waiting, over: bool, now: float, predicted: float, out: list[Decision]
+    ) -> None:
+        """It is sent to the worker in whose lane it is."""
+        slot = waiting.slot
         if waiting.ahead > self._fleet.step_tokens[slot]:
             self._predictor.sent(slot, waiting.rank, waiting.ahead, now - waiting.placed)
+        self._places.lift(waiting)
+        self._send(waiting, slot, over, now, predicted, out)
+
+    def _send(
+        self, waiting: Waiting, slot: int, over: bool, now: float, predicted: float, out: list[Decision]
+    ) -> None:
+        item = waiting.item
+        worker = self._fleet[slot].worker
+        tokens = self._fleet.pending.item(slot) + waiting.cost
+        hit = max(0, round(item.context - waiting.cost))
         self._lanes.charge(slot, waiting)
-        self.cancel(item.key)
+        self._leave(waiting)
         self._shares[waiting.rank].charge(item.tenant, waiting.cost, now)
         self._index.predict(worker, item.hashes, now)
         self._fleet.sent(slot, item.model, waiting.cost)
@@ -407,10 +438,8 @@ class Dispatcher:
         self._shed(waiting, now, wait, TOO_LATE)
 
     def _shed(self, waiting: Waiting, now: float, wait: float, why: str) -> None:
-        key = waiting.item.key
-        del self._queue[key]
-        self._shares[waiting.rank].leave(waiting.item.tenant, waiting.item.context)
-        self._refused.append(Shed(key, wait, why))
+        self._leave(waiting)
+        self._decided.append(Shed(waiting.item.key, wait, why))
         self._explained.keep(waiting, "shed", "", now - waiting.item.arrived, wait, why)
 
     def _ring(self, now: float) -> None:
@@ -423,12 +452,18 @@ class Dispatcher:
 
     # Keeping the books
 
+    def _leave(self, waiting: Waiting) -> None:
+        """It is queued no more, and has no place."""
+        item = waiting.item
+        del self._queue[item.key]
+        self._shares[waiting.rank].leave(item.tenant, item.context)
+
     def _put(self, waiting: Waiting, view: View, now: float) -> None:
         if self._places.put(waiting, view, now):
             self._dirty[waiting.slot] = None
 
     def _touch(self, slot: int) -> None:
-        """The worker may have room that it had not: somebody may wait for it, here or in another's lane."""
+        """The worker may have room: somebody may wait for it, here or in another's lane."""
         if len(self._lanes):
             self._dirty[slot] = None
 

@@ -42,15 +42,11 @@ class Fleet:
     def __init__(self, base: str, config: DispatchConfig) -> None:
         self.base = base
         self._config = config
-        self._widest = max(config.theta.values())
-        # By class and whether its tenant is above its share: steps and share of the slots that it may fill.
-        self._limits = {
-            each: (
-                (config.theta[each], config.slots[each]),
-                (min(config.theta[each], config.theta_over), min(config.slots[each], config.slots_over)),
-            )
-            for each in ServiceClass
-        }
+        # By row of the lanes: steps, and share of the slots, that it may fill.
+        self._limits: list[tuple[float, float]] = []
+        for each in RANKS:
+            theta, slots = config.theta[each], config.slots[each]
+            self._limits += (theta, slots), (min(theta, config.theta_over), min(slots, config.slots_over))
         self.version = 0
         self.homes = 0
         self.seen: Vector = np.zeros(0)
@@ -209,15 +205,6 @@ class Fleet:
         """Sends to it that its figures do not include."""
         return len(self._since[slot])
 
-    def open(self, slot: int, now: float) -> bool:
-        """Whether it could take anything at all."""
-        return bool(
-            self.serving[slot]
-            and self.is_fresh(slot, now)
-            and self.load[slot] < self.slots[slot]
-            and self.pending[slot] < self._widest * self.step_tokens[slot]
-        )
-
     def eligible(self, service_class: ServiceClass, model: str) -> Mask:
         """Who may run it at all, now or later."""
         mask = self._pool(service_class)
@@ -268,21 +255,24 @@ class Fleet:
         Args:
             model: None is the base.
         """
-        theta, share = self._may_fill(slot, service_class, over, model)
-        return bool(
-            self.serving[slot]
-            and self.is_fresh(slot, now)
-            and self.pending[slot] < theta * self.step_tokens[slot]
-            and self.load[slot] < share * self.slots[slot]
-            and not self.full[RANKS[service_class], slot]
-        )
+        row, tuned = 2 * RANKS[service_class] + over, model not in (None, self.base)
+        return self._ready(slot, now) and self._adds(slot, row, tuned)
+
+    def full_rows(self, slot: int, now: float, *, tuned: bool = False) -> set[int]:
+        """Rows of the lanes of which it takes none now. `tuned`: of those that ask for an adapter, to which
+        nobody is closed."""
+        if not self._ready(slot, now):
+            return set(range(ROWS))
+        return {row for row in range(ROWS) if not self._adds(slot, row, tuned)}
 
     def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
         """Whether nobody knows when it will take one of the class: it tells nothing, or has no room."""
-        _, share = self._may_fill(slot, service_class, over)
+        row, load = 2 * RANKS[service_class] + over, self.load.item(slot)
+        _, share = self._limits[row if slot < self._kept[row] else 0]
         return bool(
             not self.is_fresh(slot, now)
-            or self.load[slot] >= share * self.slots[slot]
+            or load >= share * self.slots[slot]
+            or (slot < self._closed[row] and load)
             or self.full[RANKS[service_class], slot]
         )
 
@@ -292,14 +282,19 @@ class Fleet:
         kept = slot < self._kept[2 * RANKS[service_class] + over]
         return service_class if kept else ServiceClass.INTERACTIVE
 
-    def _may_fill(
-        self, slot: int, service_class: ServiceClass, over: bool, model: str | None = None
-    ) -> tuple[float, float]:
-        """In steps of uncomputed tokens, and as a share of the slots."""
-        if slot < self.closed(service_class, over, model) and self.load[slot]:
-            return 0.0, 0.0
-        above = over and slot < self._kept[2 * RANKS[service_class] + 1]
-        return self._limits[self.fills_as(slot, service_class, over)][above]
+    def _ready(self, slot: int, now: float) -> bool:
+        return self.serving.item(slot) and self.is_fresh(slot, now)
+
+    def _adds(self, slot: int, row: int, tuned: bool) -> bool:
+        """Whether it has room for one more of the row."""
+        theta, share = self._limits[row if slot < self._kept[row] else 0]
+        load = self.load.item(slot)
+        return not (
+            load >= share * self.slots.item(slot)
+            or self.pending.item(slot) >= theta * self.step_tokens.item(slot)
+            or (slot < self._closed[row] and load and not tuned)
+            or (slot in self.crammed and self.full.item(row // 2, slot))
+        )
 
     def _pool(self, service_class: ServiceClass) -> Mask:
         mask = self._pools.get(service_class)

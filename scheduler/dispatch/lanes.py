@@ -42,6 +42,7 @@ class Waiting:
         least: time from sending to its first token on the worker where that is shortest.
         figures: how the best few workers stood for it lately.
         passed: tokens of those that went before it while it lacked KV room.
+        tuned: it asks for an adapter.
     """
 
     item: Item
@@ -56,6 +57,7 @@ class Waiting:
     least: float = 0.0
     figures: Figures = ()
     passed: int = 0
+    tuned: bool = False
 
     @property
     def row(self) -> int:
@@ -125,13 +127,18 @@ class Lane:
 
 
 class Lanes:
-    """All lanes, by worker slot. `tokens[row]` are those that wait in `row` and the rows before it."""
+    """All lanes, by worker slot. `tokens[row]` are those that wait in `row` and the rows before it.
+
+    Attributes:
+        tuned: how many in them ask for an adapter.
+    """
 
     def __init__(self, shares: list[Shares], quanta: list[int]) -> None:
         self._shares = shares
         self._quanta = quanta
         self._lanes: list[Lane] = []
         self._count = 0
+        self.tuned = 0
         self._of_rank = [0] * len(quanta)
         self.tokens: NDArray[np.float64] = np.zeros((ROWS, 0))
         self.counts: NDArray[np.float64] = np.zeros((ROWS, 0))
@@ -247,6 +254,7 @@ class Lanes:
         sums += count
         self._of_rank[waiting.rank] += count
         self._count += count
+        self.tuned += count * waiting.tuned
 
     def __len__(self) -> int:
         return self._count

@@ -110,13 +110,8 @@ class Places:
             if 2 * rank not in skipped and fleet.eligible(CLASSES[rank], fleet.base)[slot]
         ]
         rows = [row for rank in ranks for row in (2 * rank, 2 * rank + 1) if row not in skipped]
-        takes = {
-            rank: tuple(
-                2 * rank + over not in skipped and fleet.takes(slot, CLASSES[rank], over, now)
-                for over in (False, True)
-            )
-            for rank in ranks
-        }
+        full = skipped | fleet.full_rows(slot, now)
+        takes = {rank: (2 * rank not in full, 2 * rank + 1 not in full) for rank in ranks}
         if not any(map(any, takes.values())):
             return None
         longest = (fleet.pending + lanes.tokens[-1]) * (fleet.load + 1.0)

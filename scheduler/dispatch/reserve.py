@@ -21,21 +21,21 @@ class Reserve:
     """What workers were sent and hold, by row (`lanes.ROWS`), the first to be served first."""
 
     def __init__(self) -> None:
-        self._sent = np.zeros(ROWS)  # prompt tokens in the last `SPAN`, about
+        self._sent = [0.0] * ROWS  # prompt tokens in the last `SPAN`, about
         self._at = -math.inf
-        self._held = np.zeros(ROWS)
-        self._room = np.zeros(ROWS)
+        self._held = [0] * ROWS
+        self._room = [0.0] * ROWS
 
     def add(self, row: int, cost: float, room: float, now: float) -> None:
         """A worker was sent one that computes `cost` prompt tokens and will take `room` of its KV cache."""
         self._fade(now)
         self._sent[row] += cost
-        self._held[row] += 1.0
+        self._held[row] += 1
         self._room[row] += room
 
     def remove(self, row: int, room: float) -> None:
         """It is there no more."""
-        self._held[row] -= 1.0
+        self._held[row] -= 1
         self._room[row] -= room
 
     def needs(self, rate: float, slots: float, kv_total: float, now: float) -> NDArray[np.float64]:
@@ -47,13 +47,16 @@ class Reserve:
             kv_total: tokens of one's KV room; 0 = unknown.
         """
         self._fade(now)
-        parts = [self._sent / (SPAN * max(rate, 1.0)), self._held / max(slots, 1.0)]
-        if kv_total:
-            parts.append(self._room / kv_total)
+        parts = [
+            np.array(self._sent) / (SPAN * max(rate, 1.0)),
+            np.array(self._held) / max(slots, 1.0),
+            np.array(self._room) / (kv_total or math.inf),
+        ]
         before = np.cumsum(parts, axis=1).max(axis=0)
         return np.concatenate([[0.0], before[:-1]])
 
     def _fade(self, now: float) -> None:
         if now > self._at:
-            self._sent *= math.exp((self._at - now) / SPAN)
+            fade = math.exp((self._at - now) / SPAN)
+            self._sent = [fade * tokens for tokens in self._sent]
             self._at = now

@@ -120,7 +120,7 @@ class Running:
                 {each.value: share for each, share in self._config.ceilings.items()},
             )
             for key, sent in self._on[slot].items():
-                self._enter(account, key, sent)
+                self._enter(account, key, sent, self._remaining(sent.item, 0))
         known = len(self._on[slot]) - unseen
         account.foreign = 0.0
         if state.kv_total and state.running > known:
@@ -148,10 +148,10 @@ class Running:
     def add(self, sent: Sent) -> None:
         key = sent.item.key
         self._sent[key] = self._on[sent.slot][key] = sent
-        cost = sent.item.context - sent.hit
-        sent.room = self._scale * cost + self._remaining(sent.item, 0)
+        cost, rest = sent.item.context - sent.hit, self._remaining(sent.item, 0)
+        sent.room = self._scale * cost + rest
         self.reserve.add(sent.row, cost, sent.room, sent.at)
-        self._enter(self._accounts[sent.slot], key, sent)
+        self._enter(self._accounts[sent.slot], key, sent, rest)
         if sent.item.service_class is ServiceClass.BATCH:
             self._batches[sent.slot] = self._batches.get(sent.slot, 0) + 1
 
@@ -226,8 +226,7 @@ class Running:
             item.model, item.tenant, item.done_tokens + made, item.max_tokens, quantile
         )
 
-    def _enter(self, account: Account, key: int, sent: Sent) -> None:
-        rest = self._remaining(sent.item, 0)
+    def _enter(self, account: Account, key: int, sent: Sent, rest: float) -> None:
         account.add(key, sent.item.service_class.value, self._tokens(sent.item), rest, sent.item.hashes)
 
     def _refresh(self, slot: int, now: float) -> None:
