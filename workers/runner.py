@@ -88,15 +88,14 @@ class Worker:
         self._metrics_url = ""
 
     async def run(self, stop: asyncio.Event, ready: Callable[[str], None] = lambda url: None) -> None:
-        """Serve until `stop`, then drain. Raises errors.EngineFailed when the engine dies.
+        """Serve until `stop`, then drain. Raises errors.EngineFailed when the engine dies, errors.Unavailable
+        where the broker is not there to begin with.
 
         `ready` gets the URL of its metrics before the first request is asked for.
         """
         server, _ = start_http_server(self._config.metrics_port, self._config.metrics_host)
         host = addresses.elsewhere(self._config.metrics_host)
         self._metrics_url = addresses.url("http", host, server.server_port) + "/metrics"
-        _log.info("serving", extra={"worker": self.name, "metrics_url": self._metrics_url})
-        ready(self._metrics_url)
         subscriptions = [
             await self._broker.subscribe(subjects.ALL_CANCELS, self._on_cancel),
             await self._broker.subscribe(subjects.ALL_TAKEN, self._on_taken),
@@ -109,6 +108,8 @@ class Worker:
         ]
         await self._control.open()
         await self._open()
+        _log.info("serving", extra={"worker": self.name, "metrics_url": self._metrics_url})
+        ready(self._metrics_url)
         self._engine.on_change = self._on_step
         died: asyncio.Future[None] = asyncio.shield(self._engine.died)
         sides: list[Coroutine[Any, Any, Any]] = [
