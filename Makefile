@@ -1,5 +1,5 @@
 # make up      set up what is missing and serve on this machine
-# make test    run every test, in three processes; ARGS='-n 0 tests/unit' for these, in one
+# make test    run every test, in two processes; ARGS='-n 0 tests/unit' for these, in one
 # make chaos   ten minutes of faults on a fleet: nothing lost, nothing doubled; ARGS='--seed 7 --minutes 10'
 # make lint    static checks of code, settings reference, workflow and deployment files
 # make bench   measure; writes docs/benchmarks.md
@@ -28,7 +28,7 @@ up: $(VENV)/.engine
 # The model first: a download is not to count against a test's time.
 test: $(VENV)/.dev
 	$(BIN)/headrace demo-model --data .data
-	$(BIN)/python -m pytest -n 3 $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -42,15 +42,14 @@ os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of several processes one runs a whole file, whose servers are then started once. One runs all
-    acceptance tests, which share an engine, and one all contract tests that do: they take longest, and come
-    first."""
+    """Of several processes one runs a whole file, whose servers are then started once, and one runs all files
+    with the real engine, which take longest and come first."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return str(Path(path).parent) if ENGINE.match(path) else path
+            return "engine" if ENGINE.match(path) else path
 
     config.option.loadscopereorder = False
     return Files(config, log)
