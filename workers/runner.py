@@ -103,11 +103,12 @@ class Worker:
             await self._broker.subscribe(
                 subjects.inventory(self.name), lambda _: self._spawn(self._caching.tell_all())
             ),
-            await self._broker.subscribe(subjects.run(self.name), self._on_sent),
             await self._broker.subscribe(subjects.DISPATCH, self._dispatched.hear),
         ]
         await self._control.open()
         await self._open()
+        # Last: until it is ready, a signal ends it at once, whatever it has.
+        subscriptions.append(await self._broker.subscribe(subjects.run(self.name), self._on_sent))
         _log.info("serving", extra={"worker": self.name, "metrics_url": self._metrics_url})
         ready(self._metrics_url)
         self._engine.on_change = self._on_step

@@ -67,7 +67,10 @@ class Dispatcher:
         self._preemption = Preemption(config, self._fleet, self._lanes, self._running)
         self._explained = Explanations(config.explained)
         self._dirty: dict[int, None] = {}  # slots to be served, in order
-        self._decided: list[Decision] = []  # since the last call of `decide`
+        self._new: dict[
+            int, Waiting
+        ] = {}  # who has come since the last call of `decide`, and has no place yet
+        self._refused: list[Decision] = []
         self._kept_at = -math.inf
 
     # What happens
@@ -82,21 +85,17 @@ class Dispatcher:
         shares.enter(item.tenant, item.weight, item.context, now)
         waiting = Waiting(item, RANKS[item.service_class], tuned=item.model != self._fleet.base)
         waiting.over = shares.over(item.tenant, now)
-        if self._fleet.note_arrival(waiting.row, now) or now >= self._kept_at + KEPT_FOR:
-            self._keep(now)
-        self._queue[item.key] = waiting
-        view = self._scorer.view(waiting, now)
-        if self._is_shed(waiting, view, now) or self._sent_at_once(waiting, view, now):
-            return
-        self._put(waiting, view, now)
-        self._deadlines.watch(waiting, now)
+        if self._fleet.note_arrival(waiting.row, now):
+            self._kept_at = -math.inf
+        self._queue[item.key] = self._new[item.key] = waiting
 
     def cancel(self, key: int) -> bool:
         """Drop it from the queue. False: it is not there."""
         waiting = self._queue.get(key)
         if waiting is None:
             return False
-        self._places.lift(waiting)
+        if self._new.pop(key, None) is None:
+            self._places.lift(waiting)
         self._leave(waiting)
         return True
 
@@ -204,6 +203,8 @@ class Dispatcher:
         out: list[Decision] = []
         if now >= self._kept_at + KEPT_FOR:
             self._keep(now)
+        if self._new:
+            self._receive(now, out)
         if self._deadlines.due() <= now:
             self._ring(now)
         if self._places.stranded():
@@ -218,13 +219,13 @@ class Dispatcher:
         for preempt in self._preemption.take_back(now):
             self._explained.take_back(preempt)
             out.append(preempt)
-        out += self._decided
-        self._decided = []
+        out += self._refused
+        self._refused = []
         return out
 
     def next_due(self, now: float) -> float:
         """When `decide` has something to do even if nothing happens before; inf = never."""
-        if self._dirty or self._decided or self._places.stranded():
+        if self._dirty or self._new or self._refused or self._places.stranded():
             return now
         return max(now, min(self._deadlines.due(), self._preemption.due()))
 
@@ -282,6 +283,19 @@ class Dispatcher:
 
     # Serving
 
+    def _receive(self, now: float, out: list[Decision]) -> None:
+        """Give those that have come their places, or send the only one at once. Of several, turns decide."""
+        new = list(self._new.values())
+        self._new.clear()
+        for waiting in new:
+            view = self._scorer.view(waiting, now)
+            if self._is_shed(waiting, view, now):
+                continue
+            if len(new) == 1 and self._sent_at_once(waiting, view, now, out):
+                continue
+            self._put(waiting, view, now)
+            self._deadlines.watch(waiting, now)
+
     def _keep(self, now: float) -> None:
         """Keep as many workers as those who go first need; the others are for whoever comes."""
         fleet, slots = self._fleet, np.flatnonzero(self._fleet.serving)
@@ -294,11 +308,11 @@ class Dispatcher:
     def _serve(self, slot: int, now: float, out: list[Decision]) -> bool:
         """Send the worker what it takes. False: there is more to do for it."""
         skipped: set[int] = set()  # rows of the lanes
-        left, sent = MOVES, -1
+        left, known, tuned = MOVES, False, False
         while True:
-            if sent < len(out):
-                sent = len(out)
-                skipped |= self._fleet.full_rows(slot, now, tuned=bool(self._lanes.tuned))
+            if not known:
+                known, tuned = True, self._lanes.tuned > 0
+                skipped |= self._fleet.full_rows(slot, now, tuned=tuned)
             if all(2 * rank in skipped for rank in self._lanes.ranks()):
                 return True
             if not left:
@@ -308,7 +322,7 @@ class Dispatcher:
                 return True
             item = waiting.item
             over = self._lanes.over(waiting, now)
-            if self._lanes.tuned and not self._fleet.takes(slot, item.service_class, over, now, item.model):
+            if tuned and not self._fleet.takes(slot, item.service_class, over, now, item.model):
                 skipped.update(range(2 * waiting.rank + over, 2 * waiting.rank + 2))
                 continue
             if waiting.version != self._fleet.version:
@@ -323,9 +337,11 @@ class Dispatcher:
                 left -= 1
             elif self._running.fits(slot, item, self._fleet.fills_as(slot, item.service_class, over), now):
                 self._send_next(waiting, over, now, predicted, out)
+                known = False
             else:
                 self._fill_in(waiting, over, now, out)
                 self._no_room(waiting, now)
+                known = False
                 if self._moved(waiting, self._scorer.view(waiting, now), now):
                     left -= 1
                     continue
@@ -367,20 +383,20 @@ class Dispatcher:
                     before.passed += item.context
                     self._send_next(waiting, over, now, predicted, out)
 
-    def _sent_at_once(self, waiting: Waiting, view: View, now: float) -> bool:
+    def _sent_at_once(self, waiting: Waiting, view: View, now: float, out: list[Decision]) -> bool:
         """Send one that has just come to the best worker for it, where that takes it and nobody waits."""
         slot, item, fleet = view.best, waiting.item, self._fleet
-        if slot < 0 or slot in self._dirty or self._lanes.counts[-1, slot] or self._places.stranded():
+        if slot < 0 or self._lanes.counts[-1, slot] or self._places.stranded():
             return False
         if not fleet.takes(slot, item.service_class, waiting.over, now, item.model):
             return False
+        rights = fleet.fills_as(slot, item.service_class, waiting.over)
+        if not self._running.fits(slot, item, rights, now):
+            return False
         waiting.cost, waiting.placed = view.uncached.item(slot), now
         predicted = self._predictor.after(slot, fleet.pending.item(slot) + waiting.cost)
-        rights = fleet.fills_as(slot, item.service_class, waiting.over)
-        if now + predicted > item.deadline or not self._running.fits(slot, item, rights, now):
-            return False
         self._places.compare(waiting, view)
-        self._send(waiting, slot, waiting.over, now, predicted, self._decided)
+        self._send(waiting, slot, waiting.over, now, predicted, out)
         self._touch(slot)
         return True
 
@@ -391,6 +407,7 @@ class Dispatcher:
         slot = waiting.slot
         if waiting.ahead > self._fleet.step_tokens[slot]:
             self._predictor.sent(slot, waiting.rank, waiting.ahead, now - waiting.placed)
+        self._lanes.charge(slot, waiting)
         self._places.lift(waiting)
         self._send(waiting, slot, over, now, predicted, out)
 
@@ -401,7 +418,6 @@ class Dispatcher:
         worker = self._fleet[slot].worker
         tokens = self._fleet.pending.item(slot) + waiting.cost
         hit = max(0, round(item.context - waiting.cost))
-        self._lanes.charge(slot, waiting)
         self._leave(waiting)
         self._shares[waiting.rank].charge(item.tenant, waiting.cost, now)
         self._index.predict(worker, item.hashes, now)
@@ -439,7 +455,7 @@ class Dispatcher:
 
     def _shed(self, waiting: Waiting, now: float, wait: float, why: str) -> None:
         self._leave(waiting)
-        self._decided.append(Shed(waiting.item.key, wait, why))
+        self._refused.append(Shed(waiting.item.key, wait, why))
         self._explained.keep(waiting, "shed", "", now - waiting.item.arrived, wait, why)
 
     def _ring(self, now: float) -> None:

@@ -247,15 +247,9 @@ class Fleet:
         """Whether its figures are not."""
         return bool(self.seen[slot] >= now - self._config.stale_after)
 
-    def takes(
-        self, slot: int, service_class: ServiceClass, over: bool, now: float, model: str | None = None
-    ) -> bool:
-        """Whether it takes one more request of the class now. `over`: of a tenant above its share.
-
-        Args:
-            model: None is the base.
-        """
-        row, tuned = 2 * RANKS[service_class] + over, model not in (None, self.base)
+    def takes(self, slot: int, service_class: ServiceClass, over: bool, now: float, model: str) -> bool:
+        """Whether it takes one more of the class and model now. `over`: of a tenant above its share."""
+        row, tuned = 2 * RANKS[service_class] + over, model != self.base
         return self._ready(slot, now) and self._adds(slot, row, tuned)
 
     def full_rows(self, slot: int, now: float, *, tuned: bool = False) -> set[int]:

@@ -109,9 +109,10 @@ class Places:
             for rank in lanes.ranks()
             if 2 * rank not in skipped and fleet.eligible(CLASSES[rank], fleet.base)[slot]
         ]
-        rows = [row for rank in ranks for row in (2 * rank, 2 * rank + 1) if row not in skipped]
         full = skipped | fleet.full_rows(slot, now)
         takes = {rank: (2 * rank not in full, 2 * rank + 1 not in full) for rank in ranks}
+        # By what their tenants were when they were placed; what they are now counts below.
+        rows = [row for rank in ranks if any(takes[rank]) for row in (2 * rank, 2 * rank + 1)]
         if not any(map(any, takes.values())):
             return None
         longest = (fleet.pending + lanes.tokens[-1]) * (fleet.load + 1.0)

@@ -39,7 +39,7 @@ class Sent:
         tokens: uncomputed on the worker when it was sent, its own included.
         predicted: seconds from then to its first token.
         hit: tokens of it that were thought to be cached.
-        row: of the lane that it came from.
+        row: of the lanes, as which it was sent.
         room: KV tokens that it would add there, as was forecast then.
         first: when its first token came; None = not yet.
         stays: it can't be taken back.

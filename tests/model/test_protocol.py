@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Coroutine
@@ -46,6 +47,11 @@ ELECTION = 9.0
 """Seconds that the journal is without a leader at most; `broker.tail` keeps what was said longer."""
 
 WORKERS = 3
+
+
+def setup_module() -> None:
+    """What tests before have left behind is not to be found here, as an error."""
+    gc.collect()
 
 
 class _Errors(logging.Handler):

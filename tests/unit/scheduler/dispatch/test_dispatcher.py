@@ -9,7 +9,7 @@ import pytest
 
 from broker.messages import ServiceClass
 from scheduler.dispatch.config import DispatchConfig, Pool
-from scheduler.dispatch.types import Preempt, Send, Shed
+from scheduler.dispatch.types import Preempt, Send, Shed, WorkerState
 from tests.unit.scheduler.dispatch.world import BASE, STEP, World, item, sent, where
 
 INTERACTIVE, STANDARD, BATCH = ServiceClass
@@ -132,6 +132,46 @@ def test_a_request_waits_for_the_first_worker() -> None:
     assert sent(world.log) == [1]
 
 
+def test_who_waited_for_the_first_worker_goes_before_who_comes_with_it() -> None:
+    world = World(slots=1)
+    world.arrive(item(1))
+    world.running["w0"], world.uncomputed["w0"], world.sends["w0"] = {}, {}, 0
+    world.told["w0"], world.steps["w0"] = 0.0, STEP
+    world.said["w0"] = WorkerState("w0", 0.0, STEP, 1, 0, 0, 0, 0)
+    world.dispatcher.state(world.said["w0"], 0.0)
+    assert sent(world.arrive(item(2, arrived=1.0))) == [1]
+
+
+def test_of_those_that_come_together_the_most_urgent_goes_first() -> None:
+    world = World(workers=1, slots=1)
+    assert sent(world.arrive(item(1, service_class=BATCH), item(2), item(3, service_class=STANDARD))) == [2]
+
+
+def test_who_comes_and_goes_at_once_was_never_there() -> None:
+    world = World(workers=1, slots=1)
+    world.come(item(1))
+    assert world.cancel(1)
+    assert sent(world.arrive(item(2))) == [2]
+
+
+def test_who_comes_as_a_worker_is_lost_goes_to_another() -> None:
+    world = World(workers=2, slots=1)
+    world.come(item(1))
+    world.lose("w0")
+    assert where(world.decide()) == {1: "w1"}
+
+
+def test_a_newcomer_does_not_pass_who_waits_in_the_lane() -> None:
+    world = World(workers=1, slots=1)
+    world.arrive(item(1))
+    world.arrive(item(2))
+    del world.running["w0"][1]
+    world.dispatcher.finish(1, world.now, 100, None, 16)
+    world.uncomputed["w0"].clear()
+    world.come(item(3))
+    assert sent(world.tell("w0")) == [2]
+
+
 def test_who_waited_for_a_worker_that_drains_goes_to_another() -> None:
     world = World(workers=2)
     fill(world, "w1", held=20 * STEP)
@@ -217,6 +257,17 @@ def test_classes_share_a_worker_by_their_quanta() -> None:
         order += sent(world.compute("w0"))
     counts = [sum(kinds[key] is each for key in order[:100]) for each in ServiceClass]
     assert counts == pytest.approx([60, 30, 10], abs=6)
+
+
+def test_what_was_sent_while_nobody_waited_is_held_against_no_class() -> None:
+    world = World(workers=1)
+    for key in range(300):
+        world.arrive(item(key, prompt=500))
+        world.compute("w0")
+        world.finish("w0", key)
+    fill(world, "w0")
+    world.arrive(item(1000, service_class=STANDARD, prompt=600), item(1001, prompt=600))
+    assert sent(world.compute("w0")) == [1001]
 
 
 def test_a_class_stays_in_its_pool_while_there_is_one() -> None:
@@ -336,6 +387,23 @@ def test_kv_room_that_falls_free_is_kept_for_the_most_urgent_that_needs_it() -> 
         before |= world.running["w0"].keys()
     passed = len(before - {100}) - 9  # what it found there
     assert passed <= 5  # they end sooner, as far as is known, and have as many tokens
+
+
+def test_kv_room_is_kept_from_the_less_urgent_in_the_same_visit() -> None:
+    world = World(workers=1, slots=64, kv=10_000)
+    for key in range(1000, 1020):
+        world.arrive(item(key, "long", max_tokens=1000))
+        world.compute("w0")
+        world.finish("w0", key, 200)
+    for key in range(4):
+        world.arrive(item(key, "long", prompt=2000, max_tokens=1000))
+        compute_all(world, 1)
+    world.arrive(
+        item(100, "long", prompt=4000, max_tokens=1000),
+        item(101, "long", STANDARD, prompt=100, max_tokens=1000),
+    )
+    compute_all(world, 1)
+    assert set(world.running["w0"]) == {0, 1, 2, 3}
 
 
 def test_who_waits_for_kv_room_is_passed_only_by_those_that_end_before_it_has_that() -> None:

@@ -85,6 +85,25 @@ class Life(RuleBasedStateMachine):
             )
             world.arrive(new)
 
+    @rule(
+        data=st.data(),
+        classes=st.lists(st.sampled_from(ServiceClass), min_size=1, max_size=3),
+        meanwhile=st.sampled_from(["nothing", "cancel", "lose"]),
+    )
+    def come_together(self, data: st.DataObject, classes: list[ServiceClass], meanwhile: str) -> None:
+        """Several, before anything is decided; one goes again, or a worker, meanwhile."""
+        keys = [self.keys + number for number in range(1, len(classes) + 1)]
+        self.keys = keys[-1]
+        gone = data.draw(st.sampled_from(keys))
+        lost = data.draw(st.sampled_from(sorted(self.world.running))) if self.world.running else ""
+        for world in self.worlds:
+            world.come(*(item(*each, arrived=world.now) for each in zip(keys, "abc", classes, strict=False)))
+            if meanwhile == "cancel":
+                assert world.cancel(gone)
+            back = world.lose(lost) if meanwhile == "lose" and lost else []
+            world.decide()
+            world.arrive(*back)
+
     @precondition(lambda self: self.world.running)
     @rule(data=st.data())
     def compute(self, data: st.DataObject) -> None:

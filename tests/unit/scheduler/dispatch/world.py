@@ -85,11 +85,15 @@ class World:
     def tell_all(self) -> list[Decision]:
         return [each for name in self.running for each in self.tell(name)]
 
-    def arrive(self, *items: Item) -> list[Decision]:
+    def come(self, *items: Item) -> None:
+        """They arrive, and nothing is decided yet."""
         for each in items:
             assert each.key not in self.waiting
             self.waiting[each.key] = each
             self.dispatcher.arrive(each, self.now)
+
+    def arrive(self, *items: Item) -> list[Decision]:
+        self.come(*items)
         return self.decide()
 
     def compute(self, name: str) -> list[Decision]:
