@@ -177,7 +177,7 @@ class NatsBroker(base.Broker):
                 patient = self._nc.jetstream(timeout=max(self._config.timeout, _MAKING))
                 await topology.ensure(patient, self._config)
         await self._learn_clock()
-        self._keep_clock()
+        self._keep_clock(_CLOCK_EVERY if self._clock.known else _CLOCK_AGAIN)
 
     async def _learn_clock(self) -> None:
         """Without its streams the broker can't tell the time: who doesn't make them does without it."""
@@ -187,16 +187,16 @@ class NatsBroker(base.Broker):
                 raise errors.Unavailable("it does not tell the time")
             await asyncio.sleep(_CLOCK_AGAIN)
 
-    def _keep_clock(self) -> None:
-        """Follow it, from now on."""
+    def _keep_clock(self, after: float) -> None:
+        """Follow it, from so many seconds on."""
         if self._following is not None:
             self._following.cancel()
-        self._following = asyncio.create_task(self._follow_clock())
+        self._following = asyncio.create_task(self._follow_clock(after))
 
-    async def _follow_clock(self) -> None:
+    async def _follow_clock(self, after: float) -> None:
         while True:
-            answered = await self._read_clock()
-            await asyncio.sleep(_CLOCK_EVERY if answered else _CLOCK_AGAIN)
+            await asyncio.sleep(after)
+            after = _CLOCK_EVERY if await self._read_clock() else _CLOCK_AGAIN
 
     async def _read_clock(self) -> bool:
         """Whether the broker told the time: each answer of JetStream's that describes a stream does."""
@@ -643,7 +643,7 @@ class NatsBroker(base.Broker):
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         self._reconnecting = asyncio.create_task(self._restore())
-        self._keep_clock()  # another node's may be another
+        self._keep_clock(0.0)  # another node's may be another
         self.reconnected()
         # What was on its way when the connection broke may have arrived or not.
         self._repeat(self._tail.keys(asyncio.get_running_loop().time()), self._tail)

@@ -75,6 +75,10 @@ class Request:
         """`<tenant>.<request>` as subject tokens: what a cancel names."""
         return f"{subjects.token(self.subject.tenant)}.{subjects.token(self.request_id)}"
 
+    def late(self, now_ms: float) -> bool:
+        """Whether its deadline has passed by that unix time."""
+        return 0 < self.deadline_ms <= now_ms
+
     def headers(self) -> dict[str, str]:
         head = {
             subjects.MSG_ID: subjects.dedup_id(self.subject.tenant, self.dedup_key or self.request_id),

@@ -696,7 +696,7 @@ class Dispatching:
         fault: errors.HeadraceError = errors.Overloaded(
             f"it would not be served in time: {shed.why}", retry_after=shed.retry_after_s
         )
-        if 0 < queued.request.deadline_ms <= self._broker.now_ms():
+        if queued.request.late(self._broker.now_ms()):
             fault = errors.DeadlineExceeded("the request's deadline passed in the queue")
         self._spawn(self._end(queued, fault))
 

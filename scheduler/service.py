@@ -241,11 +241,11 @@ class Scheduler:
 
     async def _expire(self, record: base.Record) -> None:
         try:
-            deadline_ms = parse_request(record.subject, record.headers, record.data).deadline_ms
+            request = parse_request(record.subject, record.headers, record.data)
         except errors.MalformedMessage as exc:
             await self._end(record, exc, "malformed")
             return
-        if 0 < deadline_ms <= self._broker.now_ms():
+        if request.late(self._broker.now_ms()):
             fault = errors.DeadlineExceeded("the request's deadline passed in the queue")
             await self._end(record, fault, "expired")
 

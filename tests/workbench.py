@@ -281,6 +281,16 @@ async def gone(receive: Receive) -> None:
         pass
 
 
+class Clock:
+    """A broker's, which stands still but where a test sets it."""
+
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def soon(seconds: float) -> int:
     """A deadline."""
     return int((time.time() + seconds) * 1000)

@@ -208,8 +208,7 @@ class Job:
     @property
     def over(self) -> bool:
         """Whether nobody waits for it any more, whoever runs it."""
-        left = self.left()
-        return self.stopped.is_set() or (left is not None and left <= 0)
+        return self.stopped.is_set() or self.request.late(self._broker.now_ms())
 
     def left(self) -> float | None:
         """Seconds until its deadline, below 0 past it; None for one without."""

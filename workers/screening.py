@@ -62,7 +62,7 @@ def screen(
     request: Request, engine: Engine, now_ms: float, adapter: bool = False
 ) -> errors.HeadraceError | None:
     """None when the request may run, else why not. `adapter`: it asks for an adapter of the engine's base."""
-    if request.deadline_ms and request.deadline_ms <= now_ms:
+    if request.late(now_ms):
         return errors.DeadlineExceeded("the request's deadline passed in the queue")
     cards = {card.id: card for card in engine.models}
     card = engine.models[0] if adapter else cards.get(request.subject.model)

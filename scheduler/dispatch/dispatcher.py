@@ -67,9 +67,7 @@ class Dispatcher:
         self._preemption = Preemption(config, self._fleet, self._lanes, self._running)
         self._explained = Explanations(config.explained)
         self._dirty: dict[int, None] = {}  # slots to be served, in order
-        self._new: dict[
-            int, Waiting
-        ] = {}  # who has come since the last call of `decide`, and has no place yet
+        self._new: dict[int, Waiting] = {}  # they came since the last `decide`, and have no place
         self._refused: list[Decision] = []
         self._kept_at = -math.inf
 

@@ -261,14 +261,9 @@ class Fleet:
 
     def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
         """Whether nobody knows when it will take one of the class: it tells nothing, or has no room."""
-        row, load = 2 * RANKS[service_class] + over, self.load.item(slot)
-        _, share = self._limits[row if slot < self._kept[row] else 0]
-        return bool(
-            not self.is_fresh(slot, now)
-            or load >= share * self.slots[slot]
-            or (slot < self._closed[row] and load)
-            or self.full[RANKS[service_class], slot]
-        )
+        row = 2 * RANKS[service_class] + over
+        _, share = self._limit(slot, row)
+        return not (self.is_fresh(slot, now) and self._has_place(slot, row, share, tuned=False))
 
     def fills_as(self, slot: int, service_class: ServiceClass, over: bool) -> ServiceClass:
         """The class as which it may fill the worker: the most urgent, where no room is kept for others. Such
@@ -280,15 +275,23 @@ class Fleet:
         return self.serving.item(slot) and self.is_fresh(slot, now)
 
     def _adds(self, slot: int, row: int, tuned: bool) -> bool:
-        """Whether it has room for one more of the row."""
-        theta, share = self._limits[row if slot < self._kept[row] else 0]
+        """Whether it has room for one more of the row now."""
+        theta, share = self._limit(slot, row)
+        computes = self.pending.item(slot) < theta * self.step_tokens.item(slot)
+        return computes and self._has_place(slot, row, share, tuned)
+
+    def _has_place(self, slot: int, row: int, share: float, tuned: bool) -> bool:
+        """Whether it has room for one more of the row, once its steps have. `share`: of its slots."""
         load = self.load.item(slot)
         return not (
             load >= share * self.slots.item(slot)
-            or self.pending.item(slot) >= theta * self.step_tokens.item(slot)
             or (slot < self._closed[row] and load and not tuned)
             or (slot in self.crammed and self.full.item(row // 2, slot))
         )
+
+    def _limit(self, slot: int, row: int) -> tuple[float, float]:
+        """Steps, and share of the slots, that the row may fill there."""
+        return self._limits[row if slot < self._kept[row] else 0]
 
     def _pool(self, service_class: ServiceClass) -> Mask:
         mask = self._pools.get(service_class)

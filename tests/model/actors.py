@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from ingress.config import IngressConfig
 from ingress.exchange import Exchange
 from ingress.relay import Relay
 from tests.model.network import Client, Server
+from tests.workbench import soon
 from workers.config import SimConfig, WorkerConfig
 from workers.engines import sim
 from workers.runner import Worker
@@ -107,7 +107,7 @@ def ask(number: int, mailbox: str, streams: bool, choices: int, tokens: int, dea
         reply_to=subjects.reply(TENANT, mailbox, name),
         path=PATH,
         body=orjson.dumps(body),
-        deadline_ms=int((time.time() + deadline) * 1000),
+        deadline_ms=soon(deadline),
     )
     return Asked(request, streams, choices, tokens, prompt)
 

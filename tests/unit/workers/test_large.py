@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from collections.abc import AsyncIterator
 
 import orjson
@@ -16,21 +15,13 @@ from broker.config import BrokerConfig
 from broker.memory import MemoryBroker
 from broker.messages import FrameKind, Heartbeat, Request, ServiceClass
 from tests.waiting import until
-from tests.workbench import FAST, Caller, WaxEngine, calling, gone, serving, start_response
+from tests.workbench import FAST, Caller, Clock, WaxEngine, calling, gone, serving, start_response
 from workers.engines import sim
 from workers.engines.base import Receive, Scope, Send
 
 LARGE = "x" * 20_000
 
 ROOMY = FAST.model_copy(update={"context_tokens": 8192, "kv_blocks": 1024})
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

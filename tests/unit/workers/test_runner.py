@@ -7,7 +7,6 @@ import base64
 import contextlib
 import logging
 import re
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ from tests.workbench import (
     STUCK,
     Call,
     Caller,
+    Clock,
     Serving,
     WaxEngine,
     calling,
@@ -46,14 +46,6 @@ from workers.engines.base import Engine, Receive, Refused, Scope, Send
 from workers.engines.sim_pace import StepPacer
 from workers.engines.step_model import IntegrityError
 from workers.job import Touch
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

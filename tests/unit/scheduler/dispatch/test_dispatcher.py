@@ -9,7 +9,7 @@ import pytest
 
 from broker.messages import ServiceClass
 from scheduler.dispatch.config import DispatchConfig, Pool
-from scheduler.dispatch.types import Preempt, Send, Shed, WorkerState
+from scheduler.dispatch.types import Preempt, Send, Shed
 from tests.unit.scheduler.dispatch.world import BASE, STEP, World, item, sent, where
 
 INTERACTIVE, STANDARD, BATCH = ServiceClass
@@ -32,14 +32,14 @@ def fill(world: World, name: str, held: int = STEP) -> None:
     world.tell(name, prefill_held=held, running=1)
 
 
-# Where
-
-
 def compute_all(world: World, times: int, **state: object) -> None:
     """So many times w0 has computed its prompts, and tells how it is."""
     for _ in range(times):
         world.uncomputed["w0"].clear()
         world.tell("w0", **state)
+
+
+# Where
 
 
 def test_a_request_goes_where_its_prefix_is() -> None:
@@ -135,10 +135,8 @@ def test_a_request_waits_for_the_first_worker() -> None:
 def test_who_waited_for_the_first_worker_goes_before_who_comes_with_it() -> None:
     world = World(slots=1)
     world.arrive(item(1))
-    world.running["w0"], world.uncomputed["w0"], world.sends["w0"] = {}, {}, 0
-    world.told["w0"], world.steps["w0"] = 0.0, STEP
-    world.said["w0"] = WorkerState("w0", 0.0, STEP, 1, 0, 0, 0, 0)
-    world.dispatcher.state(world.said["w0"], 0.0)
+    world.start("w0")
+    world.say("w0")
     assert sent(world.arrive(item(2, arrived=1.0))) == [1]
 
 
@@ -165,11 +163,8 @@ def test_a_newcomer_does_not_pass_who_waits_in_the_lane() -> None:
     world = World(workers=1, slots=1)
     world.arrive(item(1))
     world.arrive(item(2))
-    del world.running["w0"][1]
-    world.dispatcher.finish(1, world.now, 100, None, 16)
-    world.uncomputed["w0"].clear()
     world.come(item(3))
-    assert sent(world.tell("w0")) == [2]
+    assert sent(world.finish("w0", 1)) == [2]
 
 
 def test_who_waited_for_a_worker_that_drains_goes_to_another() -> None:

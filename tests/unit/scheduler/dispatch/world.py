@@ -60,11 +60,20 @@ class World:
             self.join(f"w{number}")
 
     def join(self, name: str, step_tokens: int = STEP, **state: object) -> None:
-        self.running[name], self.uncomputed[name], self.sends[name] = {}, {}, 0
-        self.steps[name], self.serving[name], self.adapters[name] = step_tokens, True, frozenset()
+        self.start(name, step_tokens)
         self.tell(name, **state)
 
+    def start(self, name: str, step_tokens: int = STEP) -> None:
+        """It is there, and has told nothing yet."""
+        self.running[name], self.uncomputed[name], self.sends[name] = {}, {}, 0
+        self.steps[name], self.serving[name], self.adapters[name] = step_tokens, True, frozenset()
+
     def tell(self, name: str, **state: object) -> list[Decision]:
+        self.say(name, **state)
+        return self.decide()
+
+    def say(self, name: str, **state: object) -> None:
+        """It tells how it is, and nothing is decided yet."""
         figures = {
             "step_tokens": self.steps[name],
             "slots_total": self.slots,
@@ -80,7 +89,6 @@ class World:
         self.told[name], self.needed[name] = self.now, self._models(name)
         self.said[name] = WorkerState(name, self.now, **figures)  # type: ignore[arg-type]
         self.dispatcher.state(self.said[name], self.now)
-        return self.decide()
 
     def tell_all(self) -> list[Decision]:
         return [each for name in self.running for each in self.tell(name)]
