@@ -39,7 +39,6 @@ class Dispatched:
     def __init__(self, base_model: str, on_change: Callable[[], None]) -> None:
         self._base = base_model
         self._on_change = on_change
-        self._epoch = 0
         self._silence: asyncio.TimerHandle | None = None
         self._coming: set[int] = set()  # numbers of those that were sent and not taken yet
         self._newest = 0
@@ -53,11 +52,9 @@ class Dispatched:
         except ValidationError:
             _log.warning("a message on %s is unreadable", message.subject)
             return
-        if self._silence is not None and told.epoch < self._epoch:
-            return  # it has lost the lead, and does not know
-        self._epoch = told.epoch
-        if self.last[0] != told.epoch:  # else its first request was here before its first word
-            self.last, self._newest = (told.epoch, 0), 0
+        if self._is_over(told.epoch):
+            return
+        self._count_for(told.epoch)
         if self._silence is not None:
             self._silence.cancel()
         self._silence = asyncio.get_running_loop().call_later(SILENCE, self._fell_silent)
@@ -65,21 +62,33 @@ class Dispatched:
 
     def take(self, sent: Sent) -> bool:
         """Note what was sent; whether it may run. `taken` follows, once our figures have it or never will."""
-        if self._silence is not None and sent.epoch < self._epoch:
+        if self._is_over(sent.epoch):
             return False
+        self._count_for(sent.epoch)  # its first request may be here before its first word
         self._coming.add(sent.number)
         return True
 
     def taken(self, sent: Sent) -> None:
+        if sent.epoch != self.last[0]:
+            return
         self._coming.discard(sent.number)
         self._newest = max(self._newest, sent.number)
         number = min(self._coming) - 1 if self._coming else self._newest
-        if sent.epoch >= self._epoch:
-            self.last = max(self.last, (sent.epoch, number))
+        self.last = max(self.last, (sent.epoch, number))
 
     def close(self) -> None:
         if self._silence is not None:
             self._silence.cancel()
+
+    def _is_over(self, epoch: int) -> bool:
+        """Whether who led in that epoch has lost the lead, and does not know."""
+        return self._silence is not None and epoch < self.last[0]
+
+    def _count_for(self, epoch: int) -> None:
+        """Each dispatcher has numbers of its own, which say nothing to the next."""
+        if self.last[0] != epoch:
+            self.last, self._newest = (epoch, 0), 0
+            self._coming.clear()
 
     def _fell_silent(self) -> None:
         self._silence = None

@@ -87,6 +87,32 @@ async def test_what_one_dispatcher_sent_is_not_counted_for_the_next() -> None:
     ear.close()
 
 
+async def test_what_was_still_coming_from_one_dispatcher_is_not_counted_for_the_next() -> None:
+    """Its body is read from the queue as the lead changes hands."""
+    ear = Ear()
+    ear.told(1, "llama")
+    slow = sent(1, 1000)
+    assert ear.take(slow)
+    ear.told(2, "llama")
+    assert took(ear, 2, 3)
+    assert ear.last == (2, 3)
+    ear.taken(slow)
+    assert ear.last == (2, 3)
+    assert took(ear, 2, 4)
+    assert ear.last == (2, 4)
+    ear.close()
+
+
+async def test_who_sends_after_a_newer_one_has_lost_the_lead() -> None:
+    ear = Ear()
+    ear.told(1, "llama")
+    assert took(ear, 2, 5)
+    assert not ear.take(sent(1, 6))
+    ear.told(1, "llama")
+    assert ear.last == (2, 5)
+    ear.close()
+
+
 async def test_a_request_that_comes_before_the_first_word_counts() -> None:
     ear = Ear()
     assert took(ear, 3, 1)
