@@ -29,7 +29,7 @@ from scheduler.leader import Leader
 _log = logging.getLogger(__name__)
 
 _LOOKS = 6
-"""Looks for silent workers within `lost_after`."""
+"""Looks for silent workers within `lost_after`, and at the lease within what it lasts."""
 
 PULLS_STAND = 60.0
 """Seconds after which no pull stands any more; `broker.client` asks for 30."""
@@ -86,7 +86,7 @@ class Guard:
 
     async def run(self) -> None:
         """Keep the lease and look for silent workers, for ever. Nothing slow may stand in here."""
-        interval = self._lost_after / _LOOKS
+        interval = min(self._lost_after, self._leader.ttl) / _LOOKS
         looked = time.monotonic()
         try:
             while True:
@@ -130,7 +130,7 @@ class Guard:
     async def bounce(self, name: str, inbox: str) -> None:
         """Hand on what is still delivered to the pulls of a process that hangs, while they stand. Of one that
         has gone they end with its connection, unless we listen in its place."""
-        if await self._broker.listens(subjects.roster(name)):
+        if inbox and inbox not in self._bounced and await self._broker.listens(subjects.roster(name)):
             self._bounced[inbox] = time.monotonic() + PULLS_STAND, await self._broker.bounce(inbox)
 
     def is_awake(self, inbox: str) -> None:

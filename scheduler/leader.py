@@ -82,6 +82,11 @@ class Leader:
         self._led = False
 
     @property
+    def ttl(self) -> float:
+        """Seconds without a renewal after which another may lead."""
+        return self._lease.ttl
+
+    @property
     def leads(self) -> bool:
         """True of one scheduler at most, but for a quarter of the `ttl` after a broker without replicas was
         restarted, which forgets the lease; of none while the broker can't be reached."""

@@ -146,6 +146,16 @@ async def test_what_a_lost_worker_had_no_time_to_tell_of_is_handed_on(
         assert [(delivery.seq, delivery.attempt) for delivery in other.got] == [(1, 1), (2, 2), (3, 2)]
 
 
+async def test_who_bears_with_long_silences_keeps_the_lead(
+    broker: MemoryBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with scheduling(broker, lost_after=60.0, lease=2.0) as scheduler:
+        led = scheduler._leader.revision
+        await until(lambda: scheduler._leader.revision >= led + 5)
+        assert "leads no longer" not in caplog.text
+
+
 async def test_what_comes_to_a_worker_that_hangs_is_handed_on_until_it_is_heard(
     broker: MemoryBroker, caller: Caller
 ) -> None:
@@ -154,6 +164,11 @@ async def test_what_comes_to_a_worker_that_hangs_is_handed_on_until_it_is_heard(
         await until(lambda: len(scheduler._guard._held._lives) == 2)
         hung.lives = False
         await until(lambda: scheduler._guard._bounced)
+        bounced = dict(scheduler._guard._bounced)
+        await scheduler._guard.bounce(
+            "w1", hung.broker.inbox
+        )  # by who dispatches: it is listened for already
+        assert scheduler._guard._bounced == bounced
         await puller.ask(1)
         await caller.submit()
         await other.take(1)
