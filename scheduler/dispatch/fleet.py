@@ -259,6 +259,11 @@ class Fleet:
             return set(range(ROWS))
         return {row for row in range(ROWS) if not self._adds(slot, row, tuned)}
 
+    def has_slot(self, slot: int, service_class: ServiceClass) -> bool:
+        """Whether one is free there for one more of the class, of a tenant within its share."""
+        _, share = self._limit(slot, 2 * RANKS[service_class])
+        return self.load.item(slot) < share * self.slots.item(slot)
+
     def hopeless(self, slot: int, service_class: ServiceClass, over: bool, now: float) -> bool:
         """Whether nobody knows when it will take one of the class: it tells nothing, or has no room."""
         row = 2 * RANKS[service_class] + over

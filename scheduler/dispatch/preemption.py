@@ -65,7 +65,7 @@ class Preemption:
     def _for(self, waiting: Waiting) -> Preempt | None:
         slot = waiting.slot
         fleet = self._fleet
-        no_slot = bool(fleet.load[slot] >= fleet.slots[slot])
+        no_slot = not fleet.has_slot(slot, waiting.item.service_class)
         if no_slot or fleet.full[waiting.rank, slot]:
             victim = self._running.victim(slot, waiting.item, no_slot)
         elif fleet.pending[slot] > STEPS * fleet.step_tokens[slot]:

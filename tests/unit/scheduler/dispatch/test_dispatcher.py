@@ -290,6 +290,16 @@ def test_batch_is_taken_back_for_an_interactive_request_that_would_wait_too_long
     assert world.arrive(back) == []
 
 
+def test_batch_is_taken_back_where_the_slots_are_taken_that_the_urgent_may_fill() -> None:
+    world = World(DispatchConfig(slots={INTERACTIVE: 0.5}), workers=1, slots=4)
+    world.arrive(item(1, service_class=BATCH), item(2, service_class=BATCH, arrived=0.1))
+    assert world.arrive(item(3)) == []
+    for _ in range(5):
+        world.wait(0.15)
+        world.tell("w0")
+    assert [each.key for each in world.log if isinstance(each, Preempt)] == [2]
+
+
 def test_a_long_batch_prompt_is_taken_back_for_an_interactive_request_that_waits_for_its_steps() -> None:
     world = World(workers=1)
     world.arrive(item(1, service_class=BATCH, prompt=100 * STEP))
