@@ -45,6 +45,7 @@ class _Stream:
     ) -> None:
         self.subject = subject
         self.entries: dict[int, _Entry] = {}
+        self._seqs: dict[str, dict[int, None]] = {}  # by subject, in order
         self._count, self._size, self._age, self._window = count, size, age, window
         self._refuses = refuses
         self._bytes = 0
@@ -65,6 +66,7 @@ class _Stream:
         self._last += 1
         self._bytes += size
         self.entries[self._last] = _Entry(Record(self._last, subject, data, headers, now * 1000), now, size)
+        self._seqs.setdefault(subject, {})[self._last] = None
         if msg_id:
             self._ids[msg_id] = (self._last, now)
         return Stored(self._last, False)
@@ -73,6 +75,10 @@ class _Stream:
         entry = self.entries.pop(seq, None)
         if entry:
             self._bytes -= entry.size
+            of_subject = self._seqs[entry.record.subject]
+            del of_subject[seq]
+            if not of_subject:
+                del self._seqs[entry.record.subject]
         return entry is not None
 
     def age(self, now: float) -> None:
@@ -83,7 +89,13 @@ class _Stream:
             del self._ids[first_id]
 
     def select(self, pattern: str) -> list[Record]:
-        return [entry.record for entry in self.entries.values() if matches(pattern, entry.record.subject)]
+        if "*" in pattern or ">" in pattern:
+            found = sorted(
+                seq for subject, of in self._seqs.items() if matches(pattern, subject) for seq in of
+            )
+        else:
+            found = list(self._seqs.get(pattern, ()))
+        return [self.entries[seq].record for seq in found]
 
 
 class Lease(NamedTuple):

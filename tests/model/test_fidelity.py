@@ -39,7 +39,7 @@ SETTLED = 3.0
 def test_times_and_hits_are_those_of_the_simulator() -> None:
     file = _file("fidelity", duration=40.0)
     asked = fidelity.calls(file)
-    foretold, found = fidelity.simulated(file, asked), _replay(file, asked)
+    foretold, found = fidelity.simulated(file, asked), replay(file, asked)
     for percent, off in (50, 0.1), (90, 0.1), (95, 0.1), (99, 0.2):  # the last is five requests
         there = np.percentile([answer.ttft for answer in found], percent)
         assert abs(there / np.percentile([answer.ttft for answer in foretold], percent) - 1) < off
@@ -49,7 +49,7 @@ def test_times_and_hits_are_those_of_the_simulator() -> None:
 def test_most_that_are_refused_are_told_how_long_it_would_take() -> None:
     file = _file("refusals", duration=32.0)
     asked = fidelity.calls(file)
-    for answers in (fidelity.simulated(file, asked), _replay(file, asked)):
+    for answers in (fidelity.simulated(file, asked), replay(file, asked)):
         ratios = [answer.told / answer.ttft for answer in answers if not np.isnan(answer.told)]
         assert len(ratios) > 20
         assert sum(abs(ratio - 1) <= fidelity.RIGHT for ratio in ratios) > len(ratios) / 2
@@ -62,7 +62,7 @@ def _file(name: str, duration: float) -> FleetFile:
     )
 
 
-def _replay(file: FleetFile, asked: Sequence[Call]) -> list[Answer]:
+def replay(file: FleetFile, asked: Sequence[Call]) -> list[Answer]:
     web = mock.Mock(server_port=1), None
     with (
         virtual_time() as loop,
