@@ -51,6 +51,10 @@ _NOT_THERE = (10043, 10057)  # of a delete: the message is not, or no longer, th
 _NO_ROOM = (10002, 10023, 10047)  # an account's, or the server's storage is used up
 _DISK_FULL = "no space left on device"
 _READ_BATCH = 256
+_AT_ONCE = 16 * 2**20
+"""Bytes that one request has the server send: who is sent more than its `max_pending`, 64 MiB, faster than it
+reads is cut off."""
+_BYTES_ARE_USED_UP = ("batch completed", "message size exceeds maxbytes")
 _NO_ANSWER = 0.05
 """Seconds after which a listener that does not answer is known to be there: the server says at once, in
 0.3 ms, that there is none."""
@@ -221,6 +225,10 @@ class NatsBroker(base.Broker):
     @property
     def max_payload(self) -> int:
         return self._nc.max_payload
+
+    @property
+    def _at_once(self) -> int:
+        return max(_AT_ONCE, 2 * self._nc.max_payload)  # less than a message would be sent nothing
 
     @property
     def ack_wait(self) -> float:
@@ -463,7 +471,12 @@ class NatsBroker(base.Broker):
     async def read(self, stream: str, subject: str, start: int = 1, limit: int = 1000) -> list[base.Record]:
         records: list[base.Record] = []
         while len(records) < limit:
-            page = {"seq": start, "next_by_subj": subject, "batch": min(_READ_BATCH, limit - len(records))}
+            page = {
+                "seq": start,
+                "next_by_subj": subject,
+                "batch": min(_READ_BATCH, limit - len(records)),
+                "max_bytes": self._at_once,
+            }
             pending = 0
             async for msg in self._direct(stream, page):
                 records.append(_record(msg))
@@ -790,7 +803,8 @@ class _Puller:
             # nats-py would buffer it, and `restore` makes the owner ask anew.
             raise errors.Unavailable("the broker can't be reached")
         self.outstanding += n
-        body = orjson.dumps({"batch": n, "expires": int(_PULL_EXPIRES * 1e9)})
+        expires = int(_PULL_EXPIRES * 1e9)
+        body = orjson.dumps({"batch": n, "max_bytes": self._broker._at_once, "expires": expires})
         try:
             await self._broker.publish(self._subject, body, reply=self._inbox)
         except errors.HeadraceError:
@@ -808,8 +822,8 @@ class _Puller:
             self._handler(_Delivery(self._broker, msg))
 
     def _on_status(self, head: Mapping[str, str]) -> None:
-        """408 = expired: asks come back. Anything else (409 = the consumer moved or went, 503 = nobody
-        answers) would come again at once: the consumer is looked after first."""
+        """408 = expired, and 409 as its bytes are used up: asks come back. Anything else (409 = the consumer
+        moved or went, 503 = nobody answers) would come again at once: the consumer is looked after first."""
         status = head.get("Status", "")
         if status == "100":
             return
@@ -817,7 +831,7 @@ class _Puller:
         self.outstanding = max(0, self.outstanding - int(given_up)) if given_up.isdecimal() else 0
         if self._closed:
             return
-        if status == "408":
+        if status == "408" or head.get("Description", "").lower() in _BYTES_ARE_USED_UP:
             self._lapsed()
         elif self._recovering is None or self._recovering.done():
             _log.warning("a pull ended: %s", head.get("Description") or status)

@@ -373,7 +373,7 @@ class Sent(_Wire):
     """Header `Sent` of a request on `run.<worker>`: who sends it, and what was expected of it."""
 
     epoch: int
-    number: int = Field(description="of the dispatcher's requests to this worker, from 1")
+    number: int = Field(description="of the dispatcher's sends, to whomever; 0 = it is not counted")
     queued_ms: float = 0.0
     predicted_ms: float = Field(0.0, description="from the queue's acceptance to the first token")
     hit_tokens: int = Field(0, description="prompt tokens that the worker was expected to have cached")

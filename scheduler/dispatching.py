@@ -62,11 +62,17 @@ _UNREAD = 3.0
 """Seconds after which a request that was sent must be told of by its worker; a large one is read from the
 queue before."""
 
+_AT_ONCE = 256
+"""Requests that are prolonged before anything else gets its turn."""
+
 _STALL = 0.1
 """Seconds by which a word may be late; past that we stood still, or did not lead."""
 
 _HELD = 0.8
 """Part of the ack wait after which the broker may have given to others what we have not prolonged."""
+
+_UNWANTED = 1.0
+"""Seconds after which what is no request comes again, where no worker was there to refuse it."""
 
 _PAUSE = 5.0
 """Seconds for which workers pull by themselves after a defect of the dispatcher."""
@@ -85,9 +91,6 @@ _ASKS = 64
 _ASKED = 0.5
 """Requests of which the journal is asked at the same time how far they have come, and seconds that it is
 given, and then left alone for: it may be without a leader."""
-
-_EXPLAINED = 10_000
-"""Requests whose names are remembered for `headrace explain`."""
 
 Spawn = Callable[[Coroutine[Any, Any, None]], None]
 P = ParamSpec("P")
@@ -181,7 +184,8 @@ class Dispatching:
         self._beats: dict[str, Heartbeat] = {}
         self._keys: dict[str, int] = {}  # of waiting requests
         self._names: dict[str, tuple[str, int]] = {}  # request -> base and sequence, for `explain`
-        self._prolonged = 0.0
+        self._prolonged = 0.0  # when the last round of it began that came to its end
+        self._prolonging = False
         self._ticked = 0.0
         self._steps: tuple[Steps, ...] = ()
         self._noted = 0.0  # when the shares were; inf = they are being noted
@@ -261,7 +265,6 @@ class Dispatching:
                 continue
             await self._fill(base_model, queue)
             self._soon(base_model)
-            metrics.TTFT_ERROR.labels(base_model).set(queue.dispatcher.error_p90())
         if now - self._ticked > _TICK + _STALL:
             for out in self._out.values():  # what was told of meanwhile has not been read, or was not heard
                 out.at = now
@@ -272,11 +275,25 @@ class Dispatching:
             self._noted = math.inf
             self._steps = tuple(self._measured())
             self._spawn(self._note_shares())
-        if now - self._prolonged > self._broker.ack_wait / 3:
+        if now - self._prolonged > self._broker.ack_wait / 3 and not self._prolonging:
+            self._prolonging = True
+            self._spawn(self._prolong(now))
+
+    async def _prolong(self, now: float) -> None:
+        """Beside the ticks: what waits may be a lot."""
+        epoch = self._epoch
+        try:
+            for queue in list(self._queues.values()):
+                for number, (seq, queued) in enumerate(list(queue.waiting.items())):
+                    if number % _AT_ONCE == 0:
+                        await asyncio.sleep(0)
+                    if self._epoch != epoch:
+                        return
+                    if queue.waiting.get(seq) is queued:
+                        await self._broker.prolong(queued.parcel.receipt)
             self._prolonged = now
-            for queue in self._queues.values():
-                for queued in list(queue.waiting.values()):
-                    await self._broker.prolong(queued.parcel.receipt)
+        finally:
+            self._prolonging = False
 
     def _outdated(self, now: float) -> bool:
         """Whether what waits here may be others' by now."""
@@ -285,7 +302,9 @@ class Dispatching:
     def _measured(self) -> Iterator[Steps]:
         """How long the steps of each pool take."""
         metrics.STEP.clear()
+        metrics.TTFT_ERROR.clear()
         for base_model, queue in self._queues.items():
+            metrics.TTFT_ERROR.labels(base_model).set(queue.dispatcher.error_p90())
             for pool in queue.dispatcher.pools():
                 for each in pool.classes:
                     metrics.STEP.labels(base_model, each).set(pool.step_s)
@@ -422,7 +441,8 @@ class Dispatching:
         queue.of_class[service_class] += 1
         self._keys[request.key] = delivery.seq
         self._names[request.key] = base_model, delivery.seq
-        while len(self._names) > _EXPLAINED:
+        most = len(self._queues) * (len(ServiceClass) * self._config.window + self._config.explained)
+        while len(self._names) > most:
             del self._names[next(iter(self._names))]
         age = max(0.0, (now_ms - delivery.enqueued_ms) / 1000)
         left = (request.deadline_ms - now_ms) / 1000 if request.deadline_ms else math.inf
@@ -488,7 +508,7 @@ class Dispatching:
         """What is no request is a worker's to refuse."""
         worker = next((beat.worker for beat in self._workers() if beat.state == "serving"), None)
         if worker is None:
-            await delivery.nak()
+            await self._broker.hand_back(delivery, _UNWANTED)
             return
         # Whatever else a publisher may have set: not all that a server takes can be written again.
         head = {name: text for name, text in (delivery.headers or {}).items() if name in subjects.OF_REQUESTS}
@@ -524,12 +544,12 @@ class Dispatching:
     def _compare(self, beat: Heartbeat) -> None:
         """Have it tell all that its engine caches, if we have missed something of it."""
         queue = self._queues.get(beat.base)
-        if queue is None or queue.dispatcher.told(beat.worker) == beat.cached:
+        if queue is None or (told := queue.dispatcher.told(beat.worker)) == beat.cached:
             return
+        if told > beat.cached:  # it tells nothing any more, or begins anew, or what was told was not so
+            queue.dispatcher.caches(beat.worker, 0, (), time.monotonic())
         if beat.cached:
             self._spawn(self._broker.publish(subjects.inventory(beat.worker), b""))
-        else:
-            queue.dispatcher.caches(beat.worker, 0, (), time.monotonic())
 
     @_careful
     def _on_cached(self, message: base.Message) -> None:
@@ -750,6 +770,7 @@ class Dispatching:
         queues, self._queues = self._queues, {}
         epoch, self._epoch, self._steps = self._epoch, 0, ()
         metrics.STEP.clear()
+        metrics.TTFT_ERROR.clear()
         self._out.clear()
         for queue in queues.values():
             await self._close(queue, give_back)

@@ -29,7 +29,7 @@ STEP = Gauge(
 )
 TTFT_ERROR = Gauge(
     "headrace_ttft_error_p90_seconds",
-    "By what the time from a send to the first token was off the foretold, nine of the last ten at most",
+    "By what the time from a send to the first token was off the foretold, nine of ten lately at most",
     ["base"],
 )
 PREEMPTED = Counter("headrace_preempted_total", "Running requests taken back for more urgent ones")

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 from broker import subjects
-from broker.messages import Credit, Heartbeat, News
+from broker.messages import Cached, Credit, Heartbeat, News
 
 EVERY = 0.05
 """Seconds from one lie to the next: two for each true heartbeat."""
@@ -25,17 +25,24 @@ _GARBAGE = b"", b"[]", b"\xff{", b'{"worker": 7}', b"9" * 10_000
 def lies(true: Heartbeat, dice: random.Random) -> Iterator[tuple[str, bytes]]:
     """Subject and data of message after message in the name of the worker of that heartbeat, for ever."""
     heartbeat = subjects.heartbeat(true.worker)
-    news, held = subjects.credit(true.worker), subjects.held(true.worker)
+    news, held, cached = (of(true.worker) for of in (subjects.credit, subjects.held, subjects.cached))
     while True:
         credit, seq = dice.choice(_CREDITS), dice.randrange(20_000)
         beat = true.model_copy(update={"credit": credit, "dispatched": (1, dice.randrange(_MUCH))})
         told = News(
             worker=true.worker,
             credit=credit,
-            dispatched=(dice.randrange(100), dice.randrange(_MUCH)),
+            dispatched=(dice.choice((dice.randrange(100), true.dispatched[0])), dice.randrange(_MUCH)),
             first=((seq, -3),),
             done=((seq, -1, _MUCH, dice.randrange(-_MUCH, _MUCH)),),
         )
         yield heartbeat, beat.model_dump_json().encode()
         yield news, told.model_dump_json().encode()
-        yield dice.choice((heartbeat, news, held)), dice.choice(_GARBAGE)
+        blocks = Cached(
+            worker=true.worker,
+            started_ms=true.started_ms,
+            number=dice.randrange(_MUCH),
+            whole=dice.random() < 0.5,
+        )
+        yield cached, blocks.model_dump_json().encode()
+        yield dice.choice((heartbeat, news, held, cached)), dice.choice(_GARBAGE)

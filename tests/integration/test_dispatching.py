@@ -17,7 +17,7 @@ import pytest
 from broker import client, subjects
 from broker.base import Broker, Message
 from broker.config import BrokerConfig
-from broker.messages import Credit, Dispatch, FrameKind, News, Sent
+from broker.messages import Cached, Credit, Dispatch, FrameKind, News, Sent
 from broker.server import NatsServer
 from kvstate import prefix
 from kvstate.blocks import Blocks
@@ -207,8 +207,13 @@ async def test_who_dispatches_knows_what_a_worker_says_that_it_caches(
                 await until(lambda: knows(second))
                 take(5)
                 await until(lambda: knows(second, 5))
+                worker = engine_at.worker
+                lie = Cached(worker=worker.name, started_ms=worker._started_ms, number=10**30, whole=True)
+                await broker.publish(subjects.cached(worker.name), lie.model_dump_json().encode())
+                take(6)
+                await until(lambda: knows(second, 5, 6))
                 told.lose()
-                await until(lambda: knows(second, 5))  # no more than a guess
+                await until(lambda: knows(second, 5, 6))  # no more than a guess
 
 
 async def test_requests_are_handed_out_while_a_scheduler_leads(
@@ -368,6 +373,23 @@ async def test_large_bodies_and_what_is_no_request_come_through(
         assert frame.extra["code"] == "malformed_message"
         await caller.cleared()
         assert len(wire.sent) == 4
+    await engine.close()
+
+
+async def test_a_queue_of_large_bodies_does_not_cut_its_dispatcher_off(
+    server: NatsServer, broker: Broker, caller: Caller
+) -> None:
+    """A server ends the connection of who is sent more than 64 MiB faster than it reads."""
+    calls = [await caller.submit(3, user="x" * (broker.max_payload - 8000)) for _ in range(20)]
+    engine = await sim.start(ONE)
+    async with desk(server.url) as lead:
+        await until(lambda: lead.scheduler.leads)
+        disturbed = lead.broker.disturbed
+        async with serving(broker, engine) as at:
+            await led(at)
+            for call in calls:
+                await call.finishes()
+        assert lead.broker.disturbed == disturbed
     await engine.close()
 
 
