@@ -22,11 +22,11 @@ from ops.simulate.record import Record
 
 FILE = Path(__file__).parent.parent / "examples/fleet.toml"
 RATES = (950, 1150, 1300)
-BEYOND = (1600, 2400, 4800)
+BEYOND = (1600, 2700, 5400)
 STURDY: tuple[PolicyName, ...] = ("lanes", "push_fresh", "consistent_hashing")
 WORKERS, REQUESTS = 1000, 1_000_000
 
-FAIR_RATES = (105, 210, 280, 330)
+FAIR_RATES = (30, 105, 210, 280, 330)
 FAIR: dict[str, Any] = {
     "name": "fair",
     "tenants": 8,

@@ -375,7 +375,9 @@ hits {hit_rate:.3f}.
 
 _FAIRNESS = """\
 Eight tenants on eight workers, alone and beside one that asks for some hundred times as much as each of them;
-by itself that one is served {alone_s:,.0f} requests a second. TTFT of the eight:
+by itself that one is served {alone_s:,.0f} requests a second. TTFT of the eight.
+A flood leaves no worker idle: who comes finds a step under way, where alone they found none, and the more so
+the fewer they are:
 """
 
 
@@ -795,11 +797,13 @@ def _hostile(record: Record) -> str:
             f"{found['kv_use']:.1%} ({found['kv_use_p10']:.1%})",
             f"{found['waiting']:.2f} ({found['waiting_p99']:.0f})",
             f"{found['wait_steps']:.1f} ({found['wait_steps_p99']:.0f})",
+            _against(100 * found["kv_use"], 85, least=True) if side == "dispatched" else "",
         ]
         for side, found in record["sides"].items()
     ]
     text = _HOSTILE.format(**record, requests=record["sides"]["dispatched"]["requests"])
     head = ["", "s", "preemptions", "KV use (p10)", "waiting in the engine (p99)", "wait, steps (p99)"]
+    head.append("target, % of KV")
     return _section(text, head, rows, record)
 
 
