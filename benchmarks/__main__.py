@@ -28,6 +28,7 @@ NAMES = (
     "dispatch_policies",
     "fidelity",
     "dispatcher",
+    "heartbeats",
     "handing",
     "takeover",
     "routing",

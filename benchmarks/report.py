@@ -37,6 +37,7 @@ def write() -> Path:
             ("dispatch_policies", "Dispatch policies", _policies),
             ("fidelity", "The simulator against a fleet", _fidelity),
             ("dispatcher", "Dispatcher", _dispatcher),
+            ("heartbeats", "Heartbeats", _heartbeats),
             ("handing", "Handing out", _handing),
             ("takeover", "Takeover", _takeover),
             ("routing", "Intent routing", _routing),
@@ -355,6 +356,15 @@ messages on and decides nothing, at that rate of requests and with no fleet besi
 Other processes used {cores_used_by_others:.2f} cores at most.
 """
 
+_HEARTBEATS = """\
+## Heartbeats
+
+What a scheduler that dispatches takes of a core to hear its fleet, each worker of which tells every
+{every_s:g} s how it is, over nats-server; nothing is asked of them. Growth is against the smallest fleet.
+"Silence": the longest time between two words of the scheduler, after {silence_s:g} s of which workers pull
+by themselves. Other processes used {cores_used_by_others:.2f} cores at most.
+"""
+
 _TAKEOVER = """\
 ## Takeover
 
@@ -467,6 +477,23 @@ def _handing(record: Record) -> str:
     ]
     head = ["streams", "", "on", "off", "added", "floor", "target"]
     return _section(_HANDING.format_map(record), head, rows, record)
+
+
+def _heartbeats(record: Record) -> str:
+    smallest = next(iter(record["fleets"].values()))["us"]
+    rows = [
+        [
+            f"{int(workers):,}",
+            f"{found['heartbeats_per_s']:,}",
+            f"{found['cores']:.2f}",
+            f"{found['us']:.0f}",
+            f"{found['us'] / smallest:.2f}",
+            f"{found['silence_s']:.2f}",
+        ]
+        for workers, found in record["fleets"].items()
+    ]
+    head = ["workers", "heartbeats/s", "cores", "a heartbeat, us", "growth", "silence, s"]
+    return _section(_HEARTBEATS.format_map(record), head, rows, record)
 
 
 def _takeover(record: Record) -> str:
