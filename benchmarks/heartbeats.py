@@ -74,10 +74,11 @@ async def _measure(workers: int, seconds: float) -> dict[str, float]:
                 await asyncio.sleep(SETTLE)
                 process = psutil.Process(scheduler.pid)
                 words.clear()
-                listening = await broker.subscribe(subjects.ALL_HEARTBEATS, on_heartbeat)
+                listening = await broker.subscribe(subjects.heartbeat("w0"), on_heartbeat)
                 began, cpu = time.monotonic(), fleet.cpu_seconds(process)
                 await asyncio.sleep(seconds)
                 took, cpu = time.monotonic() - began, fleet.cpu_seconds(process) - cpu
+                heard *= workers  # they speak in turn
                 await listening.close()
     return {
         "heartbeats_per_s": round(heard / took),
