@@ -108,3 +108,12 @@ def test_what_a_flood_does_to_the_others_is_held_against_a_tenth() -> None:
     assert "served 520 requests a second" in text
     assert "| 105 | 20.0 | 22.0 | 60.0 | 67.2 | 1.10 | 1.12 | ≤ 1.1: **missed** | 400 |" in text
     assert "| 330 | 20.0 | 21.0 | 60.0 | 63.0 | 1.05 | 1.05 | ≤ 1.1: met | 380 |" in text
+
+
+def test_what_a_heartbeat_costs_is_held_against_the_smallest_fleet() -> None:
+    few = {"heartbeats_per_s": 100, "cores": 0.041, "us": 410.0, "silence_s": 0.102}
+    many = {"heartbeats_per_s": 10_000, "cores": 0.574, "us": 57.4, "silence_s": 0.104}
+    measured = {"every_s": 0.1, "silence_s": 0.35, "cores_used_by_others": 0.0, **ORIGIN}
+    text = report._heartbeats({"fleets": {"10": few, "1000": many}, **measured})
+    assert "| 10 | 100 | 0.04 | 410 | 1.00 | 0.10 |" in text
+    assert "| 1,000 | 10,000 | 0.57 | 57 | 0.14 | 0.10 |" in text
