@@ -12,8 +12,10 @@ import contextlib
 import functools
 import itertools
 import logging
+import random
 import re
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -39,7 +41,7 @@ from broker.messages import ServiceClass
 
 _log = logging.getLogger(__name__)
 
-_PULL_EXPIRES = 30.0
+_PULL_EXPIRES = 10.0
 _STORE_FAILED = 10077
 _NO_MESSAGE = 10037
 _IN_PROCESS = 10158  # a message of the same id is being stored just now
@@ -52,8 +54,10 @@ _NO_ROOM = (10002, 10023, 10047)  # an account's, or the server's storage is use
 _DISK_FULL = "no space left on device"
 _READ_BATCH = 256
 _AT_ONCE = 16 * 2**20
-"""Bytes that one request has the server send: who is sent more than its `max_pending`, 64 MiB, faster than it
-reads is cut off."""
+"""Bytes that one request has the server send: who is sent more than its `max_pending` faster than it reads is
+cut off."""
+_PULL_OVER = 2.0
+"""Seconds after its end by which the server has said so of a pull, if it does."""
 _BYTES_ARE_USED_UP = ("batch completed", "message size exceeds maxbytes")
 _NO_ANSWER = 0.05
 """Seconds after which a listener that does not answer is known to be there: the server says at once, in
@@ -228,7 +232,7 @@ class NatsBroker(base.Broker):
 
     @property
     def _at_once(self) -> int:
-        return max(_AT_ONCE, 2 * self._nc.max_payload)  # less than a message would be sent nothing
+        return max(_AT_ONCE, self._nc.max_payload + 2**20)  # less than a message would be sent nothing
 
     @property
     def ack_wait(self) -> float:
@@ -794,7 +798,15 @@ class _Puller:
         self._closed = False
         self.subscription: _Subscription | None = None
         self._recovering: asyncio.Task[None] | None = None
-        self.outstanding = 0
+        self._asked: deque[tuple[float, int]] = deque()  # when each pull is over, and what is left of it
+
+    @property
+    def outstanding(self) -> int:
+        """One whose bytes are used up to the last the server ends without a word: it is over in its time."""
+        now = time.monotonic()
+        while self._asked and self._asked[0][0] <= now:
+            self._asked.popleft()
+        return sum(left for _, left in self._asked)
 
     async def ask(self, n: int) -> None:
         if self._closed or n <= 0:
@@ -802,20 +814,24 @@ class _Puller:
         if not self._broker.connected:
             # nats-py would buffer it, and `restore` makes the owner ask anew.
             raise errors.Unavailable("the broker can't be reached")
-        self.outstanding += n
-        expires = int(_PULL_EXPIRES * 1e9)
-        body = orjson.dumps({"batch": n, "max_bytes": self._broker._at_once, "expires": expires})
+        asked = time.monotonic() + _PULL_EXPIRES + _PULL_OVER, n
+        pull = {"batch": n, "expires": int(_PULL_EXPIRES * 1e9)}
+        if n * self._broker.max_payload > self._broker._at_once:
+            # Never twice the same, else messages of one size would use up each pull's to the last.
+            pull["max_bytes"] = self._broker._at_once - random.randrange(2**16)
+        self._asked.append(asked)
         try:
-            await self._broker.publish(self._subject, body, reply=self._inbox)
+            await self._broker.publish(self._subject, orjson.dumps(pull), reply=self._inbox)
         except errors.HeadraceError:
-            self.outstanding -= n
+            with contextlib.suppress(ValueError):
+                self._asked.remove(asked)
             raise
 
     def on_message(self, msg: base.Message) -> None:
         if not msg.reply.startswith(_RECEIPT):
             self._on_status(msg.headers or {})
             return
-        self.outstanding = max(0, self.outstanding - 1)
+        self._take_off(1)
         if self._closed:
             self._broker._hand_back(msg)
         else:
@@ -828,7 +844,10 @@ class _Puller:
         if status == "100":
             return
         given_up = head.get("Nats-Pending-Messages", "")
-        self.outstanding = max(0, self.outstanding - int(given_up)) if given_up.isdecimal() else 0
+        if given_up.isdecimal():
+            self._take_off(int(given_up))
+        else:
+            self._asked.clear()
         if self._closed:
             return
         if status == "408" or head.get("Description", "").lower() in _BYTES_ARE_USED_UP:
@@ -836,6 +855,14 @@ class _Puller:
         elif self._recovering is None or self._recovering.done():
             _log.warning("a pull ended: %s", head.get("Description") or status)
             self._recovering = asyncio.create_task(self._recover())
+
+    def _take_off(self, n: int) -> None:
+        """From the pulls that stand, the oldest first: in that order the server serves them."""
+        while n and self._asked:
+            over, left = self._asked.popleft()
+            if left > n:
+                self._asked.appendleft((over, left - n))
+            n = max(0, n - left)
 
     async def _recover(self) -> None:
         # Without a connection there is nothing to try: after a reconnect the broker restores every pull.
@@ -850,7 +877,7 @@ class _Puller:
 
     async def restore(self) -> None:
         """After a reconnect the server knows our pulls no more, and perhaps not the consumer."""
-        self.outstanding = 0
+        self._asked.clear()
         with _translated:
             await self._ensure()
         self._lapsed()

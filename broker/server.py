@@ -16,6 +16,7 @@ from types import TracebackType
 from broker import addresses, errors, processes, subjects
 
 _START_TIMEOUT = 30.0  # recovery of a large store included
+_MAX_PENDING = 256 * 2**20  # as in compose.yaml and docs/nats.md
 _POLL = 0.01
 _PROBE_TIMEOUT = 2.0
 _NEVER_STORED = b'{"seq":%d}' % 2**62
@@ -186,6 +187,8 @@ class NatsServer:
             "host": self.host,
             "port": self.port or -1,
             "max_payload": self.max_payload,
+            # A scheduler may be sent 16 MiB for each class of each base, and as much for each that it reads.
+            "max_pending": _MAX_PENDING,
             "ports_file_dir": str(self.data_dir),
             "jetstream": store,
         }
