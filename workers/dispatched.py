@@ -64,12 +64,14 @@ class Dispatched:
         """Note what was sent; whether it may run. `taken` follows, once our figures have it or never will."""
         if self._is_over(sent.epoch):
             return False
-        self._count_for(sent.epoch)  # its first request may be here before its first word
-        self._coming.add(sent.number)
+        if sent.epoch > self.last[0]:
+            self._count_for(sent.epoch)  # its first request is here before its first word
+        if sent.epoch == self.last[0] and sent.number:
+            self._coming.add(sent.number)
         return True
 
     def taken(self, sent: Sent) -> None:
-        if sent.epoch != self.last[0]:
+        if sent.epoch != self.last[0] or not sent.number:
             return
         self._coming.discard(sent.number)
         self._newest = max(self._newest, sent.number)

@@ -113,6 +113,15 @@ async def test_who_sends_after_a_newer_one_has_lost_the_lead() -> None:
     ear.close()
 
 
+async def test_what_is_not_counted_holds_nothing_up() -> None:
+    ear = Ear()
+    ear.told(1, "llama")
+    assert ear.take(sent(1, 0))
+    assert took(ear, 1, 4)
+    assert ear.last == (1, 4)
+    ear.close()
+
+
 async def test_a_request_that_comes_before_the_first_word_counts() -> None:
     ear = Ear()
     assert took(ear, 3, 1)
