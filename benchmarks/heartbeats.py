@@ -69,8 +69,9 @@ async def _measure(workers: int, seconds: float) -> dict[str, float]:
             await broker.subscribe(subjects.DISPATCH, on_word)
             speaking = [sys.executable, "-m", "benchmarks.heartbeats", nats.url, str(workers)]
             with fleet.part("scheduler", nats.url) as scheduler, fleet.helper(speaking):
-                while not words:  # noqa: ASYNC110
-                    await asyncio.sleep(BEAT)
+                async with asyncio.timeout(fleet.START):
+                    while not words:  # noqa: ASYNC110
+                        await asyncio.sleep(BEAT)
                 await asyncio.sleep(SETTLE)
                 process = psutil.Process(scheduler.pid)
                 words.clear()

@@ -9,7 +9,7 @@ from typing import Any
 from broker.messages import Frame
 
 _PARTS = ("queue", "ttft", "predicted")
-"""Milliseconds: in the queue; from there to the first token; the same as the dispatcher foresaw it."""
+"""Milliseconds: in the queue; to the first token, that included; the same as the dispatcher foresaw it."""
 
 
 def headers(head: Frame | None) -> list[tuple[bytes, bytes]]:

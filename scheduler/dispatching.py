@@ -291,7 +291,8 @@ class Dispatching:
                         return
                     if queue.waiting.get(seq) is queued:
                         await self._broker.prolong(queued.parcel.receipt)
-            self._prolonged = now
+            if self._epoch == epoch:
+                self._prolonged = now
         finally:
             self._prolonging = False
 
@@ -415,8 +416,9 @@ class Dispatching:
         if self._queues.get(base_model) is not queue:
             return
         for service_class, puller in queue.pullers.items():
-            room = self._config.window - queue.of_class[service_class] - puller.outstanding
-            if room > self._config.window // 4:
+            outstanding, few = puller.outstanding, self._config.window // 4
+            room = self._config.window - queue.of_class[service_class] - outstanding
+            if room > few >= outstanding:
                 await puller.ask(room)
 
     @_careful
@@ -440,10 +442,14 @@ class Dispatching:
         queue.waiting[delivery.seq] = queued
         queue.of_class[service_class] += 1
         self._keys[request.key] = delivery.seq
+        self._names.pop(request.key, None)  # else it kept its place among those to be forgotten
         self._names[request.key] = base_model, delivery.seq
         most = len(self._queues) * (len(ServiceClass) * self._config.window + self._config.explained)
-        while len(self._names) > most:
-            del self._names[next(iter(self._names))]
+        for _ in range(len(self._names) - most):
+            oldest = next(iter(self._names))
+            place = self._names.pop(oldest)
+            if oldest in self._keys:  # it waits still
+                self._names[oldest] = place
         age = max(0.0, (now_ms - delivery.enqueued_ms) / 1000)
         left = (request.deadline_ms - now_ms) / 1000 if request.deadline_ms else math.inf
         prompt_tokens = max(1, bodies.size(self._broker, request) // 4)

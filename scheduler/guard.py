@@ -29,10 +29,10 @@ from scheduler.leader import Leader
 _log = logging.getLogger(__name__)
 
 _LOOKS = 6
-"""Looks for silent workers within `lost_after`, and at the lease within what it lasts."""
+"""Looks for silent workers within `lost_after`."""
 
 PULLS_STAND = 60.0
-"""Seconds after which no pull stands any more; `broker.client` asks for 30."""
+"""Seconds after which no pull stands any more; `broker.client` asks for 10."""
 
 _HICCUP = 1 / 3
 """Of `lost_after`, about a heartbeat: a look that is late by more has found a silence of our own."""
@@ -86,7 +86,7 @@ class Guard:
 
     async def run(self) -> None:
         """Keep the lease and look for silent workers, for ever. Nothing slow may stand in here."""
-        interval = min(self._lost_after, self._leader.ttl) / _LOOKS
+        interval = min(self._lost_after / _LOOKS, self._leader.interval)
         looked = time.monotonic()
         try:
             while True:
@@ -130,8 +130,15 @@ class Guard:
     async def bounce(self, name: str, inbox: str) -> None:
         """Hand on what is still delivered to the pulls of a process that hangs, while they stand. Of one that
         has gone they end with its connection, unless we listen in its place."""
-        if inbox and inbox not in self._bounced and await self._broker.listens(subjects.roster(name)):
-            self._bounced[inbox] = time.monotonic() + PULLS_STAND, await self._broker.bounce(inbox)
+        if not inbox or not await self._broker.listens(subjects.roster(name)):
+            return
+        if inbox not in self._bounced:
+            subscription = await self._broker.bounce(inbox)
+            if inbox in self._bounced:
+                await subscription.close()  # begun meanwhile
+            else:
+                self._bounced[inbox] = 0.0, subscription
+        self._bounced[inbox] = time.monotonic() + PULLS_STAND, self._bounced[inbox][1]
 
     def is_awake(self, inbox: str) -> None:
         """Whose pulls had to be bounced has ended them."""

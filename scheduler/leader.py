@@ -82,9 +82,9 @@ class Leader:
         self._led = False
 
     @property
-    def ttl(self) -> float:
-        """Seconds without a renewal after which another may lead."""
-        return self._lease.ttl
+    def interval(self) -> float:
+        """Seconds between two calls of `keep`, at most."""
+        return self._lease.ttl / _LOOKS
 
     @property
     def leads(self) -> bool:

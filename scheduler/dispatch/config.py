@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -83,7 +84,9 @@ class DispatchConfig(BaseModel):
     )
     load: float = Field(0.5, ge=0, description="time to load an adapter, as the choice of a worker counts it")
     step: float = Field(0.03, gt=0, description="time of an engine's step, until it is known")
-    explained: int = Field(4096, ge=0, description="requests that `headrace explain` knows of, the last ones")
+    explained: int = Field(
+        4096, ge=0, description="requests of each base that `headrace explain` knows of, the last ones"
+    )
 
     @field_validator("theta", "slots", "quanta", "ceilings")
     @classmethod
@@ -93,3 +96,15 @@ class DispatchConfig(BaseModel):
         """Classes that are not named keep their own."""
         assert info.field_name is not None
         return {**cls.model_fields[info.field_name].default, **given}
+
+    @field_validator("slots")
+    @classmethod
+    def _more_for_the_urgent(cls, slots: dict[ServiceClass, float]) -> dict[ServiceClass, float]:
+        """What gave way for a class that may not have its slot would come back at once."""
+        for urgent, other in itertools.pairwise(ServiceClass):
+            if slots[urgent] < slots[other]:
+                raise ValueError(
+                    f"{other} may fill {slots[other]:g} of the slots, and {urgent}, more urgent, only "
+                    f"{slots[urgent]:g}: give {urgent} as many, or {other} fewer"
+                )
+        return slots

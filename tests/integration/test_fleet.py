@@ -228,7 +228,7 @@ async def opened(http: httpx.AsyncClient, count: int) -> bool:
 async def test_the_urgent_overtake_at_a_full_worker(
     fleet: Fleet, https: list[httpx.AsyncClient], broker: base.Broker
 ) -> None:
-    settings = {"sim__model": "one", "sim__itl_ms": 5, "sim__max_num_seqs": 1}
+    settings = {"sim__model": "one", "sim__itl_ms": 20, "sim__max_num_seqs": 1}
     worker = await fleet.start("worker", worker__name="one", **settings)
     await until(lambda: lists(https[0], "one"))
 

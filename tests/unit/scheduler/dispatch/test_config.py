@@ -22,6 +22,7 @@ def test_what_is_set_for_one_class_leaves_the_others_as_they_are() -> None:
     [
         {"theta": {"batch": 0}},
         {"slots": {"batch": 1.5}},
+        {"slots": {"interactive": 0.5}},
         {"ceilings": {"batch": -0.1}},
         {"quanta": {"batch": 0}},
         {"weights": {"acme": 0}},

@@ -291,7 +291,7 @@ def test_batch_is_taken_back_for_an_interactive_request_that_would_wait_too_long
 
 
 def test_batch_is_taken_back_where_the_slots_are_taken_that_the_urgent_may_fill() -> None:
-    world = World(DispatchConfig(slots={INTERACTIVE: 0.5}), workers=1, slots=4)
+    world = World(DispatchConfig(slots=dict.fromkeys(ServiceClass, 0.5)), workers=1, slots=4)
     world.arrive(item(1, service_class=BATCH), item(2, service_class=BATCH, arrived=0.1))
     assert world.arrive(item(3)) == []
     for _ in range(5):
