@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Literal
 
@@ -35,6 +36,9 @@ from workers.rest import Rest
 from workers.turns import before_stop
 
 _log = logging.getLogger(__name__)
+
+_DIGITS = 9
+"""Of an attempt's number; anyone may publish a longer one."""
 
 _SMOOTHING = 0.05
 """Weight of the newest request in the running means of prompt and output lengths."""
@@ -62,6 +66,7 @@ class Worker:
         self._queues = [intake.Queue() for _ in ServiceClass]
         self._pullers: list[base.Puller] = []
         self._tombstones = screening.Tombstones()
+        self._takes = screening.Takes()
         self._share = Share()
         self._touch = Touch(config.heartbeat)
         self._quarantine = Quarantine(config.max_failures)
@@ -260,6 +265,10 @@ class Worker:
             return None
         running = self._jobs.get(request.key)
         if running is None:
+            if self._takes.later(request.key, delivery.attempt, time.monotonic()):
+                told = {"request_id": request.request_id, "tenant": request.subject.tenant}
+                _log.info("a request came late, and is left to the worker that took it over", extra=told)
+                return None
             return request
         if running.delivery.seq != delivery.seq:
             self._spawn(screening.repeated(self._broker, request, delivery, running.request))
@@ -568,8 +577,12 @@ class Worker:
 
     def _on_taken(self, message: base.Message) -> None:
         """`taken.<tenant>.<request>`: another worker runs it now, as the attempt in the message."""
-        job = self._jobs.get(message.subject.partition(".")[2])
-        if job is not None and message.data.isdigit() and int(message.data) > job.epoch:
+        if not message.data.isdigit() or len(message.data) > _DIGITS:
+            return
+        key, attempt = message.subject.partition(".")[2], int(message.data)
+        self._takes.note(key, attempt, time.monotonic())
+        job = self._jobs.get(key)
+        if job is not None and attempt > job.epoch:
             job.supersede()
 
     # Stopping
