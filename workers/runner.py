@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Literal
 
@@ -265,7 +264,7 @@ class Worker:
             return None
         running = self._jobs.get(request.key)
         if running is None:
-            if self._takes.later(request.key, delivery.attempt, time.monotonic()):
+            if self._takes.later(request.key, delivery.attempt, delivery.enqueued_ms):
                 told = {"request_id": request.request_id, "tenant": request.subject.tenant}
                 _log.info("a request came late, and is left to the worker that took it over", extra=told)
                 return None
@@ -580,7 +579,7 @@ class Worker:
         if not message.data.isdigit() or len(message.data) > _DIGITS:
             return
         key, attempt = message.subject.partition(".")[2], int(message.data)
-        self._takes.note(key, attempt, time.monotonic())
+        self._takes.note(key, attempt, self._broker.now_ms())
         job = self._jobs.get(key)
         if job is not None and attempt > job.epoch:
             job.supersede()

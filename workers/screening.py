@@ -54,23 +54,23 @@ class Takes:
     """Attempts that workers told of lately, by request. What comes here after that for an earlier one lay in
     our socket. Bounded: past `limit` the oldest is forgotten."""
 
-    KEPT = 10.0
-    """Seconds; well within the broker's dedup window, after which an id may be used anew."""
-
     def __init__(self, limit: int = 10_000) -> None:
         self._limit = limit
         self._newest: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
-    def note(self, key: str, attempt: int, now: float) -> None:
-        self._newest[key] = attempt, now
+    def note(self, key: str, attempt: int, now_ms: float) -> None:
+        self._newest[key] = attempt, now_ms
         self._newest.move_to_end(key)
         if len(self._newest) > self._limit:
             self._newest.popitem(last=False)
 
-    def later(self, key: str, attempt: int, now: float) -> bool:
-        """Whether the request was taken as a later attempt than this."""
-        newest, at = self._newest.get(key, (0, now))
-        return newest > attempt and now - at <= self.KEPT
+    def later(self, key: str, attempt: int, enqueued_ms: float) -> bool:
+        """Whether the request, queued at that unix time, was taken as a later attempt than this.
+
+        What was told before it was queued was of an earlier one of the same id.
+        """
+        newest, at = self._newest.get(key, (0, 0.0))
+        return newest > attempt and at >= enqueued_ms
 
 
 def cancelled_at(message: base.Message, now_ms: float) -> float:
