@@ -91,7 +91,14 @@ async def _measure(workers: int, seconds: float) -> dict[str, float]:
 
 async def _workers(url: str, count: int) -> None:
     """Say what so many workers would, evenly, for ever."""
-    credit = Credit(requests=32, slots_free=32, slots_total=64, step_tokens=512, kv_tokens_free=10**5)
+    credit = Credit(
+        requests=32,
+        slots_free=32,
+        slots_total=64,
+        step_tokens=512,
+        kv_tokens_free=10**5,
+        kv_tokens_total=2 * 10**5,
+    )
     models = (ModelCard(id="sim", base="sim", paths=("/v1/completions",)),)
     beats = [
         Heartbeat(
@@ -102,7 +109,7 @@ async def _workers(url: str, count: int) -> None:
             started_ms=1,
             seq=0,
             state="serving",
-            credit=credit.model_copy(update={"kv_tokens_total": 2 * 10**5}),
+            credit=credit,
         )
         for number in range(count)
     ]

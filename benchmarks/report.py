@@ -830,7 +830,7 @@ def _hostile(record: Record) -> str:
     ]
     text = _HOSTILE.format(**record, requests=record["sides"]["dispatched"]["requests"])
     head = ["", "s", "preemptions", "KV use (p10)", "waiting in the engine (p99)", "wait, steps (p99)"]
-    head.append("target, % of KV")
+    head += ["target, % of KV"]
     return _section(text, head, rows, record)
 
 

@@ -132,13 +132,14 @@ class Guard:
         has gone they end with its connection, unless we listen in its place."""
         if not inbox or not await self._broker.listens(subjects.roster(name)):
             return
-        if inbox not in self._bounced:
-            subscription = await self._broker.bounce(inbox)
-            if inbox in self._bounced:
-                await subscription.close()  # begun meanwhile
-            else:
-                self._bounced[inbox] = 0.0, subscription
-        self._bounced[inbox] = time.monotonic() + PULLS_STAND, self._bounced[inbox][1]
+        until = time.monotonic() + PULLS_STAND
+        if inbox in self._bounced:
+            self._bounced[inbox] = until, self._bounced[inbox][1]
+            return
+        subscription = await self._broker.bounce(inbox)
+        _, first = self._bounced.setdefault(inbox, (until, subscription))
+        if first is not subscription:
+            await subscription.close()  # another call was sooner
 
     def is_awake(self, inbox: str) -> None:
         """Whose pulls had to be bounced has ended them."""

@@ -66,12 +66,12 @@ class Dispatched:
             return False
         if sent.epoch > self.last[0]:
             self._count_for(sent.epoch)  # its first request is here before its first word
-        if sent.epoch == self.last[0] and sent.number:
+        if self._counts(sent):
             self._coming.add(sent.number)
         return True
 
     def taken(self, sent: Sent) -> None:
-        if sent.epoch != self.last[0] or not sent.number:
+        if not self._counts(sent):
             return
         self._coming.discard(sent.number)
         self._newest = max(self._newest, sent.number)
@@ -85,6 +85,9 @@ class Dispatched:
     def _is_over(self, epoch: int) -> bool:
         """Whether who led in that epoch has lost the lead, and does not know."""
         return self._silence is not None and epoch < self.last[0]
+
+    def _counts(self, sent: Sent) -> bool:
+        return sent.epoch == self.last[0] and sent.number != 0
 
     def _count_for(self, epoch: int) -> None:
         """Each dispatcher has numbers of its own, which say nothing to the next."""

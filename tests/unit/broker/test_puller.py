@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -28,7 +29,8 @@ async def test_a_pull_that_ended_is_asked_for_anew_once_the_consumer_is_there(
     puller = client._Puller(
         cast(Any, SimpleNamespace(connected=True)), "inbox", "c", lambda _: None, lapsed.set, ensure
     )
-    puller._take_off(3)
+    puller._asked.append((math.inf, 3))
+    assert puller.outstanding == 3
     puller.on_message(Message("inbox", b"", {"Status": "409", "Description": "Leadership Change"}))
     await asyncio.wait_for(lapsed.wait(), LIMIT)
     assert puller.outstanding == 0
